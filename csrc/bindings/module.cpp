@@ -1,0 +1,134 @@
+// The Python face of the kernels: addresses, sizes and strides in, nothing out. No logic.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "loraspan/isa.hpp"
+
+namespace py = pybind11;
+using namespace loraspan;
+
+namespace {
+
+// int64 [count, fields]: one row per block or job, the fields in the order in which the functions below read them.
+using Table = py::array_t<std::int64_t, py::array::c_style>;
+
+const Kernels& kernels_named(const std::string& name) {
+  const Isa* isas = instruction_sets();
+  for (int i = 0; i < kIsaCount; ++i)
+    if (name == isas[i].name && isas[i].kernels && isas[i].supported) return *isas[i].kernels;
+  throw py::value_error("_core: no instruction set '" + name + "' here");
+}
+
+template <typename T>
+T* address(std::int64_t value) {
+  return reinterpret_cast<T*>(static_cast<std::uintptr_t>(value));
+}
+
+std::vector<Block> read_blocks(const Table& table) {
+  const auto rows = table.unchecked<2>();
+  std::vector<Block> blocks;
+  blocks.reserve(static_cast<std::size_t>(rows.shape(0)));
+  for (py::ssize_t i = 0; i < rows.shape(0); ++i)
+    blocks.push_back({address<const void>(rows(i, 0)), rows(i, 1), rows(i, 2), rows(i, 3), Dtype(rows(i, 4))});
+  return blocks;
+}
+
+template <typename Job, typename Read>
+std::vector<Job> read_jobs(const Table& table, const Read& read) {
+  const auto rows = table.unchecked<2>();
+  std::vector<Job> jobs;
+  jobs.reserve(static_cast<std::size_t>(rows.shape(0)));
+  for (py::ssize_t i = 0; i < rows.shape(0); ++i) jobs.push_back(read([&](py::ssize_t field) { return rows(i, field); }));
+  return jobs;
+}
+
+template <typename Field>
+Rows read_rows(const std::vector<Block>& blocks, const Field& field) {
+  return {blocks.data() + field(0), field(1), field(2)};
+}
+
+void gram(const Table& block_table, const Table& job_table, Precision precision, int threads, const std::string& isa) {
+  const Kernels& kernels = kernels_named(isa);
+  const auto blocks = read_blocks(block_table);
+  const auto jobs = read_jobs<GramJob>(
+      job_table, [&](auto field) { return GramJob{read_rows(blocks, field), address<double>(field(3))}; });
+  py::gil_scoped_release release;
+  kernels.gram(jobs.data(), static_cast<std::int64_t>(jobs.size()), precision, threads);
+}
+
+void combine(const Table& block_table, const Table& job_table, Precision precision, int threads,
+             const std::string& isa) {
+  const Kernels& kernels = kernels_named(isa);
+  const auto blocks = read_blocks(block_table);
+  const auto jobs = read_jobs<CombineJob>(job_table, [&](auto field) {
+    return CombineJob{read_rows(blocks, field), address<const double>(field(3)), field(4),
+                      address<void>(field(5)),  field(6),                        field(7),
+                      Dtype(field(8)),          address<double>(field(9)),       address<double>(field(10))};
+  });
+  py::gil_scoped_release release;
+  kernels.combine(jobs.data(), static_cast<std::int64_t>(jobs.size()), precision, threads);
+}
+
+void sketch(const Table& block_table, const Table& job_table, Precision precision, int threads,
+            const std::string& isa) {
+  const Kernels& kernels = kernels_named(isa);
+  const auto blocks = read_blocks(block_table);
+  const auto jobs = read_jobs<SketchJob>(job_table, [&](auto field) {
+    return SketchJob{read_rows(blocks, field), field(3), static_cast<std::uint64_t>(field(4)),
+                     address<double>(field(5))};
+  });
+  py::gil_scoped_release release;
+  kernels.sketch(jobs.data(), static_cast<std::int64_t>(jobs.size()), precision, threads);
+}
+
+void power(const Table& block_table, const Table& job_table, Precision precision, int threads,
+           const std::string& isa) {
+  const Kernels& kernels = kernels_named(isa);
+  const auto blocks = read_blocks(block_table);
+  const auto jobs = read_jobs<PowerJob>(job_table, [&](auto field) {
+    return PowerJob{read_rows(blocks, field), address<const double>(field(3)), field(4), address<double>(field(5))};
+  });
+  py::gil_scoped_release release;
+  kernels.power(jobs.data(), static_cast<std::int64_t>(jobs.size()), precision, threads);
+}
+
+void reconstruct(const Table& job_table, const std::vector<double>& scales, int threads, const std::string& isa) {
+  const Kernels& kernels = kernels_named(isa);
+  std::size_t next = 0;
+  const auto jobs = read_jobs<ReconstructJob>(job_table, [&](auto field) {
+    const auto matrix = [&](py::ssize_t at) {
+      return Matrix{address<void>(field(at)), field(at + 1), field(at + 2), Dtype(field(at + 3))};
+    };
+    return ReconstructJob{matrix(0), matrix(4), matrix(8), field(12), field(13), field(14), scales.at(next++)};
+  });
+  py::gil_scoped_release release;
+  kernels.reconstruct(jobs.data(), static_cast<std::int64_t>(jobs.size()), threads);
+}
+
+// [(name, built, supported)], narrowest first.
+std::vector<std::tuple<std::string, bool, bool>> list_instruction_sets() {
+  std::vector<std::tuple<std::string, bool, bool>> found;
+  const Isa* isas = instruction_sets();
+  for (int i = 0; i < kIsaCount; ++i) found.emplace_back(isas[i].name, isas[i].kernels != nullptr, isas[i].supported);
+  return found;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, m) {
+  py::enum_<Precision>(m, "Precision").value("f32", Precision::f32).value("f64", Precision::f64);
+  m.def("instruction_sets", &list_instruction_sets);
+  // blocks: address, rows, row stride, column stride, dtype. Every job starts with first block, blocks, columns.
+  m.def("gram", &gram, py::arg("blocks"), py::arg("jobs"), py::arg("precision"), py::arg("threads"), py::arg("isa"));
+  m.def("combine", &combine, py::arg("blocks"), py::arg("jobs"), py::arg("precision"), py::arg("threads"),
+        py::arg("isa"));
+  m.def("sketch", &sketch, py::arg("blocks"), py::arg("jobs"), py::arg("precision"), py::arg("threads"),
+        py::arg("isa"));
+  m.def("power", &power, py::arg("blocks"), py::arg("jobs"), py::arg("precision"), py::arg("threads"),
+        py::arg("isa"));
+  m.def("reconstruct", &reconstruct, py::arg("jobs"), py::arg("scales"), py::arg("threads"), py::arg("isa"));
+}

@@ -1,0 +1,2 @@
+#define LORASPAN_ISA avx2
+#include "kernels.inl"

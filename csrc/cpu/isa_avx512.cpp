@@ -1,0 +1,2 @@
+#define LORASPAN_ISA avx512
+#include "kernels.inl"

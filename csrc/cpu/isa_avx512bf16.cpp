@@ -1,0 +1,2 @@
+#define LORASPAN_ISA avx512bf16
+#include "kernels.inl"

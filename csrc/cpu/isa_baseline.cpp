@@ -1,0 +1,2 @@
+#define LORASPAN_ISA baseline
+#include "kernels.inl"

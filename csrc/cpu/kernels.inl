@@ -1,0 +1,22 @@
+// All kernels of one instruction set, in the namespace LORASPAN_ISA. Compiled once per set, with that set's flags: so
+// nothing here may instantiate a template or inline function of the standard library or of another namespace, or the
+// linker could hand the widest copy to every processor.
+#include <cstdint>
+
+#include "loraspan/isa.hpp"
+#include "loraspan/parallel.hpp"
+
+#include "load.inl"
+#include "gram.inl"
+#include "combine.inl"
+#include "sketch.inl"
+#include "reconstruct.inl"
+
+namespace loraspan {
+namespace LORASPAN_ISA {
+
+extern const Kernels kernels;
+const Kernels kernels = {&gram, &combine, &sketch, &power, &reconstruct};
+
+}  // namespace LORASPAN_ISA
+}  // namespace loraspan

@@ -1,0 +1,30 @@
+// The kernels of one instruction set, and which sets this build has and this processor runs.
+#pragma once
+
+#include "loraspan/combine.hpp"
+#include "loraspan/gram.hpp"
+#include "loraspan/reconstruct.hpp"
+#include "loraspan/sketch.hpp"
+
+namespace loraspan {
+
+struct Kernels {
+  GramFn* gram;
+  CombineFn* combine;
+  SketchFn* sketch;
+  PowerFn* power;
+  ReconstructFn* reconstruct;
+};
+
+struct Isa {
+  const char* name;        // "baseline", "avx2", "avx512", "avx512bf16"
+  const Kernels* kernels;  // null if this build lacks the set
+  bool supported;          // by the processor at hand
+};
+
+inline constexpr int kIsaCount = 4;
+
+// Narrowest first; the last one that is built and supported is the one to use.
+const Isa* instruction_sets();
+
+}  // namespace loraspan

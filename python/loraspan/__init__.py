@@ -1,0 +1,1 @@
+"""LoRA adapters in one shared low-rank subspace."""

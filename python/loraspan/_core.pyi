@@ -1,0 +1,21 @@
+"""The compiled kernels: addresses, sizes and strides in, results written to the addresses given."""
+
+import enum
+
+import numpy as np
+from numpy.typing import NDArray
+
+class Precision(enum.Enum):
+    f32 = 0
+    f64 = 1
+
+def instruction_sets() -> list[tuple[str, bool, bool]]: ...
+def gram(blocks: NDArray[np.int64], jobs: NDArray[np.int64], precision: Precision, threads: int, isa: str) -> None: ...
+def combine(
+    blocks: NDArray[np.int64], jobs: NDArray[np.int64], precision: Precision, threads: int, isa: str
+) -> None: ...
+def sketch(
+    blocks: NDArray[np.int64], jobs: NDArray[np.int64], precision: Precision, threads: int, isa: str
+) -> None: ...
+def power(blocks: NDArray[np.int64], jobs: NDArray[np.int64], precision: Precision, threads: int, isa: str) -> None: ...
+def reconstruct(jobs: NDArray[np.int64], scales: list[float], threads: int, isa: str) -> None: ...

@@ -1,0 +1,56 @@
+"""What the compiled core needs to be called: instruction sets, addresses, and tables of blocks and jobs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+import torch  # before _core: both use the OpenMP pool that torch brings
+from numpy.typing import NDArray
+from torch import Tensor
+
+from loraspan import _core
+from loraspan._dispatch import Backend
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+T = TypeVar("T")
+
+DTYPE_CODES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
+PRECISIONS = {"f32": _core.Precision.f32, "f64": _core.Precision.f64}
+INSTRUCTION_SETS = _core.instruction_sets()
+BEST = next(name for name, built, supported in reversed(INSTRUCTION_SETS) if built and supported)
+
+
+def threads() -> int:
+    """Give the number of threads to use: torch's."""
+    return torch.get_num_threads()
+
+
+def backends(run: Callable[..., T], refuses: Callable[..., str | None]) -> list[Backend[Callable[..., T]]]:
+    """Give ``cpu`` (the widest instruction set here) and one backend per set by name, such as ``cpu:avx2``.
+
+    ``run`` takes the name of the set as keyword ``isa``.
+    """
+    found: list[Backend[Callable[..., T]]] = [Backend("cpu", partial(run, isa=BEST), refuses)]
+    for name, built, supported in INSTRUCTION_SETS:
+        reason = None if built and supported else f"this {'processor' if built else 'build'} has no {name}"
+        found.append(
+            Backend(f"cpu:{name}", partial(run, isa=name), lambda *args, reason=reason: reason or refuses(*args))
+        )
+    return found
+
+
+def table(rows: Sequence[Sequence[int]], fields: int) -> NDArray[np.int64]:
+    """Give ``rows`` as the int64 array that the core reads, with the right width even when there are none."""
+    return np.asarray(rows, dtype=np.int64).reshape(len(rows), fields)
+
+
+def matrix_fields(matrix: Tensor | None) -> tuple[int, int, int, int]:
+    """Give address, strides and dtype of a matrix as the core reads them; zeros for none."""
+    if matrix is None:
+        return (0, 0, 0, 0)
+    return (matrix.data_ptr(), matrix.stride(0), matrix.stride(1), DTYPE_CODES[matrix.dtype])

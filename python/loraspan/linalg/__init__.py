@@ -1,0 +1,1 @@
+"""Methods of numerical linear algebra, built from the operators."""

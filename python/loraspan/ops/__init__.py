@@ -1,0 +1,21 @@
+"""The operators: each one file with its signature, its checks, a plain reference and a table of backends."""
+
+from loraspan.ops.blocks import RowBlocks
+from loraspan.ops.combine import Combined, combine, combine_many
+from loraspan.ops.gram import gram, gram_many
+from loraspan.ops.reconstruct import Piece, reconstruct, reconstruct_many
+from loraspan.ops.sketch import power, sketch
+
+__all__ = [
+    "Combined",
+    "Piece",
+    "RowBlocks",
+    "combine",
+    "combine_many",
+    "gram",
+    "gram_many",
+    "power",
+    "reconstruct",
+    "reconstruct_many",
+    "sketch",
+]

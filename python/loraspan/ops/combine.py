@@ -1,0 +1,160 @@
+"""Combine the rows of a matrix into a basis, and take the products with it in the same pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from loraspan import _core, _native
+from loraspan._dispatch import Backend, choose
+from loraspan.errors import ArgumentError, ShapeError
+from loraspan.ops.blocks import RowBlocks, block_table, refuses_device
+
+_CHUNK = 128
+
+
+class Combined(NamedTuple):
+    """What :func:`combine` gives: ``v [d, k]`` as stored, ``xv [R, k]`` and ``vtv [k, k]`` in float64."""
+
+    v: Tensor
+    xv: Tensor
+    vtv: Tensor
+
+
+def combine(
+    x: RowBlocks | Sequence[Tensor] | Tensor,
+    w: Tensor,
+    *,
+    dtype: torch.dtype = torch.float32,
+    precision: str = "f32",
+    backend: str | None = None,
+) -> Combined:
+    r"""Give ``V = X^T W`` rounded to ``dtype`` and, of the rounded ``V``, the products ``X V`` and ``V^T V``.
+
+    Args:
+        x: ``X [R, d]`` as row blocks, read where they lie; see :class:`RowBlocks`.
+        w: ``[R, k]``, float64.
+        dtype: what ``V`` is rounded to, once: float16, bfloat16, float32 or float64.
+        precision: ``"f32"`` rounds ``W`` to float32 and keeps the sums that make ``V`` in float32, and those of the
+            products over at most 128 columns, which are then added in float64. ``"f64"`` keeps every product and sum
+            in float64.
+        backend: ``"cpu"`` (or one instruction set, such as ``"cpu:avx2"``) or ``"reference"``.
+
+    Returns:
+        ``v [d, k]`` (row-major), ``xv [R, k]`` and ``vtv [k, k]`` (float64, exactly symmetric). Before its rounding an
+        entry of ``V`` is within ``(R + 2) u |X|^T |W|`` of the exact one, ``u = 2^-24`` or ``2^-53``; the products
+        with the rounded ``V`` have the bounds of :func:`loraspan.ops.gram`. The same bits for any number of threads.
+
+    Raises:
+        ShapeError: if ``w`` does not have one float64 row per row of ``x``, or the blocks do not fit together.
+        ArgumentError: if ``dtype`` or ``precision`` is none of those above.
+        BackendError: if the named backend cannot run this call.
+
+    Example:
+        >>> import torch
+        >>> v, xv, vtv = combine(torch.tensor([[3.0, 4.0]]), torch.tensor([[0.2]], dtype=torch.float64))
+        >>> v.T, xv, vtv
+        (tensor([[0.6000, 0.8000]]), tensor([[5.0000]], dtype=torch.float64), tensor([[1.0000]], dtype=torch.float64))
+    """
+    return combine_many([(x, w)], dtype=dtype, precision=precision, backend=backend)[0]
+
+
+def combine_many(
+    batch: Sequence[tuple[RowBlocks | Sequence[Tensor] | Tensor, Tensor]],
+    *,
+    dtype: torch.dtype = torch.float32,
+    precision: str = "f32",
+    backend: str | None = None,
+) -> list[Combined]:
+    """Give :func:`combine` of every ``(x, w)`` of a batch, which may differ in all their sizes.
+
+    Each result has the bits that its member gives alone.
+
+    Args:
+        batch: pairs of a matrix and its weights, as :func:`combine` takes them.
+        dtype: as for :func:`combine`.
+        precision: as for :func:`combine`.
+        backend: as for :func:`combine`.
+
+    Returns:
+        One :class:`Combined` per pair.
+
+    Raises:
+        ShapeError: if a ``w`` does not fit its matrix.
+        ArgumentError: if ``dtype`` or ``precision`` is not one of those of :func:`combine`.
+        BackendError: if the named backend cannot run this call.
+
+    Example:
+        >>> import torch
+        >>> batch = [(torch.ones(2, 3), torch.ones(2, 1).double()), (torch.ones(1, 4), torch.ones(1, 2).double())]
+        >>> [tuple(c.v.shape) for c in combine_many(batch)]
+        [(3, 1), (4, 2)]
+    """
+    if dtype not in _native.DTYPE_CODES:
+        raise ArgumentError(f"combine: dtype is torch.float16, bfloat16, float32 or float64; got {dtype}")
+    if precision not in _native.PRECISIONS:
+        raise ArgumentError(f"combine: precision is 'f32' or 'f64'; got {precision!r}")
+    pairs = [(RowBlocks.of(x), w) for x, w in batch]
+    for x, w in pairs:
+        if w.ndim != 2 or w.shape[0] != x.shape[0] or w.dtype != torch.float64:
+            raise ShapeError(
+                f"combine: w needs one float64 row for each of the {x.shape[0]} rows of x; "
+                f"got {list(w.shape)} of {w.dtype}"
+            )
+    return choose("combine", BACKENDS, backend, pairs).run(pairs, dtype, precision)
+
+
+def _cpu(pairs: Sequence[tuple[RowBlocks, Tensor]], dtype: torch.dtype, precision: str, *, isa: str) -> list[Combined]:
+    blocks, spans = block_table([x for x, _ in pairs])
+    weights = [w.contiguous() for _, w in pairs]
+    out = [
+        Combined(
+            torch.empty(x.columns, w.shape[1], dtype=dtype),
+            torch.empty(x.shape[0], w.shape[1], dtype=torch.float64),
+            torch.empty(w.shape[1], w.shape[1], dtype=torch.float64),
+        )
+        for x, w in pairs
+    ]
+    code = _native.DTYPE_CODES[dtype]
+    jobs = [
+        (*span, w.data_ptr(), w.shape[1], c.v.data_ptr(), w.shape[1], 1, code, c.xv.data_ptr(), c.vtv.data_ptr())
+        for span, w, c in zip(spans, weights, out, strict=True)
+    ]
+    _core.combine(blocks, _native.table(jobs, 11), _native.PRECISIONS[precision], _native.threads(), isa)
+    return out
+
+
+def reference(pairs: Sequence[tuple[RowBlocks, Tensor]], dtype: torch.dtype, precision: str) -> list[Combined]:
+    """Say it in torch, chunk by chunk of columns, on whatever device the blocks are."""
+    wide = torch.float32 if precision == "f32" else torch.float64
+    return [_reference(x, w, dtype, wide) for x, w in pairs]
+
+
+def _reference(x: RowBlocks, w: Tensor, dtype: torch.dtype, wide: torch.dtype) -> Combined:
+    rank = w.shape[1]
+    device = x.device or w.device
+    weights = w.to(wide).to(device)
+    v = torch.empty(x.columns, rank, dtype=dtype, device=device)
+    xv = torch.zeros(x.shape[0], rank, dtype=torch.float64)
+    vtv = torch.zeros(rank, rank, dtype=torch.float64)
+    for start in range(0, x.columns, _CHUNK):
+        piece = slice(start, start + _CHUNK)
+        chunk = torch.cat([b[:, piece].to(wide) for b in x.blocks]) if x.blocks else weights.new_zeros(0, rank)
+        v[piece] = (chunk.T.contiguous() @ weights).to(dtype)
+        rounded = v[piece].to(wide)
+        xv += (chunk @ rounded).to("cpu", torch.float64)
+        vtv += (rounded.T.contiguous() @ rounded).to("cpu", torch.float64)
+    return Combined(v, xv, torch.tril(vtv) + torch.tril(vtv, -1).T)
+
+
+def _refuses(pairs: Sequence[tuple[RowBlocks, Tensor]]) -> str | None:
+    return refuses_device([x for x, _ in pairs])
+
+
+BACKENDS = (
+    *_native.backends(_cpu, _refuses),
+    Backend("reference", reference, lambda *_: None),
+)

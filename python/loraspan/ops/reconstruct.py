@@ -1,0 +1,158 @@
+"""Rebuild vectors from their loadings on a basis."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from loraspan import _core, _native
+from loraspan._dispatch import Backend, choose
+from loraspan.errors import ShapeError
+
+
+class Piece(NamedTuple):
+    """One product of :func:`reconstruct_many`, written straight to its place.
+
+    ``out [m, p]`` is overwritten with ``scale * basis [m, k] @ loadings [k, p]``, or with ``scale * basis`` where
+    ``loadings`` is None: so private columns are converted and put beside rebuilt ones. All may have any strides.
+    """
+
+    basis: Tensor
+    loadings: Tensor | None
+    out: Tensor
+    scale: float = 1.0
+
+
+def reconstruct(
+    basis: Tensor,
+    loadings: Tensor,
+    *,
+    scale: float = 1.0,
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    r"""Give ``scale * basis @ loadings``.
+
+    Leading dimensions are batch dimensions and must be equal.
+
+    Args:
+        basis: ``[..., m, k]``, float16, bfloat16, float32 or float64. Its columns are the basis vectors; nothing here
+            needs them orthonormal.
+        loadings: ``[..., k, n]``, on the device of ``basis``; its dtype may differ.
+        scale: a factor without unit, ``alpha / r`` for a LoRA adapter.
+        dtype: of the result; ``None`` takes that of ``basis``.
+        backend: ``"cpu"`` (or one instruction set, such as ``"cpu:avx2"``) or ``"reference"``.
+
+    Returns:
+        ``[..., m, n]``. Sums are kept in float32, or in float64 if ``basis``, ``loadings`` or the result are float64;
+        each entry is within ``(k + 2) u |scale| |basis| @ |loadings|`` of the exact one, ``u`` the unit roundoff of
+        the sum, and is then rounded once to ``dtype``. The same bits for any batch and any number of threads.
+
+    Raises:
+        ShapeError: if ``k``, the batch dimensions or the devices differ, or a dtype is none of those above.
+        BackendError: if the named backend cannot run this call.
+
+    Example:
+        >>> import torch
+        >>> basis = torch.eye(3)[:, :2]
+        >>> reconstruct(basis, torch.tensor([[1.0], [2.0]])).T
+        tensor([[1., 2., 0.]])
+
+    Source:
+        The bound: Higham, *Accuracy and Stability of Numerical Algorithms*, 2nd ed., section 3.5.
+    """
+    if basis.ndim < 2 or loadings.ndim != basis.ndim or basis.shape[:-2] != loadings.shape[:-2]:
+        raise ShapeError(
+            f"reconstruct: basis [..., m, k] and loadings [..., k, n] need 2 dimensions or more and the same batch; "
+            f"got {list(basis.shape)} and {list(loadings.shape)}"
+        )
+    *batch, m, k = basis.shape
+    n = loadings.shape[-1]
+    out = basis.new_empty(*batch, m, n, dtype=dtype or basis.dtype)
+    count = 1
+    for size in batch:
+        count *= size
+    # not reshape(-1, ...): torch cannot infer a size when another one is 0
+    triples = zip(
+        basis.reshape(count, m, k), loadings.reshape(count, *loadings.shape[-2:]), out.view(count, m, n), strict=True
+    )
+    pieces = [Piece(b, l, o, scale) for b, l, o in triples]
+    # an empty batch is checked all the same
+    _check([*pieces, Piece(basis.new_empty(m, k), loadings.new_empty(loadings.shape[-2], n), out.new_empty(m, n))])
+    choose("reconstruct", BACKENDS, backend, pieces).run(pieces)
+    return out
+
+
+def reconstruct_many(pieces: Sequence[Piece], *, backend: str | None = None) -> None:
+    """Do many products of all sizes at once, each written once to its own place in its own dtype.
+
+    Args:
+        pieces: see :class:`Piece`. No ``out`` may overlap another tensor of the call.
+        backend: as for :func:`reconstruct`.
+
+    Raises:
+        ShapeError: if the sizes or devices of a piece do not fit; nothing is written then.
+        BackendError: if the named backend cannot run this call.
+
+    Example:
+        >>> import torch
+        >>> up = torch.empty(3, 2)
+        >>> shared = Piece(torch.ones(3, 2), torch.ones(2, 1), up[:, :1], scale=0.5)
+        >>> private = Piece(torch.full((3, 1), 7.0, dtype=torch.float16), None, up[:, 1:])
+        >>> reconstruct_many([shared, private])
+        >>> up[0]
+        tensor([1., 7.])
+    """
+    _check(pieces)
+    choose("reconstruct", BACKENDS, backend, pieces).run(pieces)
+
+
+def _check(pieces: Sequence[Piece]) -> None:
+    for piece in pieces:
+        basis, loadings, out, _ = piece
+        tensors = [t for t in (basis, loadings, out) if t is not None]
+        if any(t.ndim != 2 for t in tensors):
+            raise ShapeError(f"reconstruct: a piece is of matrices; got {[list(t.shape) for t in tensors]}")
+        inner, columns = (basis.shape[1], basis.shape[1]) if loadings is None else loadings.shape
+        if basis.shape[1] != inner or out.shape != (basis.shape[0], columns):
+            raise ShapeError(
+                f"reconstruct: basis has {basis.shape[1]} vectors of length {basis.shape[0]}; got "
+                f"loadings {None if loadings is None else list(loadings.shape)} and out {list(out.shape)}"
+            )
+        for t in tensors:
+            if t.dtype not in _native.DTYPE_CODES or t.device != basis.device:
+                raise ShapeError(
+                    f"reconstruct: tensors are float16, bfloat16, float32 or float64 and on one device; "
+                    f"got {t.dtype} on {t.device} beside {basis.dtype} on {basis.device}"
+                )
+
+
+def _cpu(pieces: Sequence[Piece], *, isa: str) -> None:
+    fields = _native.matrix_fields
+    jobs = [(*fields(b), *fields(l), *fields(o), b.shape[0], b.shape[1], o.shape[1]) for b, l, o, _ in pieces]
+    _core.reconstruct(_native.table(jobs, 15), [p.scale for p in pieces], _native.threads(), isa)
+
+
+def reference(pieces: Sequence[Piece]) -> None:
+    """Say it in torch, on whatever device the tensors are (MPS among them)."""
+    for basis, loadings, out, scale in pieces:
+        dtypes = [t.dtype for t in (basis, loadings, out) if t is not None]
+        wide = torch.float64 if torch.float64 in dtypes else torch.float32
+        product = basis.to(wide) if loadings is None else basis.to(wide).contiguous() @ loadings.to(wide).contiguous()
+        out.copy_(scale * product)
+
+
+def _refuses(pieces: Sequence[Piece]) -> str | None:
+    for piece in pieces:
+        if piece.out.device.type != "cpu":
+            return f"it writes CPU memory, and a piece is on {piece.out.device}"
+    return None
+
+
+BACKENDS = (
+    *_native.backends(_cpu, _refuses),
+    Backend("reference", reference, lambda *_: None),
+)

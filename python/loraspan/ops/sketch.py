@@ -1,0 +1,185 @@
+"""Random projections of a matrix that lies in blocks: ``X Omega``, and the fused power step ``X (X^T Q)``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from loraspan import _core, _native
+from loraspan._dispatch import Backend, choose
+from loraspan.errors import ArgumentError, ShapeError
+from loraspan.ops.blocks import RowBlocks, block_table, refuses_device
+
+_CHUNK = 128
+_SEED_RANGE = 2**63
+
+
+def sketch(
+    x: RowBlocks | Sequence[Tensor] | Tensor,
+    width: int,
+    *,
+    seed: int = 0,
+    precision: str = "f32",
+    backend: str | None = None,
+) -> Tensor:
+    r"""Give ``Y = X Omega`` for an ``Omega [d, width]`` of random signs, drawn on the fly and never stored.
+
+    Entry ``(j, c)`` of ``Omega`` is +1 or -1 by a bit of Philox4x32-10 keyed by ``seed``, ``j`` and ``c`` and nothing
+    else, so every backend draws the same ``Omega``, and a wider sketch begins with the narrower one.
+
+    Args:
+        x: ``X [R, d]`` as row blocks, read where they lie; see :class:`RowBlocks`.
+        width: columns of ``Omega``, at least 0.
+        seed: in ``[0, 2^63)``.
+        precision: ``"f32"`` keeps float32 sums over at most 128 columns and adds those in float64; ``"f64"`` keeps
+            everything in float64.
+        backend: ``"cpu"`` (or one instruction set, such as ``"cpu:avx2"``) or ``"reference"``.
+
+    Returns:
+        ``[R, width]``, float64. The error of a row is at most ``(128 + 2) u sum |x_i|``, ``u = 2^-24`` or ``2^-53``.
+        The same bits for any number of threads.
+
+    Raises:
+        ArgumentError: if ``width``, ``seed`` or ``precision`` is out of range.
+        ShapeError: if the blocks do not fit together.
+        BackendError: if the named backend cannot run this call.
+
+    Example:
+        >>> import torch
+        >>> sketch(torch.eye(2), 3, seed=7).abs()
+        tensor([[1., 1., 1.],
+                [1., 1., 1.]], dtype=torch.float64)
+
+    Source:
+        Random signs as a range finder: Halko, Martinsson, Tropp, *Finding structure with randomness*, 2011,
+        section 4.6. Philox: Salmon, Moraes, Dror, Shaw, *Parallel random numbers: as easy as 1, 2, 3*, 2011.
+    """
+    if width < 0 or not 0 <= seed < _SEED_RANGE:
+        raise ArgumentError(f"sketch: width is at least 0 and seed in [0, 2^63); got width={width}, seed={seed}")
+    _check_precision("sketch", precision)
+    matrix = RowBlocks.of(x)
+    return choose("sketch", BACKENDS, backend, [matrix]).run(matrix, width, seed, precision)
+
+
+def power(
+    x: RowBlocks | Sequence[Tensor] | Tensor, q: Tensor, *, precision: str = "f32", backend: str | None = None
+) -> Tensor:
+    r"""Give ``X (X^T Q)``, one pass over ``X``: each chunk of columns is used twice while it is in cache.
+
+    Args:
+        x: ``X [R, d]`` as row blocks, read where they lie; see :class:`RowBlocks`.
+        q: ``[R, l]``, float64.
+        precision: ``"f32"`` rounds ``Q`` and ``X^T Q`` to float32, keeps float32 sums over at most 128 columns in the
+            second product and adds those in float64; ``"f64"`` keeps everything in float64.
+        backend: ``"cpu"`` (or one instruction set, such as ``"cpu:avx2"``) or ``"reference"``.
+
+    Returns:
+        ``[R, l]``, float64, within ``(R + 128 + 4) u |X| |X|^T |Q|`` of the exact product, ``u = 2^-24`` or
+        ``2^-53`` (with ``d`` for 128). The same bits for any number of threads.
+
+    Raises:
+        ShapeError: if ``q`` does not have one float64 row per row of ``x``, or the blocks do not fit together.
+        ArgumentError: if ``precision`` is neither ``"f32"`` nor ``"f64"``.
+        BackendError: if the named backend cannot run this call.
+
+    Example:
+        >>> import torch
+        >>> power(torch.tensor([[3.0, 4.0]]), torch.tensor([[2.0]], dtype=torch.float64))
+        tensor([[50.]], dtype=torch.float64)
+    """
+    _check_precision("power", precision)
+    matrix = RowBlocks.of(x)
+    if q.ndim != 2 or q.shape[0] != matrix.shape[0] or q.dtype != torch.float64:
+        raise ShapeError(
+            f"power: q needs one float64 row for each of the {matrix.shape[0]} rows of x; "
+            f"got {list(q.shape)} of {q.dtype}"
+        )
+    return choose("power", POWER_BACKENDS, backend, [matrix]).run(matrix, q, precision)
+
+
+def signs(rows: int, width: int, seed: int, start: int = 0) -> NDArray[np.float64]:
+    """Give rows ``[start, start + rows)`` of ``Omega [., width]`` as the kernels draw it (tests and references)."""
+    groups = -(-width // 128)
+    counter = np.zeros((rows, groups, 4), dtype=np.uint64)
+    index = np.arange(start, start + rows, dtype=np.uint64)[:, None]
+    counter[..., 0] = index & np.uint64(0xFFFFFFFF)
+    counter[..., 1] = index >> np.uint64(32)
+    counter[..., 2] = np.arange(groups, dtype=np.uint64)[None, :]
+    words = _philox(counter, seed & 0xFFFFFFFF, seed >> 32)
+    bits = (words[..., None] >> np.arange(32, dtype=np.uint64)) & np.uint64(1)
+    omega: NDArray[np.float64] = 1.0 - 2.0 * bits.reshape(rows, groups * 128)[:, :width].astype(np.float64)
+    return omega
+
+
+def _philox(counter: NDArray[np.uint64], key0: int, key1: int) -> NDArray[np.uint64]:
+    """Run the ten rounds of Philox4x32 on 32-bit words held in uint64."""
+    low = np.uint64(0xFFFFFFFF)
+    c0, c1, c2, c3 = (counter[..., i] for i in range(4))
+    for _ in range(10):
+        a, b = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
+        c0, c1, c2, c3 = (
+            (b >> np.uint64(32)) ^ c1 ^ np.uint64(key0),
+            b & low,
+            (a >> np.uint64(32)) ^ c3 ^ np.uint64(key1),
+            a & low,
+        )
+        key0, key1 = (key0 + 0x9E3779B9) & 0xFFFFFFFF, (key1 + 0xBB67AE85) & 0xFFFFFFFF
+    return np.stack([c0, c1, c2, c3], axis=-1)
+
+
+def _check_precision(operator: str, precision: str) -> None:
+    if precision not in _native.PRECISIONS:
+        raise ArgumentError(f"{operator}: precision is 'f32' or 'f64'; got {precision!r}")
+
+
+def _cpu(x: RowBlocks, width: int, seed: int, precision: str, *, isa: str) -> Tensor:
+    blocks, spans = block_table([x])
+    y = torch.empty(x.shape[0], width, dtype=torch.float64)
+    jobs = _native.table([(*spans[0], width, seed, y.data_ptr())], 6)
+    _core.sketch(blocks, jobs, _native.PRECISIONS[precision], _native.threads(), isa)
+    return y
+
+
+def _cpu_power(x: RowBlocks, q: Tensor, precision: str, *, isa: str) -> Tensor:
+    blocks, spans = block_table([x])
+    q = q.contiguous()
+    y = torch.empty_like(q)
+    jobs = _native.table([(*spans[0], q.data_ptr(), q.shape[1], y.data_ptr())], 6)
+    _core.power(blocks, jobs, _native.PRECISIONS[precision], _native.threads(), isa)
+    return y
+
+
+def reference(x: RowBlocks, width: int, seed: int, precision: str) -> Tensor:
+    """Say it in torch, chunk by chunk of columns, on whatever device the blocks are."""
+    wide = torch.float32 if precision == "f32" else torch.float64
+    total = torch.zeros(x.shape[0], width, dtype=torch.float64)
+    for start in range(0, x.columns, _CHUNK):
+        chunk = torch.cat([b[:, start : start + _CHUNK].to(wide) for b in x.blocks])
+        omega = torch.from_numpy(signs(chunk.shape[1], width, seed, start)).to(wide).to(chunk.device)
+        total += (chunk @ omega).to("cpu", torch.float64)
+    return total
+
+
+def reference_power(x: RowBlocks, q: Tensor, precision: str) -> Tensor:
+    """Say it in torch, chunk by chunk of columns, on whatever device the blocks are."""
+    wide = torch.float32 if precision == "f32" else torch.float64
+    total = torch.zeros(q.shape, dtype=torch.float64)
+    weights = q.to(wide).to(x.device or q.device)
+    for start in range(0, x.columns, _CHUNK):
+        chunk = torch.cat([b[:, start : start + _CHUNK].to(wide) for b in x.blocks])
+        total += (chunk @ (chunk.T.contiguous() @ weights)).to("cpu", torch.float64)
+    return total
+
+
+BACKENDS = (
+    *_native.backends(_cpu, refuses_device),
+    Backend("reference", reference, lambda *_: None),
+)
+POWER_BACKENDS = (
+    *_native.backends(_cpu_power, refuses_device),
+    Backend("reference", reference_power, lambda *_: None),
+)

@@ -1,0 +1,1 @@
+"""The folder on disk: format, transactions, verification."""
