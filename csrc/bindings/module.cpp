@@ -109,6 +109,19 @@ void reconstruct(const Table& job_table, const std::vector<double>& scales, int 
   kernels.reconstruct(jobs.data(), static_cast<std::int64_t>(jobs.size()), threads);
 }
 
+double arithmetic(Arithmetic kind, std::int64_t repetitions, int threads, const std::string& isa) {
+  const Kernels& kernels = kernels_named(isa);
+  py::gil_scoped_release release;
+  return kernels.arithmetic(kind, repetitions, threads);
+}
+
+void traffic(Traffic kind, std::int64_t to, std::int64_t from, std::int64_t bytes, int threads,
+             const std::string& isa) {
+  const Kernels& kernels = kernels_named(isa);
+  py::gil_scoped_release release;
+  kernels.traffic(kind, address<void>(to), address<const void>(from), bytes, threads);
+}
+
 // [(name, built, supported)], narrowest first.
 std::vector<std::tuple<std::string, bool, bool>> list_instruction_sets() {
   std::vector<std::tuple<std::string, bool, bool>> found;
@@ -131,4 +144,17 @@ PYBIND11_MODULE(_core, m) {
   m.def("power", &power, py::arg("blocks"), py::arg("jobs"), py::arg("precision"), py::arg("threads"),
         py::arg("isa"));
   m.def("reconstruct", &reconstruct, py::arg("jobs"), py::arg("scales"), py::arg("threads"), py::arg("isa"));
+  // For benches: operations done by a loop of multiply-adds, and memory moved once.
+  py::enum_<Arithmetic>(m, "Arithmetic")
+      .value("f32", Arithmetic::f32)
+      .value("f64", Arithmetic::f64)
+      .value("bf16", Arithmetic::bf16);
+  py::enum_<Traffic>(m, "Traffic")
+      .value("read", Traffic::read)
+      .value("write", Traffic::write)
+      .value("stream", Traffic::stream)
+      .value("copy", Traffic::copy);
+  m.def("arithmetic", &arithmetic, py::arg("kind"), py::arg("repetitions"), py::arg("threads"), py::arg("isa"));
+  m.def("traffic", &traffic, py::arg("kind"), py::arg("to"), py::arg("from_"), py::arg("bytes"), py::arg("threads"),
+        py::arg("isa"));
 }

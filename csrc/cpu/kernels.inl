@@ -3,6 +3,12 @@
 // linker could hand the widest copy to every processor.
 #include <cstdint>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
 #include "loraspan/isa.hpp"
 #include "loraspan/parallel.hpp"
 
@@ -11,12 +17,13 @@
 #include "combine.inl"
 #include "sketch.inl"
 #include "reconstruct.inl"
+#include "ceilings.inl"
 
 namespace loraspan {
 namespace LORASPAN_ISA {
 
 extern const Kernels kernels;
-const Kernels kernels = {&gram, &combine, &sketch, &power, &reconstruct};
+const Kernels kernels = {&gram, &combine, &sketch, &power, &reconstruct, &arithmetic, &traffic};
 
 }  // namespace LORASPAN_ISA
 }  // namespace loraspan

@@ -9,6 +9,17 @@ class Precision(enum.Enum):
     f32 = 0
     f64 = 1
 
+class Arithmetic(enum.Enum):
+    f32 = 0
+    f64 = 1
+    bf16 = 2
+
+class Traffic(enum.Enum):
+    read = 0
+    write = 1
+    stream = 2
+    copy = 3
+
 def instruction_sets() -> list[tuple[str, bool, bool]]: ...
 def gram(blocks: NDArray[np.int64], jobs: NDArray[np.int64], precision: Precision, threads: int, isa: str) -> None: ...
 def combine(
@@ -19,3 +30,5 @@ def sketch(
 ) -> None: ...
 def power(blocks: NDArray[np.int64], jobs: NDArray[np.int64], precision: Precision, threads: int, isa: str) -> None: ...
 def reconstruct(jobs: NDArray[np.int64], scales: list[float], threads: int, isa: str) -> None: ...
+def arithmetic(kind: Arithmetic, repetitions: int, threads: int, isa: str) -> float: ...
+def traffic(kind: Traffic, to: int, from_: int, bytes: int, threads: int, isa: str) -> None: ...

@@ -1,6 +1,7 @@
 // The kernels of one instruction set, and which sets this build has and this processor runs.
 #pragma once
 
+#include "loraspan/ceilings.hpp"
 #include "loraspan/combine.hpp"
 #include "loraspan/gram.hpp"
 #include "loraspan/reconstruct.hpp"
@@ -14,6 +15,8 @@ struct Kernels {
   SketchFn* sketch;
   PowerFn* power;
   ReconstructFn* reconstruct;
+  ArithmeticFn* arithmetic;
+  TrafficFn* traffic;
 };
 
 struct Isa {
