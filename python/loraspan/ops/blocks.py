@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -72,6 +73,12 @@ class RowBlocks:
                 5,
             )
         return self._table
+
+
+def wide_columns(x: RowBlocks, piece: slice, dtype: torch.dtype) -> Tensor:
+    """Give the columns ``piece`` of all rows as one matrix of ``dtype`` (references only)."""
+    blocks = [b[:, piece].to(dtype) for b in x.blocks]
+    return torch.cat(blocks) if blocks else torch.empty(0, len(range(x.columns)[piece]), dtype=dtype)
 
 
 def refuses_device(matrices: Sequence[RowBlocks]) -> str | None:

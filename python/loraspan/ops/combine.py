@@ -11,7 +11,8 @@ from torch import Tensor
 from loraspan import _core, _native
 from loraspan._dispatch import Backend, choose
 from loraspan.errors import ArgumentError, ShapeError
-from loraspan.ops.blocks import RowBlocks, block_table, refuses_device
+from loraspan.ops.blocks import RowBlocks, block_table, refuses_device, wide_columns
+from loraspan.ops.rounding import narrow
 
 _CHUNK = 128
 
@@ -46,7 +47,8 @@ def combine(
     Returns:
         ``v [d, k]`` (row-major), ``xv [R, k]`` and ``vtv [k, k]`` (float64, exactly symmetric). Before its rounding an
         entry of ``V`` is within ``(R + 2) u |X|^T |W|`` of the exact one, ``u = 2^-24`` or ``2^-53``; the products
-        with the rounded ``V`` have the bounds of :func:`loraspan.ops.gram`. The same bits for any number of threads.
+        with the rounded ``V`` have the bounds of :func:`loraspan.ops.gram`. The compiled kernels give the same bits
+        for any number of threads.
 
     Raises:
         ShapeError: if ``w`` does not have one float64 row per row of ``x``, or the blocks do not fit together.
@@ -142,8 +144,8 @@ def _reference(x: RowBlocks, w: Tensor, dtype: torch.dtype, wide: torch.dtype) -
     vtv = torch.zeros(rank, rank, dtype=torch.float64)
     for start in range(0, x.columns, _CHUNK):
         piece = slice(start, start + _CHUNK)
-        chunk = torch.cat([b[:, piece].to(wide) for b in x.blocks]) if x.blocks else weights.new_zeros(0, rank)
-        v[piece] = (chunk.T.contiguous() @ weights).to(dtype)
+        chunk = wide_columns(x, piece, wide)
+        v[piece] = narrow(chunk.T.contiguous() @ weights, dtype)
         rounded = v[piece].to(wide)
         xv += (chunk @ rounded).to("cpu", torch.float64)
         vtv += (rounded.T.contiguous() @ rounded).to("cpu", torch.float64)

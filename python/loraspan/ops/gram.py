@@ -10,7 +10,7 @@ from torch import Tensor
 from loraspan import _core, _native
 from loraspan._dispatch import Backend, choose
 from loraspan.errors import ArgumentError
-from loraspan.ops.blocks import RowBlocks, block_table, refuses_device
+from loraspan.ops.blocks import RowBlocks, block_table, refuses_device, wide_columns
 
 # Columns per float32 sum of the reference before it is added in float64; the compiled kernels flush at least as often.
 _CHUNK = 128
@@ -29,11 +29,12 @@ def gram(x: RowBlocks | Sequence[Tensor] | Tensor, *, precision: str = "f32", ba
     Returns:
         ``[R, R]``, float64, exactly symmetric. The error of entry ``(i, j)`` is at most
         ``(128 + 2) u |x_i| . |x_j|`` with ``u = 2^-24`` for ``"f32"`` (in practice below ``3e-7 sqrt(G_ii G_jj)``),
-        and ``(d + 1) 2^-53 |x_i| . |x_j|`` for ``"f64"``. The compiled kernels give the same bits for any number of
-        threads.
+        and ``(d + 1) 2^-53 |x_i| . |x_j|`` for ``"f64"``, to first order in the roundoff and where no product leaves
+        the normal range of float32 or float64. The compiled kernels give the same bits for any number of threads.
 
     Raises:
         ShapeError: if the blocks do not fit together.
+        ArgumentError: if ``precision`` is neither ``"f32"`` nor ``"f64"``.
         BackendError: if the named backend cannot run this call.
 
     Example:
@@ -65,6 +66,7 @@ def gram_many(
 
     Raises:
         ShapeError: if the blocks of a matrix do not fit together.
+        ArgumentError: if ``precision`` is neither ``"f32"`` nor ``"f64"``.
         BackendError: if the named backend cannot run this call.
 
     Example:
@@ -94,7 +96,7 @@ def reference(matrices: Sequence[RowBlocks], precision: str) -> list[Tensor]:
 def _reference(x: RowBlocks, wide: torch.dtype) -> Tensor:
     total = torch.zeros(x.shape[0], x.shape[0], dtype=torch.float64)
     for start in range(0, x.columns, _CHUNK):
-        chunk = torch.cat([b[:, start : start + _CHUNK].to(wide) for b in x.blocks])
+        chunk = wide_columns(x, slice(start, start + _CHUNK), wide)
         total += (chunk @ chunk.T).to("cpu", torch.float64)
     # a matrix product need not be symmetric to the last bit
     return torch.tril(total) + torch.tril(total, -1).T

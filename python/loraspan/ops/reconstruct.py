@@ -11,6 +11,7 @@ from torch import Tensor
 from loraspan import _core, _native
 from loraspan._dispatch import Backend, choose
 from loraspan.errors import ShapeError
+from loraspan.ops.rounding import narrow
 
 
 class Piece(NamedTuple):
@@ -49,7 +50,8 @@ def reconstruct(
     Returns:
         ``[..., m, n]``. Sums are kept in float32, or in float64 if ``basis``, ``loadings`` or the result are float64;
         each entry is within ``(k + 2) u |scale| |basis| @ |loadings|`` of the exact one, ``u`` the unit roundoff of
-        the sum, and is then rounded once to ``dtype``. The same bits for any batch and any number of threads.
+        the sum, and is then rounded once to ``dtype``. The same bits for any batch, and from the compiled kernels for
+        any number of threads.
 
     Raises:
         ShapeError: if ``k``, the batch dimensions or the devices differ, or a dtype is none of those above.
@@ -142,7 +144,7 @@ def reference(pieces: Sequence[Piece]) -> None:
         dtypes = [t.dtype for t in (basis, loadings, out) if t is not None]
         wide = torch.float64 if torch.float64 in dtypes else torch.float32
         product = basis.to(wide) if loadings is None else basis.to(wide).contiguous() @ loadings.to(wide).contiguous()
-        out.copy_(scale * product)
+        out.copy_(narrow(scale * product, out.dtype))
 
 
 def _refuses(pieces: Sequence[Piece]) -> str | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from loraspan import _core, _native
 from loraspan._dispatch import Backend, choose
 from loraspan.errors import ArgumentError, ShapeError
-from loraspan.ops.blocks import RowBlocks, block_table, refuses_device
+from loraspan.ops.blocks import RowBlocks, block_table, refuses_device, wide_columns
 
 _CHUNK = 128
 _SEED_RANGE = 2**63
@@ -40,8 +40,9 @@ def sketch(
         backend: ``"cpu"`` (or one instruction set, such as ``"cpu:avx2"``) or ``"reference"``.
 
     Returns:
-        ``[R, width]``, float64. The error of a row is at most ``(128 + 2) u sum |x_i|``, ``u = 2^-24`` or ``2^-53``.
-        The same bits for any number of threads.
+        ``[R, width]``, float64. The error of an entry of row ``i`` is at most ``(128 + 2) 2^-24 sum |x_i|`` for
+        ``"f32"`` and ``(d + 1) 2^-53 sum |x_i|`` for ``"f64"``, to first order in the roundoff. The compiled kernels
+        give the same bits for any number of threads.
 
     Raises:
         ArgumentError: if ``width``, ``seed`` or ``precision`` is out of range.
@@ -79,7 +80,7 @@ def power(
 
     Returns:
         ``[R, l]``, float64, within ``(R + 128 + 4) u |X| |X|^T |Q|`` of the exact product, ``u = 2^-24`` or
-        ``2^-53`` (with ``d`` for 128). The same bits for any number of threads.
+        ``2^-53`` (with ``d`` for 128). The compiled kernels give the same bits for any number of threads.
 
     Raises:
         ShapeError: if ``q`` does not have one float64 row per row of ``x``, or the blocks do not fit together.
@@ -158,7 +159,7 @@ def reference(x: RowBlocks, width: int, seed: int, precision: str) -> Tensor:
     wide = torch.float32 if precision == "f32" else torch.float64
     total = torch.zeros(x.shape[0], width, dtype=torch.float64)
     for start in range(0, x.columns, _CHUNK):
-        chunk = torch.cat([b[:, start : start + _CHUNK].to(wide) for b in x.blocks])
+        chunk = wide_columns(x, slice(start, start + _CHUNK), wide)
         omega = torch.from_numpy(signs(chunk.shape[1], width, seed, start)).to(wide).to(chunk.device)
         total += (chunk @ omega).to("cpu", torch.float64)
     return total
@@ -170,7 +171,7 @@ def reference_power(x: RowBlocks, q: Tensor, precision: str) -> Tensor:
     total = torch.zeros(q.shape, dtype=torch.float64)
     weights = q.to(wide).to(x.device or q.device)
     for start in range(0, x.columns, _CHUNK):
-        chunk = torch.cat([b[:, start : start + _CHUNK].to(wide) for b in x.blocks])
+        chunk = wide_columns(x, slice(start, start + _CHUNK), wide)
         total += (chunk @ (chunk.T.contiguous() @ weights)).to("cpu", torch.float64)
     return total
 
