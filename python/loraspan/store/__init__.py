@@ -1,1 +1,7 @@
 """The folder on disk: format, transactions, verification."""
+
+from loraspan.store.format import Finding
+from loraspan.store.reader import open
+from loraspan.store.transaction import save
+
+__all__ = ["Finding", "open", "save"]

@@ -1,0 +1,62 @@
+"""What a collection has to be before it is written."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from loraspan.adapters.base import KINDS
+from loraspan.collection.collection import Collection, SlotSpace
+from loraspan.collection.layout import DTYPE_NAMES
+from loraspan.errors import ArgumentError, ShapeError
+from loraspan.store.format import LARGEST
+from loraspan.store.manifest import FLOATS
+from loraspan.store.segment import problem_of, slot_shape
+
+
+def check(collection: Collection) -> None:
+    """Refuse a collection whose parts do not fit together, or that a file cannot hold.
+
+    Raises:
+        ShapeError: if shapes or dtypes do not fit.
+        ArgumentError: if a name occurs twice or is not text, or a tensor has a dtype that files do not know.
+    """
+    if collection.dtype not in FLOATS:
+        known = ", ".join(map(str, FLOATS))
+        raise ArgumentError(f"save: dtype of a collection is one of {known}; got {collection.dtype}")
+    for name, slot in collection.slots.items():
+        _check_text(name, "slot")
+        _check_slot(name, slot, collection)
+    seen: set[str] = set()
+    for task in collection.tasks:
+        if task.name in seen:
+            raise ArgumentError(f"save: two tasks are named {task.name!r}: rename one")
+        seen.add(task.name)
+        for key, extra in task.extras.items():
+            _check_text(key, f"extra of task {task.name!r}")
+            _check_extra(task.name, key, extra)
+
+
+def _check_slot(name: str, slot: SlotSpace, collection: Collection) -> None:
+    if slot.kind not in KINDS:
+        raise ArgumentError(f"save: the kind of slot {name!r} is one of {', '.join(KINDS)}; got {slot.kind!r}")
+    for side, basis in (("u", slot.u), ("v", slot.v)):
+        if basis.ndim != 2 or max(basis.shape) > LARGEST or basis.dtype != collection.dtype:
+            raise ShapeError(
+                f"save: {side} of slot {name!r} has to be a matrix of {collection.dtype}; "
+                f"got {list(basis.shape)} of {basis.dtype}"
+            )
+    problem = problem_of(slot.columns, slot_shape(name, slot), collection.dtype, len(collection.tasks))
+    if problem is not None:
+        raise ShapeError(f"save: {problem[0]} of slot {name!r}: {problem[1]}")
+
+
+def _check_extra(task: str, key: str, extra: Tensor) -> None:
+    if extra.dtype not in DTYPE_NAMES:
+        raise ArgumentError(f"save: extra {key!r} of task {task!r} is {extra.dtype}, which safetensors cannot hold")
+
+
+def _check_text(name: str, what: str) -> None:
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise ArgumentError(f"save: the name of {what} has to be valid Unicode; {name!r} is not: {error}") from None

@@ -1,0 +1,106 @@
+"""Names, versions and damage: what every part of a store agrees on."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from loraspan.errors import FormatError
+
+# what this version writes, and the newest that it reads
+SCHEMA = 1
+
+CURRENT = "CURRENT"
+LOCK = ".lock"
+TEMPORARY = ".tmp-"
+BASIS, TASKS = "basis", "tasks"
+
+DATA_FILE = re.compile(r"(basis|tasks)-[0-9a-f]{32}\.safetensors", re.ASCII)
+MANIFEST_FILE = re.compile(r"manifest-([0-9]{6,18})\.json", re.ASCII)
+
+# far above any real dimension, and small enough that sums and products of a few stay in 64 bits
+LARGEST = 2**31 - 1
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something wrong in a store.
+
+    Attributes:
+        file: in the store's folder.
+        what: the part of the file: a tensor, a slot, a task, a field of the manifest.
+        problem: what it has to be and what it is.
+    """
+
+    file: str
+    what: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.what}: {self.problem}"
+
+
+class DamagedError(FormatError):
+    """A :class:`FormatError` that knows its :class:`Finding`."""
+
+    def __init__(self, file: str, what: str, problem: str, folder: object = None) -> None:
+        self.finding = Finding(file, what, problem)
+        super().__init__(str(self.finding) if folder is None else f"{folder}{os.sep}{self.finding}")
+
+    def within(self, folder: object) -> DamagedError:
+        """Give the same, naming the folder too."""
+        return DamagedError(self.finding.file, self.finding.what, self.finding.problem, folder)
+
+
+def manifest_name(generation: int) -> str:
+    """Give the name of a generation's manifest."""
+    return f"manifest-{generation:06d}.json"
+
+
+def data_name(kind: str, sha256: str) -> str:
+    """Give the name of a file of tensors."""
+    return f"{kind}-{sha256[:32]}.safetensors"
+
+
+def parse_json(data: bytes, file: str, what: str) -> Any:
+    """Read JSON that a stranger may have written: no double keys, no NaN, no endless nesting."""
+    try:
+        return json.loads(data.decode(), object_pairs_hook=_once, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(file, what, f"not valid JSON: {error or type(error).__name__}") from None
+
+
+def take(table: Any, key: str, kind: type[T], file: str, what: str) -> T:
+    """Give ``table[key]``, which has to be there and of exactly that type."""
+    if type(table) is not dict or key not in table:
+        raise DamagedError(file, what, f"{key!r} is missing")
+    value: T = table[key]
+    if type(value) is not kind:
+        raise DamagedError(file, what, f"{key!r} has to be {kind.__name__}; it is {type(value).__name__}")
+    return value
+
+
+def take_size(table: Any, key: str, file: str, what: str, *, largest: int = LARGEST) -> int:
+    """Give ``table[key]``, which has to be a number from 0 to ``largest``."""
+    value = take(table, key, int, file, what)
+    if not 0 <= value <= largest:
+        raise DamagedError(file, what, f"{key!r} has to be from 0 to {largest}; it is {value}")
+    return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        names = [name for name, _ in pairs]
+        double = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {double!r} is there twice")
+    return table
+
+
+def _no_constant(text: str) -> None:
+    raise ValueError(f"{text} is not JSON")

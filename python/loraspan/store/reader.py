@@ -1,0 +1,143 @@
+"""Open a generation of a store as a collection."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from loraspan.collection.collection import Collection, SlotSpace, Task
+from loraspan.collection.columns import Columns
+from loraspan.errors import ArgumentError, StoreError
+from loraspan.store import manifest as manifests
+from loraspan.store import segment
+from loraspan.store.format import CURRENT, DamagedError, manifest_name
+from loraspan.store.manifest import Manifest
+from loraspan.store.mapped import TensorFile
+
+_LARGEST_MANIFEST = 2**28
+
+
+def open(path: str | os.PathLike[str], *, generation: int | None = None) -> Collection:
+    """Open a store.
+
+    The tensors are views of the mapped files: nothing of them is read before it is used, and the files are closed. A
+    collection keeps the generation that it was opened at, whatever is saved to the folder afterwards.
+
+    Args:
+        path: the folder.
+        generation: which one to open; None opens the current one.
+
+    Returns:
+        The collection as it was saved. Where the store has several segments, the columns of a slot that occurs in more
+        than one of them are copied together.
+
+    Raises:
+        StoreError: if the folder is no store, lacks a file or cannot be read.
+        FormatError: if a file is not what it has to be; the message names it and the part.
+        UnsupportedError: if a newer version of loraspan wrote it.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from loraspan.store import open, save
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(Collection({}, (), dtype=torch.bfloat16), folder + "/team.span")
+        ...     open(folder + "/team.span").dtype
+        1
+        torch.bfloat16
+    """
+    folder = Path(path)
+    try:
+        return _open(folder, generation)
+    except DamagedError as error:
+        raise error.within(folder) from None
+
+
+def _open(folder: Path, generation: int | None) -> Collection:
+    manifest = read_manifest(folder, wanted(folder, generation))
+    bases = segment.read_basis(TensorFile(folder, manifest.basis), manifest)
+    tasks: list[Task] = []
+    parts: dict[str, list[Columns]] = {slot.name: [] for slot in manifest.slots}
+    for data in manifest.segments:
+        more, columns = segment.read_tasks(TensorFile(folder, data), manifest, data.tasks)
+        for name, part in columns.items():
+            if len(part.tasks):
+                parts[name].append(shifted(part, len(tasks)))
+        tasks += more
+    if (double := double_name(tasks)) is not None:
+        raise DamagedError(manifest_name(manifest.generation), f"task {double!r}"[:200], "two tasks have this name")
+    slots = {}
+    for slot in manifest.slots:
+        columns_of = join(parts[slot.name]) if parts[slot.name] else segment.no_columns(slot, manifest.dtype)
+        slots[slot.name] = SlotSpace(*bases[slot.name], columns_of, slot.kind, slot.kernel)
+    return Collection(slots, tuple(tasks), manifest.dtype, manifest.base_model, manifest.summary)
+
+
+def current(folder: Path) -> int | None:
+    """Give the number of the current generation, or None where there is no ``CURRENT``."""
+    try:
+        text = (folder / CURRENT).read_bytes()[:64]
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise StoreError(f"{folder / CURRENT}: cannot be read: {error.strerror}") from error
+    digits = text.removesuffix(b"\n")
+    if not digits.isdigit() or len(digits) > 18 or digits.startswith(b"0"):
+        raise DamagedError(CURRENT, "generation", f"it has to be one number; it is {text!r}")
+    return int(digits)
+
+
+def wanted(folder: Path, generation: int | None) -> int:
+    """Give the number of the generation to open: the one asked for, or the current one."""
+    newest = current(folder)
+    if newest is None:
+        reason = "it has no file CURRENT" if folder.is_dir() else "there is no such folder"
+        raise StoreError(f"{folder}: not a loraspan store: {reason}")
+    if generation is None:
+        return newest
+    if not 1 <= generation <= newest:
+        raise ArgumentError(f"{folder}: generation has to be from 1 to {newest}, the current one; got {generation}")
+    return generation
+
+
+def read_manifest(folder: Path, generation: int) -> Manifest:
+    """Read the manifest of a generation."""
+    path = folder / manifest_name(generation)
+    try:
+        with path.open("rb") as file:
+            data = file.read(_LARGEST_MANIFEST + 1)
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read: {error.strerror}") from error
+    if len(data) > _LARGEST_MANIFEST:
+        raise DamagedError(path.name, "size", f"a manifest has at most {_LARGEST_MANIFEST} bytes")
+    manifest = manifests.parse(data, path.name)
+    if manifest.generation != generation:
+        raise DamagedError(path.name, "generation", f"it has to be {generation}; it is {manifest.generation}")
+    return manifest
+
+
+def double_name(tasks: Sequence[Task]) -> str | None:
+    """Give a name that two tasks have, if there is one."""
+    seen: set[str] = set()
+    return next((task.name for task in tasks if task.name in seen or seen.add(task.name)), None)  # type: ignore[func-returns-value]
+
+
+def shifted(columns: Columns, tasks: int) -> Columns:
+    """Count tasks from ``tasks`` on."""
+    return Columns(columns.tasks + tasks, columns.counts, columns.dense, **columns.tensors()) if tasks else columns
+
+
+def join(parts: Sequence[Columns]) -> Columns:
+    """Put the rows of one slot together; a single part stays as it is."""
+    if len(parts) == 1:
+        return parts[0]
+    tensors = [part.tensors() for part in parts]
+    return Columns(
+        tasks=np.concatenate([part.tasks for part in parts]),
+        counts=np.concatenate([part.counts for part in parts]),
+        dense=np.concatenate([part.dense for part in parts]),
+        **{field: torch.cat([each[field] for each in tensors]) for field in segment.FIELDS},
+    )

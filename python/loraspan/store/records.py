@@ -1,0 +1,176 @@
+"""What a store keeps of each task beside its columns and extras, by column rather than by task."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import astuple
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loraspan.adapters.base import Source
+from loraspan.collection.collection import Task
+from loraspan.errors import ArgumentError
+from loraspan.store.format import DamagedError, parse_json, take
+
+# origin codes: 0 for a slot that a task lacks, otherwise 1 + the index of its (scale, rank)
+Codes = Mapping[str, NDArray[Any] | None]
+
+_T = TypeVar("_T")
+_WHAT = "tensor 'records'"
+
+
+class PerSlot(Mapping[str, _T], Generic[_T]):
+    """One number for each slot of one task, looked up when asked for."""
+
+    def __init__(self, codes: Codes, task: int, values: Sequence[_T]) -> None:
+        self._codes, self._task, self._values = codes, task, values
+
+    def _code(self, slot: str) -> int:
+        column = self._codes[slot]
+        return 1 if column is None else int(column[self._task])
+
+    def __getitem__(self, slot: str) -> _T:
+        code = self._code(slot)
+        if not code:
+            raise KeyError(slot)
+        return self._values[code - 1]
+
+    def __iter__(self) -> Iterator[str]:
+        return (slot for slot in self._codes if self._code(slot))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+
+def encode(tasks: Sequence[Task], slots: Sequence[str]) -> tuple[bytes, dict[str, NDArray[np.int64]]]:
+    """Give the records of ``tasks`` as JSON, and each slot's origin codes ``[T]`` where they are not all 1."""
+    codes = np.zeros((len(tasks), len(slots)), dtype=np.int64)
+    place = {slot: j for j, slot in enumerate(slots)}
+    origins: dict[tuple[float, int], int] = {}
+    configs: dict[str, int] = {}
+    config_of = []
+    for i, task in enumerate(tasks):
+        _check(task, place)
+        ranks = task.lora_ranks
+        for slot, scale in task.scales.items():
+            pair = (float(scale), int(ranks[slot]))
+            codes[i, place[slot]] = origins.setdefault(pair, len(origins) + 1)
+        config_of.append(configs.setdefault(_config(task), len(configs)))
+    table = {
+        "names": [task.name for task in tasks],
+        "errors": [float(task.error) for task in tasks],
+        "error_kinds": [task.error_kind for task in tasks],
+        "norms": [float(task.norm) for task in tasks],
+        "factor_bytes": [int(task.factor_bytes) for task in tasks],
+        "sources": [astuple(task.source) for task in tasks],
+        "configs": config_of,
+        "config_table": [json.loads(text) for text in configs],
+        "origin_table": list(origins),
+    }
+    try:
+        text = json.dumps(table, separators=(",", ":"), allow_nan=False)
+    except ValueError as error:
+        raise ArgumentError(
+            f"save: errors, norms, scales and configurations have to be finite numbers: {error}"
+        ) from None
+    return text.encode(), {slot: codes[:, j] for j, slot in enumerate(slots) if (codes[:, j] != 1).any()}
+
+
+def decode(data: bytes, count: int, codes: Codes, extras: Callable[[int], Mapping[str, Any]], file: str) -> list[Task]:
+    """Give the tasks of a segment, in order.
+
+    Args:
+        data: the tensor ``records``.
+        count: tasks that the manifest promises.
+        codes: the origin codes of every slot; None where all are 1.
+        extras: what a task's extras are.
+        file: to name in an error.
+
+    Raises:
+        FormatError: if the records are not what they have to be.
+    """
+    table = parse_json(data, file, _WHAT)
+    names, kinds = _column(table, "names", count, str, file), _column(table, "error_kinds", count, str, file)
+    errors, norms = _column(table, "errors", count, float, file), _column(table, "norms", count, float, file)
+    sizes = _column(table, "factor_bytes", count, int, file)
+    sources = [_source(entry, file) for entry in _column(table, "sources", count, list, file)]
+    config_table = take(table, "config_table", list, file, _WHAT)
+    configs = [_at(config_table, i, "configs", file) for i in _column(table, "configs", count, int, file)]
+    scales, ranks = _origins(table, codes, count, file)
+    return [
+        Task(
+            name=names[i],
+            error=errors[i],
+            error_kind=kinds[i],
+            norm=norms[i],
+            scales=PerSlot(codes, i, scales),
+            lora_ranks=PerSlot(codes, i, ranks),
+            config=configs[i],
+            source=sources[i],
+            factor_bytes=sizes[i],
+            extras=extras(i),
+        )
+        for i in range(count)
+    ]
+
+
+def _check(task: Task, slots: Mapping[str, int]) -> None:
+    if task.scales.keys() != task.lora_ranks.keys():
+        raise ArgumentError(f"save: task {task.name!r} has scales and lora_ranks for different slots")
+    if not task.scales.keys() <= slots.keys():
+        stranger = next(iter(task.scales.keys() - slots.keys()))
+        raise ArgumentError(
+            f"save: task {task.name!r} has a scale for {stranger!r}, which is no slot of the collection"
+        )
+
+
+def _config(task: Task) -> str:
+    try:
+        return json.dumps(dict(task.config), separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(f"save: the config of task {task.name!r} has to be plain JSON: {error}") from None
+
+
+def _column(table: Any, key: str, count: int, kind: type[Any], file: str) -> list[Any]:
+    column = take(table, key, list, file, _WHAT)
+    if len(column) != count:
+        raise DamagedError(file, _WHAT, f"{key!r} has to have {count} entries, one a task; it has {len(column)}")
+    for i, value in enumerate(column):
+        if type(value) is not kind:
+            raise DamagedError(
+                file, _WHAT, f"{key!r} of task {i} has to be {kind.__name__}; it is {type(value).__name__}"
+            )
+    return column
+
+
+def _source(entry: list[Any], file: str) -> Source:
+    optional = (False, False, True, True, True)
+    if len(entry) != 5 or not all(type(v) is str or (o and v is None) for v, o in zip(entry, optional, strict=True)):
+        raise DamagedError(file, _WHAT, f"a source has to be five strings, the last three or null; it is {entry!r}")
+    return Source(*entry)
+
+
+def _at(table: list[Any], i: int, key: str, file: str) -> Any:
+    if not 0 <= i < len(table) or type(table[i]) is not dict:
+        raise DamagedError(file, _WHAT, f"{key!r} names entry {i}, which is not there")
+    return table[i]
+
+
+def _origins(table: Any, codes: Codes, count: int, file: str) -> tuple[list[float], list[int]]:
+    pairs = take(table, "origin_table", list, file, _WHAT)
+    for pair in pairs:
+        if type(pair) is not list or [type(value) for value in pair] != [float, int]:
+            raise DamagedError(file, _WHAT, f"an origin has to be a scale and a rank; it is {pair!r}")
+    for slot, column in codes.items():
+        largest = (1 if count else 0) if column is None else int(column.max(initial=0))
+        if largest > len(pairs) or (column is not None and column.min(initial=0) < 0):
+            raise DamagedError(
+                file, f"tensor 'origin.{slot}'", f"it names an origin past the {len(pairs)} that there are"
+            )
+    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]

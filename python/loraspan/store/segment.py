@@ -1,0 +1,237 @@
+"""The tensors of a collection as a store names them, both ways."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from loraspan.collection.collection import Collection, SlotSpace, Task
+from loraspan.collection.columns import Columns
+from loraspan.collection.layout import narrow
+from loraspan.store import records
+from loraspan.store.format import LARGEST, DamagedError
+from loraspan.store.manifest import Manifest, SlotShape
+from loraspan.store.mapped import TensorFile
+
+FIELDS = ("weights", "left_loadings", "left_private", "right_loadings", "right_private")
+_INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int64)
+
+
+def basis_tensors(collection: Collection) -> list[tuple[str, Tensor]]:
+    """Give the tensors of the file of the bases; one without an element is left out."""
+    named = [(f"{side}.{name}", m) for name, s in collection.slots.items() for side, m in (("u", s.u), ("v", s.v))]
+    return [(name, tensor) for name, tensor in named if tensor.numel()]
+
+
+def task_tensors(collection: Collection, first: int = 0, last: int | None = None) -> list[tuple[str, Tensor]]:
+    """Give the tensors of a segment with the tasks ``first`` to ``last - 1``; one without an element is left out."""
+    tasks = collection.tasks[first:last]
+    text, codes = records.encode(tasks, list(collection.slots))
+    named: list[tuple[str, Tensor]] = []
+    for name, slot in collection.slots.items():
+        columns = _rows(slot.columns, first, first + len(tasks))
+        named += [(f"{field}.{name}", tensor) for field, tensor in columns.tensors().items()]
+        named.append((f"counts.{name}", _integers(columns.counts)))
+        if 0 < len(columns.tasks) < len(tasks):
+            named.append((f"rows.{name}", _integers(columns.tasks)))
+        if columns.dense.any():
+            named.append((f"dense.{name}", torch.from_numpy(np.ascontiguousarray(columns.dense))))
+    largest = max((int(column.max(initial=0)) for column in codes.values()), default=0)
+    named += [(f"origin.{name}", _integers(column, largest)) for name, column in codes.items()]
+    named = [(name, tensor) for name, tensor in named if tensor.numel()]
+    # an extra is kept even without an element: that it was there is part of it
+    named += [(f"extra.{i}.{key}", extra) for i, task in enumerate(tasks) for key, extra in task.extras.items()]
+    named.append(("records", torch.frombuffer(bytearray(text), dtype=torch.uint8)))
+    return named
+
+
+def read_basis(file: TensorFile, manifest: Manifest) -> dict[str, tuple[Tensor, Tensor]]:
+    """Give ``(u, v)`` of every slot, as views.
+
+    Raises:
+        FormatError: if the file's tensors are not those of the manifest.
+    """
+    expected = {
+        f"{side}.{slot.name}": shape
+        for slot in manifest.slots
+        for side, shape in (("u", (slot.n, slot.k_out)), ("v", (slot.d, slot.k_in)))
+    }
+    file.refuse_strangers(expected.keys())
+    found = {name: _float(file, name, manifest.dtype, shape) for name, shape in expected.items()}
+    return {slot.name: (found[f"u.{slot.name}"], found[f"v.{slot.name}"]) for slot in manifest.slots}
+
+
+def read_tasks(file: TensorFile, manifest: Manifest, count: int) -> tuple[list[Task], dict[str, Columns]]:
+    """Give the tasks of a segment, and their columns in every slot, counted from 0 in this segment.
+
+    Raises:
+        FormatError: if the file's tensors do not fit the manifest or each other.
+    """
+    kinds = (*FIELDS, "counts", "rows", "dense", "origin")
+    known = {f"{kind}.{slot.name}" for slot in manifest.slots for kind in kinds} | {"records"}
+    extras = _extras(file, count)
+    file.refuse_strangers(known | {name for keys in extras.values() for name in keys.values()})
+    codes = {slot.name: _codes(file, slot.name, count) for slot in manifest.slots}
+    text = file.tensor("records", torch.uint8)
+    if text is None or text.ndim != 1:
+        raise DamagedError(file.name, "tensor 'records'", "it has to be there, with one dimension")
+    data = text.numpy().tobytes()
+    tasks = records.decode(data, count, codes, lambda i: Views(file, extras.get(i, {})), file.name)
+    return tasks, {slot.name: _columns(file, slot, manifest.dtype, count) for slot in manifest.slots}
+
+
+class Views(Mapping[str, Tensor]):
+    """Tensors of a mapped file, by other names, made when asked for."""
+
+    def __init__(self, file: TensorFile, names: Mapping[str, str]) -> None:
+        self._file, self._names = file, names
+
+    def __getitem__(self, key: str) -> Tensor:
+        tensor = self._file.tensor(self._names[key])
+        assert tensor is not None
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} tensors of {self._file.name}>"
+
+
+def slot_shape(name: str, slot: SlotSpace) -> SlotShape:
+    """Give what the manifest says of a slot."""
+    (n, k_out), (d, k_in) = slot.u.shape, slot.v.shape
+    return SlotShape(name, n, d, k_out, k_in, slot.kind, slot.kernel)
+
+
+def slot_shapes(collection: Collection) -> tuple[SlotShape, ...]:
+    """Give what the manifest says of all slots."""
+    return tuple(slot_shape(name, slot) for name, slot in collection.slots.items())
+
+
+def problem_of(columns: Columns, slot: SlotShape, dtype: torch.dtype, tasks: int) -> tuple[str, str] | None:
+    """Say which part of the columns of a slot does not fit, and how, if any."""
+    rows, counts, dense = columns.tasks, columns.counts, columns.dense
+    if rows.ndim != 1 or counts.shape != (len(rows), 4) or dense.shape != rows.shape:
+        return (
+            "counts",
+            f"tasks, counts and dense have to be [T], [T, 4], [T]; {rows.shape}, {counts.shape}, {dense.shape}",
+        )
+    if len(rows) and not (rows[0] >= 0 and rows[-1] < tasks and (np.diff(rows) > 0).all()):
+        return "rows", f"they have to ascend within the {tasks} tasks"
+    if len(rows) and not (counts.min() >= 0 and counts.max() <= LARGEST):
+        return "counts", f"they have to be from 0 to {LARGEST}"
+    if (counts[dense, 0] != slot.k_in).any():
+        return "dense", f"a dense core has {slot.k_in} columns with both ends shared"
+    totals = columns.offsets()[-1]
+    for (field, tensor), total, width in zip(columns.tensors().items(), totals, _widths(slot), strict=True):
+        shape = (int(total), *width)
+        if tuple(tensor.shape) != shape:
+            return field, f"the counts ask for shape {list(shape)}; it is {list(tensor.shape)}"
+        wanted = torch.float32 if field == "weights" else dtype
+        if tensor.dtype != wanted:
+            return field, f"it has to be {wanted}; it is {tensor.dtype}"
+    return None
+
+
+def no_columns(slot: SlotShape, dtype: torch.dtype) -> Columns:
+    """Give the columns of a slot that no task has."""
+    tensors = {
+        field: torch.empty((0, *width), dtype=torch.float32 if field == "weights" else dtype)
+        for field, width in zip(FIELDS, _widths(slot), strict=True)
+    }
+    none = np.zeros(0, dtype=np.int64)
+    return Columns(none, np.zeros((0, 4), dtype=np.int64), np.zeros(0, dtype=np.bool_), **tensors)
+
+
+def _columns(file: TensorFile, slot: SlotShape, dtype: torch.dtype, count: int) -> Columns:
+    counts = _ints(file, f"counts.{slot.name}")
+    if counts is None:
+        counts = np.zeros((0, 4), dtype=np.int64)
+    elif counts.ndim != 2:
+        raise DamagedError(
+            file.name, f"tensor 'counts.{slot.name}'", f"it has to be [T, 4]; it is {list(counts.shape)}"
+        )
+    rows = _ints(file, f"rows.{slot.name}") if len(counts) else np.zeros(0, dtype=np.int64)
+    if rows is None:
+        rows = np.arange(count, dtype=np.int64)
+    dense = file.tensor(f"dense.{slot.name}", torch.bool)
+    flags = np.zeros(len(rows), dtype=np.bool_) if dense is None else _flags(file, slot.name)
+    tensors = no_columns(slot, dtype).tensors()
+    for field, empty in tensors.items():
+        found = file.tensor(f"{field}.{slot.name}", empty.dtype)
+        tensors[field] = empty if found is None else found
+    columns = Columns(tasks=rows, counts=counts, dense=flags, **tensors)
+    if (problem := problem_of(columns, slot, dtype, count)) is not None:
+        raise DamagedError(file.name, f"tensor '{problem[0]}.{slot.name}'", problem[1])
+    return columns
+
+
+def _rows(columns: Columns, first: int, last: int) -> Columns:
+    a, b = np.searchsorted(columns.tasks, (first, last))
+    if a == 0 and b == len(columns.tasks) and first == 0:
+        return columns
+    offsets = columns.offsets()
+    parts = {f: t[offsets[a, j] : offsets[b, j]] for j, (f, t) in enumerate(columns.tensors().items())}
+    return Columns(columns.tasks[a:b] - first, columns.counts[a:b], columns.dense[a:b], **parts)
+
+
+def _widths(slot: SlotShape) -> tuple[tuple[int, ...], ...]:
+    # of one row of each of FIELDS
+    return ((), (slot.k_out,), (slot.n,), (slot.k_in,), (slot.d,))
+
+
+def _integers(values: NDArray[np.int64], largest: int | None = None) -> Tensor:
+    top = int(values.max(initial=0)) if largest is None else largest
+    return torch.from_numpy(np.ascontiguousarray(values)).to(narrow(top))
+
+
+def _ints(file: TensorFile, name: str) -> NDArray[np.int64] | None:
+    tensor = file.tensor(name, *_INTEGERS)
+    return None if tensor is None else tensor.numpy().astype(np.int64)
+
+
+def _flags(file: TensorFile, slot: str) -> NDArray[np.bool_]:
+    # as bytes: a bool that is neither 0 nor 1 must not reach a branch
+    raw = file.tensor(f"dense.{slot}", torch.bool)
+    assert raw is not None
+    return np.asarray(raw.view(torch.uint8).numpy() != 0)
+
+
+def _codes(file: TensorFile, slot: str, count: int) -> NDArray[Any] | None:
+    tensor = file.tensor(f"origin.{slot}", *_INTEGERS)
+    if tensor is None:
+        return None
+    if tuple(tensor.shape) != (count,):
+        raise DamagedError(file.name, f"tensor 'origin.{slot}'", f"it has to be [{count}]; it is {list(tensor.shape)}")
+    return tensor.numpy()
+
+
+def _float(file: TensorFile, name: str, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+    tensor = file.tensor(name, dtype)
+    if tensor is None and 0 in shape:
+        return torch.empty(tuple(shape), dtype=dtype)
+    if tensor is None or tuple(tensor.shape) != tuple(shape):
+        got = "it is missing" if tensor is None else f"it is {list(tensor.shape)}"
+        raise DamagedError(file.name, f"tensor {name!r}", f"the manifest says {list(shape)}; {got}")
+    return tensor
+
+
+def _extras(file: TensorFile, count: int) -> dict[int, dict[str, str]]:
+    found: dict[int, dict[str, str]] = {}
+    for name in file.names():
+        if not name.startswith("extra."):
+            continue
+        _, number, key = (*name.split(".", 2), "", "")[:3]
+        if not (number.isascii() and number.isdigit() and str(int(number[:10])) == number and int(number) < count):
+            raise DamagedError(file.name, f"tensor {name!r}", f"its number has to be that of one of {count} tasks")
+        found.setdefault(int(number), {})[key] = name
+    return found
