@@ -31,11 +31,8 @@ DTYPE_NAMES: Mapping[torch.dtype, str] = {
         "U16": "uint16",
         "U8": "uint8",
         "BOOL": "bool",
-        "C64": "complex64",
         "F8_E4M3": "float8_e4m3fn",
         "F8_E5M2": "float8_e5m2",
-        "F8_E4M3FNUZ": "float8_e4m3fnuz",
-        "F8_E5M2FNUZ": "float8_e5m2fnuz",
     }.items()
     if hasattr(torch, ours)
 }

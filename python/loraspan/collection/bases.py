@@ -1,0 +1,133 @@
+"""The bases of a slot as they will be stored, and every task's least-squares core on them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from loraspan.collection.assemble import Part
+from loraspan.collection.stack import Stack
+from loraspan.linalg.roots import gram_root
+from loraspan.ops import combine
+
+# How far from orthonormal a stored basis may be, beyond what its dtype's rounding does: it is mended above this.
+_ORTHOGONALITY = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+# Singular values of a core below this share of its largest are rounding.
+_RANK_FLOOR = 1e-7
+
+
+class Basis(NamedTuple):
+    """One basis as stored.
+
+    Attributes:
+        v: ``[d, k]``, in its stored dtype.
+        products: ``[T, r, k]``, float64: every task's factor times ``v``, zeros below smaller ranks.
+        gram: ``[k, k]``, float64: ``v^T v`` of the stored entries.
+    """
+
+    v: Tensor
+    products: Tensor
+    gram: Tensor
+
+
+def make_basis(stack: Stack, w: Tensor, dtype: torch.dtype, precision: str) -> Basis:
+    """Form ``X^T w`` in the stored dtype with its products in one pass; again if it came out far from orthonormal."""
+    v, xv, gram = combine(stack.x, w, dtype=dtype, precision=precision)
+    for _ in range(2):
+        eye = torch.eye(gram.shape[0], dtype=torch.float64)
+        if not gram.numel() or (gram - eye).abs().max() <= _ORTHOGONALITY[dtype]:
+            break
+        w = w @ gram_root(gram).inverse
+        v, xv, gram = combine(stack.x, w, dtype=dtype, precision=precision)
+    return Basis(v, stack.pad(xv), gram)
+
+
+def empty_basis(stack: Stack, length: int, dtype: torch.dtype) -> Basis:
+    """Give a basis of no vectors."""
+    none = torch.zeros(0, 0, dtype=torch.float64)
+    products = torch.zeros(stack.count, stack.weights.shape[-1], 0, dtype=torch.float64)
+    return Basis(torch.empty(length, 0, dtype=dtype), products, none)
+
+
+class SharedCores(NamedTuple):
+    """The cores of all tasks as they will be stored, and the columns that hold them.
+
+    Attributes:
+        part: columns of form ss.
+        cores: ``[T, k_out, k_in]``, float64: the cores with their stored, rounded entries.
+        squares: ``[T]``: ``|dW_i - U C_i V^T|_F^2`` for those entries.
+    """
+
+    part: Part
+    cores: Tensor
+    squares: Tensor
+
+
+def shared_cores(out: Basis, inn: Basis, scales: Tensor, squares: Tensor, dtype: torch.dtype) -> SharedCores:
+    r"""Give every task's least-squares core on the stored bases, ``C_i = M_U^-1 T_i M_V^-1``, factored or dense.
+
+    Args:
+        out: the output basis.
+        inn: the input basis.
+        scales: ``[T]``.
+        squares: ``[T]``: ``|dW_i|_F^2``.
+        dtype: of the loadings.
+    """
+    b = _solve(out.gram, out.products)  # [T, k_out, r]
+    a = _solve(inn.gram, inn.products) * scales[:, None, None]  # [T, k_in, r]
+    left, right, present = _canonical(b, a)
+    k_out, k_in = b.shape[1], a.shape[1]
+    columns = int(present.sum())
+    itemsize = torch.empty(0, dtype=dtype).element_size()
+    if columns * ((k_out + k_in) * itemsize + 4) > b.shape[0] * k_in * (k_out * itemsize + 4):
+        part, cores = _dense(left @ right.mT, dtype)
+    else:
+        part, cores = _factored(left, right, present, dtype)
+    seen = out.products.mT @ inn.products * scales[:, None, None]  # T_i = U^T dW_i V
+    image = out.gram @ cores @ inn.gram
+    lost = squares + (cores * (image - 2 * seen)).sum((-1, -2))
+    return SharedCores(part, cores, lost.clamp(min=0))
+
+
+def _solve(gram: Tensor, products: Tensor) -> Tensor:
+    """Give ``gram^-1 products_i^T``, ``[T, k, r]``."""
+    inverse = gram_root(gram).inverse
+    return inverse @ (inverse.T @ products.mT)
+
+
+def _canonical(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Give ``b_i a_i^T`` as orthonormal left times orthogonal right columns, by size, and which are not zero.
+
+    Left columns are orthonormal, so rounding a right column costs that share of its own size: a factor pair of any
+    gauge is stored with the same accuracy.
+    """
+    root = gram_root(b.mT @ b)
+    inner = root.r @ (a.mT @ a) @ root.r.mT
+    values, vectors = torch.linalg.eigh((inner + inner.mT) / 2)
+    values, vectors = values.flip(-1), vectors.flip(-1)
+    present = (values > _RANK_FLOOR**2 * values[:, :1]) & (values > 0)
+    return b @ (root.inverse @ vectors), a @ (root.r.mT @ vectors), present
+
+
+def _factored(left: Tensor, right: Tensor, present: Tensor, dtype: torch.dtype) -> tuple[Part, Tensor]:
+    weights = left.norm(dim=-2) * right.norm(dim=-2) * present
+    left, right = unit(left).to(dtype), unit(right).to(dtype)
+    cores = (left.double() * weights.float().double().unsqueeze(-2)) @ right.double().mT
+    part = Part("ss", present.sum(-1), weights[present], left.mT[present], right.mT[present])
+    return part, cores
+
+
+def _dense(cores: Tensor, dtype: torch.dtype) -> tuple[Part, Tensor]:
+    weights = cores.norm(dim=-2)
+    left = unit(cores).to(dtype)
+    counts = torch.full((cores.shape[0],), cores.shape[2])
+    stored = left.double() * weights.float().double().unsqueeze(-2)
+    return Part("ss", counts, weights.flatten(), left.mT.reshape(-1, cores.shape[1]), None), stored
+
+
+def unit(columns: Tensor) -> Tensor:
+    """Give columns of length 1, zero ones as they are."""
+    norm = columns.norm(dim=-2, keepdim=True)
+    return columns / torch.where(norm > 0, norm, 1.0)

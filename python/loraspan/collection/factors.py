@@ -1,0 +1,132 @@
+"""What is known of a slot's factors before any basis: their Grams, norms and canonical coordinates. No n, no d."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from loraspan.adapters.base import Adapter, Slot
+from loraspan.collection.stack import Stack, pad_square
+from loraspan.errors import MismatchError, NotFiniteError
+from loraspan.linalg.roots import gram_root
+from loraspan.ops import gram_many
+
+# Singular values of dW below this share of the largest are rounding of the Grams.
+_RANK_FLOOR = 1e-8
+
+
+class Canonical(NamedTuple):
+    """``dW_i = (B_i x_i)(y_i A_i)`` with ``B_i x_i = Q u sqrt(s)``, ``y_i A_i = sqrt(s) v^T Q'^T``: free of the gauge.
+
+    ``x [T, r, r]`` (columns), ``y [T, r, r]`` given transposed (columns too), ``s [T, r]`` the singular values of
+    ``dW_i``, descending, 0 where there is none (with zero columns).
+    """
+
+    x: Tensor
+    y: Tensor
+    s: Tensor
+
+
+@dataclass(frozen=True)
+class SlotFactors:
+    """The tasks of one slot.
+
+    Attributes:
+        path: the slot's module path.
+        members: the tasks that have the slot, as indices into the adapters, ascending.
+        slots: their factors.
+        gram_up: ``B_i^T B_i``, ``[T, r, r]``, float64, zeros around smaller ranks.
+        gram_down: ``A_i A_i^T``, likewise.
+        scales: ``[T]``, float64.
+        squares: ``[T]``: ``|dW_i|_F^2``.
+    """
+
+    path: str
+    members: list[int]
+    slots: list[Slot]
+    gram_up: Tensor
+    gram_down: Tensor
+    scales: Tensor
+    squares: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(n, d)`` of the slot."""
+        return self.slots[0].shape
+
+    def stacks(self, weights: Tensor) -> tuple[Stack, Stack]:
+        """Give the output and the input side, rows weighted to ``w_i dW_i``; ``weights [T]``."""
+        scale = (weights * self.scales)[:, None, None]
+        up = Stack([slot.up.T for slot in self.slots], scale * gram_root(self.gram_down).r)
+        down = Stack([slot.down for slot in self.slots], scale * gram_root(self.gram_up).r)
+        return up, down
+
+    def canonical(self) -> Canonical:
+        """Give the balanced singular value decomposition of every ``dW_i``, in coordinates of its factors."""
+        up, down = gram_root(self.gram_up), gram_root(self.gram_down)
+        u, s, vh = torch.linalg.svd(self.scales[:, None, None] * up.r @ down.r.mT)
+        present = s > _RANK_FLOOR * s[:, :1]
+        root = torch.where(present, s, 0.0).sqrt().unsqueeze(-2)
+        return Canonical(up.inverse @ u * root, down.inverse @ vh.mT * root, torch.where(present, s, 0.0))
+
+
+def read_factors(adapters: Sequence[Adapter]) -> list[SlotFactors]:
+    """Group the adapters by slot and take the Grams of every factor, one light pass over the bytes.
+
+    Slots come in the order in which the adapters name them first.
+
+    Args:
+        adapters: any ranks, scales and dtypes; an adapter may lack a slot.
+
+    Raises:
+        MismatchError: if adapters disagree on the shape of a slot.
+        NotFiniteError: if a factor holds a NaN or an infinity; names adapter, slot and factor.
+    """
+    members: dict[str, list[int]] = {}
+    for index, adapter in enumerate(adapters):
+        for path in adapter.slots:
+            members.setdefault(path, []).append(index)
+    for path, indices in members.items():
+        _check_shapes(path, [adapters[i] for i in indices])
+    flat = [(i, path) for path, indices in members.items() for i in indices]
+    grams = gram_many(
+        [[adapters[i].slots[path].down] for i, path in flat] + [[adapters[i].slots[path].up.T] for i, path in flat],
+        precision="f64",
+    )
+    by_path: dict[str, list[tuple[Tensor, Tensor]]] = {path: [] for path in members}
+    for (_, path), down, up in zip(flat, grams[: len(flat)], grams[len(flat) :], strict=True):
+        by_path[path].append((up, down))
+    return [_slot_factors(adapters, path, members[path], by_path[path]) for path in members]
+
+
+def _slot_factors(
+    adapters: Sequence[Adapter], path: str, members: list[int], grams: list[tuple[Tensor, Tensor]]
+) -> SlotFactors:
+    slots = [adapters[i].slots[path] for i in members]
+    up, down = (pad_square([pair[side] for pair in grams]) for side in (0, 1))
+    for name, gram in (("up", up), ("down", down)):
+        finite = gram.isfinite().all(-1).all(-1)
+        if not finite.all():
+            raise NotFiniteError(
+                f"adapter {adapters[members[int((~finite).nonzero()[0])]].name!r}: the factor {name!r} "
+                f"(lora_{'B' if name == 'up' else 'A'}) of slot {path!r} holds a NaN or an infinity; "
+                f"leave the adapter out or repair its file"
+            )
+    scales = torch.tensor([slot.scale for slot in slots], dtype=torch.float64)
+    squares = scales.square() * (up * down).sum((-1, -2)).clamp(min=0)
+    return SlotFactors(path, members, slots, up, down, scales, squares)
+
+
+def _check_shapes(path: str, adapters: list[Adapter]) -> None:
+    first = adapters[0].slots[path]
+    for adapter in adapters[1:]:
+        slot = adapter.slots[path]
+        if slot.shape != first.shape or slot.kind != first.kind or slot.kernel != first.kernel:
+            raise MismatchError(
+                f"slot {path!r} is a {first.kind} of shape {list(first.shape)} in adapter {adapters[0].name!r} and a "
+                f"{slot.kind} of shape {list(slot.shape)} in {adapter.name!r}: they are for different base models"
+            )

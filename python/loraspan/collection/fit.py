@@ -1,0 +1,174 @@
+"""Fit a collection: from adapters to bases and columns, slot after slot, in few passes over the bytes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loraspan.adapters.base import Adapter
+from loraspan.collection.assemble import assemble
+from loraspan.collection.bases import make_basis, shared_cores
+from loraspan.collection.collection import Collection, SlotSpace, Task
+from loraspan.collection.core_space import energy_by_rank, refine_jointly
+from loraspan.collection.factors import SlotFactors, read_factors
+from loraspan.collection.ranges import Range, find_range
+from loraspan.collection.stack import Stack
+from loraspan.collection.within import fit_within
+from loraspan.errors import ArgumentError
+
+Progress = Callable[[str, int, int], None]
+
+_OVERSAMPLE = 10
+_FIRST_WIDTH = 64
+# Below this predicted relative error the products are summed in float64: float32 sums would blur the reported error.
+_FINE_ERROR = 0.05
+# Above this share of the energy, or below this error, the range is found in float64 too.
+_FINE_ENERGY = 1 - 1e-4
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a fit is asked for: exactly one of ``rank``, ``energy`` and ``max_error``.
+
+    Attributes:
+        rank: width of every basis (cut to the numerical rank); all ends shared.
+        energy: share of the collection's energy that every slot keeps; all ends shared.
+        max_error: relative error on ``dW`` that no task exceeds; shared columns where they pay, private for the rest.
+        refine: iterations of joint refinement.
+        dtype: of bases, loadings and private columns.
+        seed: of the sketches.
+    """
+
+    rank: int | None = None
+    energy: float | None = None
+    max_error: float | None = None
+    refine: int = 2
+    dtype: torch.dtype = torch.float32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("rank", "energy", "max_error") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ArgumentError(f"compress: give exactly one of rank, energy and max_error; got {given or 'none'}")
+        if self.rank is not None and self.rank < 1:
+            raise ArgumentError(f"compress: rank is at least 1; got {self.rank}")
+        if self.energy is not None and not 0 < self.energy <= 1:
+            raise ArgumentError(f"compress: energy is a share above 0 and at most 1; got {self.energy}")
+        if self.max_error is not None and not (0 < self.max_error < 1):
+            raise ArgumentError(f"compress: max_error is between 0 and 1; got {self.max_error}")
+        if self.refine < 0:
+            raise ArgumentError(f"compress: refine is at least 0; got {self.refine}")
+        if self.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ArgumentError(f"compress: dtype is float32, bfloat16 or float16; got {self.dtype}")
+
+
+def fit(adapters: Sequence[Adapter], goal: Goal, progress: Progress | None = None) -> Collection:
+    """Give the collection of ``adapters`` that meets ``goal``.
+
+    Args:
+        adapters: at least one, with distinct names; an adapter may lack slots that others have.
+        goal: what to meet.
+        progress: called with a stage, how much of it is done, and how much there is.
+
+    Raises:
+        ArgumentError: if there is no adapter, or ``max_error`` is below what rounding to ``goal.dtype`` allows.
+        MismatchError: if names clash or adapters disagree on a slot.
+        NotFiniteError: if a factor holds a NaN or an infinity.
+    """
+    if not adapters:
+        raise ArgumentError("compress: there is no adapter to compress")
+    report = progress or (lambda _stage, _done, _total: None)
+    report("read", 0, len(adapters))
+    slots = read_factors(adapters)
+    report("read", len(adapters), len(adapters))
+    squares = total_squares(slots, len(adapters))
+    if goal.max_error is not None:
+        fitted = fit_within(slots, squares, goal.max_error, goal.dtype, goal.seed, goal.refine, report)
+    else:
+        fitted = []
+        for i, slot in enumerate(slots):
+            report("fit", i, len(slots))
+            fitted.append(_fit_shared(slot, squares, goal))
+    report("fit", len(slots), len(slots))
+    lost = torch.zeros(len(adapters), dtype=torch.float64)
+    for slot, (_, slot_lost) in zip(slots, fitted, strict=True):
+        lost.index_add_(0, torch.tensor(slot.members), slot_lost)
+    spaces = {slot.path: space for slot, (space, _) in zip(slots, fitted, strict=True)}
+    return Collection(spaces, _tasks(adapters, squares, lost), goal.dtype, _base_model(adapters))
+
+
+def total_squares(slots: Sequence[SlotFactors], count: int) -> Tensor:
+    """Give every task's ``|dW|_F^2`` over all its slots, ``[count]``."""
+    squares = torch.zeros(count, dtype=torch.float64)
+    for slot in slots:
+        squares.index_add_(0, torch.tensor(slot.members), slot.squares)
+    return squares
+
+
+def _fit_shared(slot: SlotFactors, squares: Tensor, goal: Goal) -> tuple[SlotSpace, Tensor]:
+    """Fit one slot with all ends shared."""
+    members = torch.tensor(slot.members)
+    # a task's relative error counts where a rank is asked for, the collection's energy where that is
+    norms = squares[members].sqrt()
+    weights = torch.ones_like(norms) if goal.energy is not None else torch.where(norms > 0, 1 / norms, 0.0)
+    sides = slot.stacks(weights)
+    precision = "f64" if goal.energy is not None and goal.energy > _FINE_ENERGY else "f32"
+    ranges, cores, ranks = _choose_ranks(slot, sides, goal, precision)
+    turns = refine_jointly(cores * weights[:, None, None], *ranks, goal.refine)
+    held = (turns[0].T @ cores @ turns[1]).square().sum((-1, -2))
+    predicted = (1 - held / torch.where(slot.squares > 0, slot.squares, 1.0)).clamp(min=0).sqrt()
+    products = "f64" if bool((predicted[slot.squares > 0] < _FINE_ERROR).any()) else "f32"
+    out, inn = (
+        make_basis(side, found.w @ turn, goal.dtype, products)
+        for side, found, turn in zip(sides, ranges, turns, strict=True)
+    )
+    shared = shared_cores(out, inn, slot.scales, slot.squares, goal.dtype)
+    columns = assemble(slot.members, [shared.part], slot.shape, ranks, goal.dtype)
+    first = slot.slots[0]
+    return SlotSpace(out.v, inn.v, columns, first.kind, first.kernel), shared.squares
+
+
+def _choose_ranks(
+    slot: SlotFactors, sides: tuple[Stack, Stack], goal: Goal, precision: str
+) -> tuple[tuple[Range, Range], Tensor, tuple[int, int]]:
+    """Find ranges wide enough for the goal, the cores in them, and the ranks to cut them to."""
+    width = _FIRST_WIDTH if goal.rank is None else goal.rank + _OVERSAMPLE
+    while True:
+        out, inn = (find_range(side, width, precision=precision, seed=goal.seed + i) for i, side in enumerate(sides))
+        cores = sides[0].pad(out.xv).mT @ sides[1].pad(inn.xv) * slot.scales[:, None, None]
+        limits = cores.shape[1:]
+        if goal.rank is not None:
+            return (out, inn), cores, (min(goal.rank, limits[0]), min(goal.rank, limits[1]))
+        energies = energy_by_rank(cores)
+        wanted = (goal.energy or 0.0) * float(slot.squares.sum()) * (1 - 1e-12)
+        enough = (energies >= wanted).nonzero()
+        if len(enough) or max(limits) < width:
+            rank = int(enough[0]) if len(enough) else max(limits)
+            return (out, inn), cores, (min(rank, limits[0]), min(rank, limits[1]))
+        width *= 2
+
+
+def _tasks(adapters: Sequence[Adapter], squares: Tensor, lost: Tensor) -> tuple[Task, ...]:
+    return tuple(
+        Task(
+            name=adapter.name,
+            error=math.sqrt(float(lost[i] / squares[i])) if squares[i] > 0 else 0.0,
+            error_kind="measured",
+            norm=math.sqrt(float(squares[i])),
+            scales={path: slot.scale for path, slot in adapter.slots.items()},
+            lora_ranks={path: slot.lora_rank for path, slot in adapter.slots.items()},
+            config=adapter.config,
+            source=adapter.source,
+            factor_bytes=adapter.nbytes,
+            extras=adapter.extras,
+        )
+        for i, adapter in enumerate(adapters)
+    )
+
+
+def _base_model(adapters: Sequence[Adapter]) -> str | None:
+    return next((a.source.base_model for a in adapters if a.source.base_model), None)

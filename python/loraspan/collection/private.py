@@ -1,0 +1,188 @@
+"""What the shared columns of a slot leave of each task, and the private columns that carry it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loraspan.collection.assemble import Part
+from loraspan.linalg.roots import gram_root
+from loraspan.ops import combine_many
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One side of the residuals of a slot: per task, the vectors ``F_i`` that its residual is made of.
+
+    Attributes:
+        factors: per task, its ``r_i`` factor vectors as rows ``[r_i, m]`` (``A_i`` or ``B_i^T``).
+        transform: ``[T, r, c]``: canonical coordinates of the factor vectors.
+        extra: per task, more vectors as rows, at most ``e``, ``[., m]`` (a basis, or the private ends it already has).
+        gram: ``[T, c + e, c + e]``, float64: ``F_i^T F_i`` of ``F_i = [factors_i^T transform_i, extra_i^T]``.
+    """
+
+    factors: Sequence[Tensor]
+    transform: Tensor
+    extra: Sequence[Tensor]
+    gram: Tensor
+
+    @property
+    def size(self) -> int:
+        """The number of factor coordinates, ``c``."""
+        return int(self.transform.shape[2])
+
+
+def make_frame(
+    factors: Sequence[Tensor],
+    transform: Tensor,
+    factor_gram: Tensor,
+    extra: Sequence[Tensor],
+    edge: Tensor,
+    extra_gram: Tensor,
+) -> Frame:
+    """Build a frame from what the passes gave.
+
+    Args:
+        factors: as :class:`Frame`.
+        transform: as :class:`Frame`.
+        factor_gram: ``[T, r, r]`` of the raw factors.
+        extra: as :class:`Frame`.
+        edge: ``[T, c, e]``: products of the canonical vectors with the extra ones.
+        extra_gram: ``[T, e, e]`` or ``[e, e]``.
+    """
+    corner = transform.mT @ factor_gram @ transform
+    extra_gram = extra_gram.expand(edge.shape[0], edge.shape[2], edge.shape[2])
+    top = torch.cat([corner, edge], dim=2)
+    return Frame(factors, transform, extra, torch.cat([top, torch.cat([edge.mT, extra_gram], dim=2)], dim=1))
+
+
+@dataclass(frozen=True)
+class Residual:
+    """``E_i = F_left,i Z_i F_right,i^T`` for every task of a slot."""
+
+    left: Frame
+    right: Frame
+    z: Tensor
+
+    def squares(self) -> Tensor:
+        """``|E_i|_F^2``, ``[T]``."""
+        return (self.z * (self.left.gram @ self.z @ self.right.gram)).sum((-1, -2)).clamp(min=0)
+
+    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Give left coordinates ``[T, ., q]``, singular values ``[T, q]``, right coordinates; unit vectors in space."""
+        left, right = gram_root(self.left.gram), gram_root(self.right.gram)
+        u, s, vh = torch.linalg.svd(left.r @ self.z @ right.r.mT, full_matrices=False)
+        return left.inverse @ u, s, right.inverse @ vh.mT
+
+
+def columns_within(s: Tensor, allowed: Tensor) -> Tensor:
+    """Give how many leading columns must be kept so that the squares of the rest sum to at most ``allowed``.
+
+    Args:
+        s: ``[T, q]``, descending.
+        allowed: ``[T]``.
+
+    Example:
+        >>> import torch
+        >>> columns_within(torch.tensor([[3.0, 2.0, 1.0]]), torch.tensor([4.9]))
+        tensor([2])
+    """
+    tails = s.square().flip(-1).cumsum(-1).flip(-1)
+    return (tails > allowed[:, None]).sum(-1)
+
+
+def private_columns(residual: Residual, allowed: Tensor, dtype: torch.dtype) -> tuple[Part, Tensor]:
+    """Give the private columns that bring every task's residual down to ``allowed``, and what is left after them.
+
+    Rounding the columns adds to what is left, so it is measured and columns are added until it fits or none are left.
+
+    Args:
+        residual: of all tasks of the slot.
+        allowed: ``[T]``: squared Frobenius norm that may remain.
+        dtype: of the private ends.
+
+    Returns:
+        Columns of form pp, and ``[T]`` the squared norms that remain, measured for the stored entries.
+    """
+    left, s, right = residual.svd()
+    counts = columns_within(s, allowed)
+    while True:
+        part, remains = _store(residual, left, s, right, counts, dtype)
+        short = (remains > allowed) & (counts < s.shape[1])
+        if not short.any():
+            return part, remains
+        # rounding took part of the budget: what may be dropped is what rounding leaves of it
+        dropped = _tail(s, counts)
+        tighter = columns_within(s, (allowed - (remains - dropped)).clamp(min=0))
+        counts = torch.where(short, torch.maximum(tighter, counts + 1), counts)
+
+
+def _tail(s: Tensor, counts: Tensor) -> Tensor:
+    return (s.square() * (torch.arange(s.shape[1]) >= counts[:, None])).sum(-1)
+
+
+def _store(
+    residual: Residual, left: Tensor, s: Tensor, right: Tensor, counts: Tensor, dtype: torch.dtype
+) -> tuple[Part, Tensor]:
+    p, p_seen, p_gram = stored_ends(residual.left, left, counts, dtype)
+    q, q_seen, q_gram = stored_ends(residual.right, right, counts, dtype)
+    kept = torch.arange(s.shape[1]) < counts[:, None]
+    seen = torch.einsum("tac,tab,tbc->tc", p_seen, residual.z, q_seen)
+    weights = best_weights(p_gram * q_gram, seen, kept)
+    stored = weights.float().double()
+    fitted = ((p_gram * q_gram) @ stored.unsqueeze(-1)).squeeze(-1) - 2 * seen
+    remains = residual.squares() + (stored * fitted).sum(-1)
+    # a weight is not negative: its sign goes to the left end
+    signs = torch.where(weights[kept] < 0, -1, 1).to(dtype)
+    return Part("pp", counts, weights[kept].abs(), p * signs[:, None], q), remains.clamp(min=0)
+
+
+def best_weights(products: Tensor, seen: Tensor, kept: Tensor) -> Tensor:
+    """Give the least-squares weights of rank-one columns whose ends are given as rounded.
+
+    Args:
+        products: ``[T, q, q]``: inner products of the columns with each other.
+        seen: ``[T, q]``: inner products of the columns with what they are to carry.
+        kept: ``[T, q]`` bool: which columns there are; the weights of others are 0.
+    """
+    root = gram_root(products * (kept.unsqueeze(-1) & kept.unsqueeze(-2)))
+    return (root.inverse @ (root.inverse.mT @ (seen * kept).unsqueeze(-1))).squeeze(-1)
+
+
+def stored_ends(frame: Frame, coordinates: Tensor, counts: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Form private ends from the bytes of the factors and measure them as rounded.
+
+    Args:
+        frame: what they are made of.
+        coordinates: ``[T, c + e, q]``: unit vectors.
+        counts: ``[T]``: how many leading ones each task keeps.
+        dtype: of the ends.
+
+    Returns:
+        ends ``[C, m]``, task after task; their products with the frame ``[T, c + e, q]``, and with each other
+        ``[T, q, q]``, zeros where not kept.
+    """
+    size = frame.size
+    jobs = []
+    for i, (factors, extra) in enumerate(zip(frame.factors, frame.extra, strict=True)):
+        wanted = coordinates[i, :, : int(counts[i])]
+        raw = frame.transform[i, : factors.shape[0]] @ wanted[:size]
+        jobs.append(([factors, extra], torch.cat([raw, wanted[size : size + extra.shape[0]]])))
+    ends = combine_many(jobs, dtype=dtype, precision="f64")
+    seen = torch.zeros_like(coordinates)
+    inner = coordinates.new_zeros(coordinates.shape[0], coordinates.shape[2], coordinates.shape[2])
+    for i, (_, xv, vtv) in enumerate(ends):
+        rank, kept = frame.factors[i].shape[0], vtv.shape[0]
+        seen[i, :size, :kept] = frame.transform[i, :rank].T @ xv[:rank]
+        seen[i, size : size + xv.shape[0] - rank, :kept] = xv[rank:]
+        inner[i, :kept, :kept] = vtv
+    return torch.cat([end.v.T for end in ends]) if ends else torch.empty(0, 0, dtype=dtype), seen, inner
+
+
+def split_rows(rows: Tensor, counts: Tensor) -> list[Tensor]:
+    """Give the rows of each task, ``counts [T]`` of them."""
+    stops = counts.cumsum(0).tolist()
+    return [rows[start:stop] for start, stop in zip([0, *stops], stops, strict=False)]

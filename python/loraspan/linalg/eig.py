@@ -1,0 +1,70 @@
+"""The leading eigenpairs of a Gram matrix, without a full decomposition where few are wanted."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from loraspan.linalg.roots import orthonormalize
+from loraspan.ops.sketch import signs
+
+# Below this size, or where more than an eighth is wanted, LAPACK's full decomposition is faster.
+_FULL_SIZE = 256
+_FULL_SHARE = 8
+_OVERSAMPLE = 16
+_MAX_STEPS = 60
+
+
+def top_eigenpairs(gram: Tensor, count: int, *, tolerance: float = 1e-12) -> tuple[Tensor, Tensor]:
+    r"""Give the ``count`` largest eigenvalues of a symmetric positive semidefinite matrix, and their vectors.
+
+    Args:
+        gram: ``[n, n]``, float64, symmetric.
+        count: how many, cut to ``n``.
+        tolerance: the block iteration ends when no wanted value moves by more than this share of the largest one.
+
+    Returns:
+        Values ``[count]``, descending, negative rounding cut to 0, and vectors ``[n, count]``, orthonormal. The sign
+        of a vector is such that its entry of largest magnitude is positive.
+
+    Example:
+        >>> import torch
+        >>> values, vectors = top_eigenpairs(torch.diag(torch.tensor([1.0, 3.0, 2.0], dtype=torch.float64)), 2)
+        >>> values, vectors.T
+        (tensor([3., 2.], dtype=torch.float64), tensor([[0., 1., 0.],
+                [0., 0., 1.]], dtype=torch.float64))
+
+    Source:
+        Block iteration with Rayleigh-Ritz: Saad, *Numerical Methods for Large Eigenvalue Problems*, 2nd ed., ch. 5.
+    """
+    n = gram.shape[0]
+    count = min(count, n)
+    if n <= _FULL_SIZE or count * _FULL_SHARE > n:
+        values, vectors = torch.linalg.eigh(gram)
+        values, vectors = values.flip(0)[:count], vectors.flip(1)[:, :count]
+    else:
+        values, vectors = _block_iteration(gram, count, tolerance)
+    return values.clamp(min=0), _fix_signs(vectors)
+
+
+def _block_iteration(gram: Tensor, count: int, tolerance: float) -> tuple[Tensor, Tensor]:
+    block = torch.from_numpy(signs(gram.shape[0], count + _OVERSAMPLE, 0))
+    before = torch.zeros(count, dtype=gram.dtype)
+    for _ in range(_MAX_STEPS):
+        # two products between orthonormalizations: float64 stands the squared spread of the spectrum
+        q = orthonormalize(gram @ (gram @ block))
+        image = gram @ q
+        values, inner = torch.linalg.eigh(q.T @ image)
+        values, inner = values.flip(0), inner.flip(1)
+        block = image @ inner
+        if (values[:count] - before).abs().max() <= tolerance * values[0].abs():
+            break
+        before = values[:count]
+    return values[:count], (q @ inner)[:, :count]
+
+
+def _fix_signs(vectors: Tensor) -> Tensor:
+    if not vectors.numel():
+        return vectors
+    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+    return vectors * torch.where(largest < 0, -1.0, 1.0)
