@@ -1,0 +1,283 @@
+// Vectors of one register of the instruction set, and the loads and stores that convert.
+//
+// Vec<float> and Vec<double> are the compiler's vector extensions: + - * work, and a * b + c is one fused multiply-add
+// where the set has one. Half-precision entries are Half and Bfloat, so that a template can tell them apart.
+namespace loraspan {
+namespace LORASPAN_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+struct Half {
+  std::uint16_t bits;
+};
+struct Bfloat {
+  std::uint16_t bits;
+};
+
+template <typename T>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  typedef float type __attribute__((vector_size(kVectorBytes), may_alias));
+  typedef float unaligned __attribute__((vector_size(kVectorBytes), may_alias, aligned(1)));
+};
+template <>
+struct VectorOf<double> {
+  typedef double type __attribute__((vector_size(kVectorBytes), may_alias));
+  typedef double unaligned __attribute__((vector_size(kVectorBytes), may_alias, aligned(1)));
+};
+
+template <typename T>
+using Vec = typename VectorOf<T>::type;
+template <typename T>
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
+
+// half as many floats as a register holds: what widens to one Vec<double>
+typedef float FloatHalf __attribute__((vector_size(kVectorBytes / 2), may_alias));
+typedef std::uint32_t Bits __attribute__((vector_size(kVectorBytes), may_alias));
+typedef std::uint32_t BitsHalf __attribute__((vector_size(kVectorBytes / 2), may_alias));
+typedef std::uint16_t Shorts __attribute__((vector_size(kVectorBytes / 2), may_alias));
+typedef std::uint16_t ShortsHalf __attribute__((vector_size(kVectorBytes / 4), may_alias));
+
+template <typename V>
+inline V read_unaligned(const void* p) {
+  V value;
+  __builtin_memcpy(&value, p, sizeof value);
+  return value;
+}
+
+template <typename T>
+inline Vec<T> load(const T* p) {
+  return *reinterpret_cast<const typename VectorOf<T>::unaligned*>(p);
+}
+
+template <typename T>
+inline void store(T* p, Vec<T> value) {
+  *reinterpret_cast<typename VectorOf<T>::unaligned*>(p) = value;
+}
+
+template <typename T>
+inline Vec<T> broadcast(T x) {
+  return x - Vec<T>{};
+}
+
+inline float widen_entry(Half x) { return half_to_float(x.bits); }
+inline float widen_entry(Bfloat x) { return bfloat_to_float(x.bits); }
+inline float widen_entry(float x) { return x; }
+inline double widen_entry(double x) { return x; }
+
+// Integer arithmetic on all lanes, as half_to_float does it on one.
+template <typename FloatV, typename BitsV>
+inline FloatV widen_half_bits(BitsV half) {
+  const BitsV sign = (half & 0x8000u) << 16, magnitude = half & 0x7fffu;
+  const FloatV scaled = reinterpret_cast<FloatV>(magnitude << 13) * 0x1p112f;
+  const BitsV special = reinterpret_cast<BitsV>(magnitude >= 0x7c00u);
+  const BitsV finite = reinterpret_cast<BitsV>(scaled);
+  return reinterpret_cast<FloatV>(sign | (special & (0x7f800000u | (magnitude << 13))) | (~special & finite));
+}
+
+// kLanes<T> entries from p on, which needs no alignment, converted to T. float64 to float32 rounds to nearest.
+template <typename T>
+Vec<T> load_as(const Half* p);
+template <typename T>
+Vec<T> load_as(const Bfloat* p);
+template <typename T>
+Vec<T> load_as(const float* p);
+template <typename T>
+Vec<T> load_as(const double* p);
+
+inline FloatHalf load_float_half(const Half* p) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<FloatHalf>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i_u*>(p))));
+#elif defined(__AVX2__)
+  return reinterpret_cast<FloatHalf>(_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i_u*>(p))));
+#else
+  return widen_half_bits<FloatHalf>(__builtin_convertvector(read_unaligned<ShortsHalf>(p), BitsHalf));
+#endif
+}
+
+inline FloatHalf load_float_half(const Bfloat* p) {
+  return reinterpret_cast<FloatHalf>(__builtin_convertvector(read_unaligned<ShortsHalf>(p), BitsHalf) << 16);
+}
+
+template <>
+inline Vec<float> load_as<float>(const Half* p) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec<float>>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i_u*>(p))));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Vec<float>>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i_u*>(p))));
+#elif defined(__aarch64__)
+  return reinterpret_cast<Vec<float>>(vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits))));
+#else
+  return widen_half_bits<Vec<float>>(__builtin_convertvector(read_unaligned<Shorts>(p), Bits));
+#endif
+}
+
+template <>
+inline Vec<float> load_as<float>(const Bfloat* p) {
+  return reinterpret_cast<Vec<float>>(__builtin_convertvector(read_unaligned<Shorts>(p), Bits) << 16);
+}
+
+template <>
+inline Vec<double> load_as<double>(const Half* p) {
+  return __builtin_convertvector(load_float_half(p), Vec<double>);
+}
+
+template <>
+inline Vec<double> load_as<double>(const Bfloat* p) {
+  return __builtin_convertvector(load_float_half(p), Vec<double>);
+}
+
+inline Vec<double> widen(FloatHalf x) { return __builtin_convertvector(x, Vec<double>); }
+inline FloatHalf narrow(Vec<double> x) { return __builtin_convertvector(x, FloatHalf); }
+
+inline FloatHalf low_half(Vec<float> x) {
+  FloatHalf half;
+  __builtin_memcpy(&half, &x, sizeof half);
+  return half;
+}
+
+inline FloatHalf high_half(Vec<float> x) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<FloatHalf>(_mm512_extractf32x8_ps(reinterpret_cast<__m512>(x), 1));
+#elif defined(__AVX2__)
+  return reinterpret_cast<FloatHalf>(_mm256_extractf128_ps(reinterpret_cast<__m256>(x), 1));
+#else
+  FloatHalf half;
+  __builtin_memcpy(&half, reinterpret_cast<const char*>(&x) + sizeof half, sizeof half);
+  return half;
+#endif
+}
+
+inline Vec<float> join(FloatHalf low, FloatHalf high) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec<float>>(
+      _mm512_insertf32x8(_mm512_castps256_ps512(reinterpret_cast<__m256>(low)), reinterpret_cast<__m256>(high), 1));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Vec<float>>(_mm256_set_m128(reinterpret_cast<__m128>(high), reinterpret_cast<__m128>(low)));
+#else
+  Vec<float> x;
+  __builtin_memcpy(&x, &low, sizeof low);
+  __builtin_memcpy(reinterpret_cast<char*>(&x) + sizeof low, &high, sizeof high);
+  return x;
+#endif
+}
+
+template <>
+inline Vec<float> load_as<float>(const float* p) {
+  return load(p);
+}
+
+template <>
+inline Vec<double> load_as<double>(const double* p) {
+  return load(p);
+}
+
+template <>
+inline Vec<double> load_as<double>(const float* p) {
+  return widen(read_unaligned<FloatHalf>(p));
+}
+
+template <>
+inline Vec<float> load_as<float>(const double* p) {
+  return join(narrow(load(p)), narrow(load(p + kLanes<double>)));
+}
+
+// The first n <= kLanes<T> entries from p on, zeros behind them; reads nothing else.
+template <typename T, typename S>
+inline Vec<T> load_first(const S* p, std::int64_t n) {
+  S buffer[kLanes<T>] = {};
+#if defined(__AVX512F__)
+  if (sizeof(S) == 2 && sizeof(T) == 4) {
+    const __mmask16 mask = static_cast<__mmask16>((1u << n) - 1u);
+    _mm256_storeu_si256(reinterpret_cast<__m256i_u*>(buffer), _mm256_maskz_loadu_epi16(mask, p));
+    return load_as<T>(buffer);
+  }
+  if (sizeof(S) == 4 && sizeof(T) == 4) {
+    const __mmask16 mask = static_cast<__mmask16>((1u << n) - 1u);
+    return reinterpret_cast<Vec<T>>(_mm512_maskz_loadu_ps(mask, p));
+  }
+#endif
+  for (std::int64_t i = 0; i < n; ++i) buffer[i] = p[i];
+  return load_as<T>(buffer);
+}
+
+inline void round_entry(double* p, double x) { *p = x; }
+inline void round_entry(float* p, double x) { *p = static_cast<float>(x); }
+inline void round_entry(Half* p, double x) { p->bits = float_to_half(round_to_odd(x)); }
+inline void round_entry(Bfloat* p, double x) { p->bits = float_to_bfloat(round_to_odd(x)); }
+inline void round_entry(float* p, float x) { *p = x; }
+inline void round_entry(double* p, float x) { *p = x; }
+inline void round_entry(Half* p, float x) { p->bits = float_to_half(x); }
+inline void round_entry(Bfloat* p, float x) { p->bits = float_to_bfloat(x); }
+
+// All lanes of x, rounded once, to p, which needs no alignment.
+inline void store_as(float* p, Vec<float> x) { store(p, x); }
+inline void store_as(double* p, Vec<double> x) { store(p, x); }
+
+inline void store_as(double* p, Vec<float> x) {
+  store(p, widen(low_half(x)));
+  store(p + kLanes<double>, widen(high_half(x)));
+}
+
+inline void store_as(float* p, Vec<double> x) {
+  const FloatHalf half = narrow(x);
+  __builtin_memcpy(p, &half, sizeof half);
+}
+
+inline void store_as(Half* p, Vec<float> x) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i_u*>(p), _mm512_cvtps_ph(reinterpret_cast<__m512>(x), 0));
+#elif defined(__AVX2__)
+  _mm_storeu_si128(reinterpret_cast<__m128i_u*>(p), _mm256_cvtps_ph(reinterpret_cast<__m256>(x), 0));
+#elif defined(__aarch64__)
+  vst1_u16(&p->bits, vreinterpret_u16_f16(vcvt_f16_f32(reinterpret_cast<float32x4_t>(x))));
+#else
+  for (int i = 0; i < kLanes<float>; ++i) p[i].bits = float_to_half(x[i]);
+#endif
+}
+
+inline void store_as(Bfloat* p, Vec<float> x) {
+  const Bits bits = reinterpret_cast<Bits>(x);
+  const Bits is_nan = reinterpret_cast<Bits>((bits & 0x7fffffffu) > 0x7f800000u);
+  const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Shorts out = __builtin_convertvector((is_nan & ((bits >> 16) | 0x40u)) | (~is_nan & rounded), Shorts);
+  __builtin_memcpy(p, &out, sizeof out);
+}
+
+inline void store_as(Half* p, Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) round_entry(p + i, static_cast<double>(x[i]));
+}
+
+inline void store_as(Bfloat* p, Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) round_entry(p + i, static_cast<double>(x[i]));
+}
+
+// Calls body(p) with `data` as a pointer to its entry type.
+template <typename Body>
+inline void with_type(const void* data, Dtype dtype, const Body& body) {
+  switch (dtype) {
+    case Dtype::f16:
+      return body(static_cast<const Half*>(data));
+    case Dtype::bf16:
+      return body(static_cast<const Bfloat*>(data));
+    case Dtype::f32:
+      return body(static_cast<const float*>(data));
+    default:
+      return body(static_cast<const double*>(data));
+  }
+}
+
+inline std::int64_t entry_bytes(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
+inline std::int64_t min_of(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+inline std::int64_t max_of(std::int64_t a, std::int64_t b) { return a > b ? a : b; }
+inline std::int64_t round_up(std::int64_t n, std::int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+}  // namespace LORASPAN_ISA
+}  // namespace loraspan
