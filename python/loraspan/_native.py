@@ -53,4 +53,5 @@ def matrix_fields(matrix: Tensor | None) -> tuple[int, int, int, int]:
     """Give address, strides and dtype of a matrix as the core reads them; zeros for none."""
     if matrix is None:
         return (0, 0, 0, 0)
-    return (matrix.data_ptr(), matrix.stride(0), matrix.stride(1), DTYPE_CODES[matrix.dtype])
+    # torch says 0 for the address of an empty matrix, which is not "none"; nothing is read there
+    return (matrix.data_ptr() or matrix.element_size(), matrix.stride(0), matrix.stride(1), DTYPE_CODES[matrix.dtype])
