@@ -5,12 +5,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from loraspan.adapters.base import KINDS
+from loraspan.adapters.header import MAX_NAME_CHARS
 from loraspan.collection.collection import Collection, SlotSpace
 from loraspan.collection.layout import DTYPE_NAMES
 from loraspan.errors import ArgumentError, ShapeError
 from loraspan.store.format import LARGEST
 from loraspan.store.manifest import FLOATS
 from loraspan.store.segment import problem_of, slot_shape
+
+_LONGEST_NAME = MAX_NAME_CHARS - 32
 
 
 def check(collection: Collection) -> None:
@@ -56,7 +59,8 @@ def _check_extra(task: str, key: str, extra: Tensor) -> None:
 
 
 def _check_text(name: str, what: str) -> None:
-    try:
-        name.encode()
-    except UnicodeEncodeError as error:
-        raise ArgumentError(f"save: the name of {what} has to be valid Unicode; {name!r} is not: {error}") from None
+    # these become names of tensors, beside a prefix
+    if not name.isprintable() or len(name) > _LONGEST_NAME:
+        raise ArgumentError(
+            f"save: the name of {what} has to be at most {_LONGEST_NAME} printable characters; got {name[:80]!r}"
+        )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from loraspan.adapters.strict_json import parse_object
 from loraspan.errors import FormatError
 
 # what this version writes, and the newest that it reads
@@ -67,12 +67,12 @@ def data_name(kind: str, sha256: str) -> str:
     return f"{kind}-{sha256[:32]}.safetensors"
 
 
-def parse_json(data: bytes, file: str, what: str) -> Any:
-    """Read JSON that a stranger may have written: no double keys, no NaN, no endless nesting."""
+def parse_json(data: bytes, file: str, what: str) -> dict[str, Any]:
+    """Read a JSON object that a stranger may have written: no double keys, no NaN, no endless nesting."""
     try:
-        return json.loads(data.decode(), object_pairs_hook=_once, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise DamagedError(file, what, f"not valid JSON: {error or type(error).__name__}") from None
+        return parse_object(data, what)
+    except FormatError as error:
+        raise DamagedError(file, what, str(error).removeprefix(f"{what}: ")) from None
 
 
 def take(table: Any, key: str, kind: type[T], file: str, what: str) -> T:
@@ -91,16 +91,3 @@ def take_size(table: Any, key: str, file: str, what: str, *, largest: int = LARG
     if not 0 <= value <= largest:
         raise DamagedError(file, what, f"{key!r} has to be from 0 to {largest}; it is {value}")
     return value
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        names = [name for name, _ in pairs]
-        double = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {double!r} is there twice")
-    return table
-
-
-def _no_constant(text: str) -> None:
-    raise ValueError(f"{text} is not JSON")

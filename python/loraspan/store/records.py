@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from loraspan.adapters.base import Source
+from loraspan.adapters.strict_json import parse_object
 from loraspan.collection.collection import Task
-from loraspan.errors import ArgumentError
+from loraspan.errors import ArgumentError, FormatError
 from loraspan.store.format import DamagedError, parse_json, take
 
 # origin codes: 0 for a slot that a task lacks, otherwise 1 + the index of its (scale, rank)
@@ -70,7 +72,7 @@ def encode(tasks: Sequence[Task], slots: Sequence[str]) -> tuple[bytes, dict[str
         "factor_bytes": [int(task.factor_bytes) for task in tasks],
         "sources": [astuple(task.source) for task in tasks],
         "configs": config_of,
-        "config_table": [json.loads(text) for text in configs],
+        "config_table": [_nested(text) for text in configs],
         "origin_table": list(origins),
     }
     try:
@@ -82,14 +84,14 @@ def encode(tasks: Sequence[Task], slots: Sequence[str]) -> tuple[bytes, dict[str
     return text.encode(), {slot: codes[:, j] for j, slot in enumerate(slots) if (codes[:, j] != 1).any()}
 
 
-def decode(data: bytes, count: int, codes: Codes, extras: Callable[[int], Mapping[str, Any]], file: str) -> list[Task]:
+def decode(data: bytes, count: int, codes: Codes, extras: Mapping[int, Mapping[str, Tensor]], file: str) -> list[Task]:
     """Give the tasks of a segment, in order.
 
     Args:
         data: the tensor ``records``.
         count: tasks that the manifest promises.
         codes: the origin codes of every slot; None where all are 1.
-        extras: what a task's extras are.
+        extras: of each task that has any.
         file: to name in an error.
 
     Raises:
@@ -114,7 +116,7 @@ def decode(data: bytes, count: int, codes: Codes, extras: Callable[[int], Mappin
             config=configs[i],
             source=sources[i],
             factor_bytes=sizes[i],
-            extras=extras(i),
+            extras=extras.get(i, {}),
         )
         for i in range(count)
     ]
@@ -135,6 +137,13 @@ def _config(task: Task) -> str:
         return json.dumps(dict(task.config), separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ArgumentError(f"save: the config of task {task.name!r} has to be plain JSON: {error}") from None
+
+
+def _nested(text: str) -> Any:
+    try:
+        return parse_object(f'{{"config_table":[{text}]}}'.encode(), "config")["config_table"][0]
+    except FormatError as error:
+        raise ArgumentError(f"save: the config of a task could not be read again: {error}") from None
 
 
 def _column(table: Any, key: str, count: int, kind: type[Any], file: str) -> list[Any]:

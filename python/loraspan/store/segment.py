@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -75,35 +75,14 @@ def read_tasks(file: TensorFile, manifest: Manifest, count: int) -> tuple[list[T
     kinds = (*FIELDS, "counts", "rows", "dense", "origin")
     known = {f"{kind}.{slot.name}" for slot in manifest.slots for kind in kinds} | {"records"}
     extras = _extras(file, count)
-    file.refuse_strangers(known | {name for keys in extras.values() for name in keys.values()})
+    file.refuse_strangers(known | {name for name in file.names() if name.startswith("extra.")})
     codes = {slot.name: _codes(file, slot.name, count) for slot in manifest.slots}
     text = file.tensor("records", torch.uint8)
     if text is None or text.ndim != 1:
         raise DamagedError(file.name, "tensor 'records'", "it has to be there, with one dimension")
     data = text.numpy().tobytes()
-    tasks = records.decode(data, count, codes, lambda i: Views(file, extras.get(i, {})), file.name)
+    tasks = records.decode(data, count, codes, extras, file.name)
     return tasks, {slot.name: _columns(file, slot, manifest.dtype, count) for slot in manifest.slots}
-
-
-class Views(Mapping[str, Tensor]):
-    """Tensors of a mapped file, by other names, made when asked for."""
-
-    def __init__(self, file: TensorFile, names: Mapping[str, str]) -> None:
-        self._file, self._names = file, names
-
-    def __getitem__(self, key: str) -> Tensor:
-        tensor = self._file.tensor(self._names[key])
-        assert tensor is not None
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __repr__(self) -> str:
-        return f"<{len(self)} tensors of {self._file.name}>"
 
 
 def slot_shape(name: str, slot: SlotSpace) -> SlotShape:
@@ -225,13 +204,15 @@ def _float(file: TensorFile, name: str, dtype: torch.dtype, shape: Sequence[int]
     return tensor
 
 
-def _extras(file: TensorFile, count: int) -> dict[int, dict[str, str]]:
-    found: dict[int, dict[str, str]] = {}
+def _extras(file: TensorFile, count: int) -> dict[int, dict[str, Tensor]]:
+    found: dict[int, dict[str, Tensor]] = {}
     for name in file.names():
         if not name.startswith("extra."):
             continue
         _, number, key = (*name.split(".", 2), "", "")[:3]
         if not (number.isascii() and number.isdigit() and str(int(number[:10])) == number and int(number) < count):
             raise DamagedError(file.name, f"tensor {name!r}", f"its number has to be that of one of {count} tasks")
-        found.setdefault(int(number), {})[key] = name
+        tensor = file.tensor(name)
+        assert tensor is not None
+        found.setdefault(int(number), {})[key] = tensor
     return found
