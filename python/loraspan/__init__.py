@@ -1,1 +1,1 @@
-"""LoRA adapters in one shared low-rank subspace."""
+"""LoRA adapters of one base model in one shared low-rank subspace: compressed fast, rebuilt exactly."""

@@ -46,6 +46,7 @@ class Task:
         config: its original configuration.
         source: its provenance.
         factor_bytes: what its factors took in its file.
+        factor_dtype: the dtype of its factors there: "float32", "bfloat16", "float16" or "float64".
         extras: tensors kept byte for byte, by their key in the original file.
     """
 
@@ -58,6 +59,7 @@ class Task:
     config: Mapping[str, Any] = field(default_factory=dict)
     source: Source = field(default_factory=Source)
     factor_bytes: int = 0
+    factor_dtype: str = "float32"
     extras: Mapping[str, Tensor] = field(default_factory=dict)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ from loraspan.collection.factors import SlotFactors, read_factors
 from loraspan.collection.ranges import Range, find_range
 from loraspan.collection.stack import Stack
 from loraspan.collection.within import fit_within
-from loraspan.errors import ArgumentError
+from loraspan.errors import ArgumentError, MismatchError
 
 Progress = Callable[[str, int, int], None]
 
@@ -79,8 +80,7 @@ def fit(adapters: Sequence[Adapter], goal: Goal, progress: Progress | None = Non
         MismatchError: if names clash or adapters disagree on a slot.
         NotFiniteError: if a factor holds a NaN or an infinity.
     """
-    if not adapters:
-        raise ArgumentError("compress: there is no adapter to compress")
+    _check_names(adapters)
     report = progress or (lambda _stage, _done, _total: None)
     report("read", 0, len(adapters))
     slots = read_factors(adapters)
@@ -98,7 +98,28 @@ def fit(adapters: Sequence[Adapter], goal: Goal, progress: Progress | None = Non
     for slot, (_, slot_lost) in zip(slots, fitted, strict=True):
         lost.index_add_(0, torch.tensor(slot.members), slot_lost)
     spaces = {slot.path: space for slot, (space, _) in zip(slots, fitted, strict=True)}
-    return Collection(spaces, _tasks(adapters, squares, lost), goal.dtype, _base_model(adapters))
+    tasks = _tasks(adapters, squares, lost)
+    _check_met(tasks, goal)
+    return Collection(spaces, tasks, goal.dtype, _base_model(adapters))
+
+
+def _check_names(adapters: Sequence[Adapter]) -> None:
+    if not adapters:
+        raise ArgumentError("compress: there is no adapter to compress")
+    for name, count in Counter(adapter.name for adapter in adapters).items():
+        if count > 1:
+            raise MismatchError(f"compress: {count} adapters are named {name!r}; give each a name of its own")
+
+
+def _check_met(tasks: Sequence[Task], goal: Goal) -> None:
+    if goal.max_error is None:
+        return
+    worst = max(tasks, key=lambda task: task.error)
+    if worst.error > goal.max_error * (1 + 1e-9):
+        raise ArgumentError(
+            f"compress: max_error={goal.max_error:g} is below what rounding to {goal.dtype} allows: task "
+            f"{worst.name!r} is stored with {worst.error:.3g} at best; ask for more, or for dtype=torch.float32"
+        )
 
 
 def total_squares(slots: Sequence[SlotFactors], count: int) -> Tensor:
@@ -164,10 +185,17 @@ def _tasks(adapters: Sequence[Adapter], squares: Tensor, lost: Tensor) -> tuple[
             config=adapter.config,
             source=adapter.source,
             factor_bytes=adapter.nbytes,
+            factor_dtype=_factor_dtype(adapter),
             extras=adapter.extras,
         )
         for i, adapter in enumerate(adapters)
     )
+
+
+def _factor_dtype(adapter: Adapter) -> str:
+    """The dtype of most of its factors."""
+    found = Counter(slot.up.dtype for slot in adapter.slots.values())
+    return str(found.most_common(1)[0][0]).removeprefix("torch.") if found else "float32"
 
 
 def _base_model(adapters: Sequence[Adapter]) -> str | None:

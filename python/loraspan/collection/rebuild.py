@@ -1,0 +1,116 @@
+"""Give a task of a collection back as an adapter, each factor written once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from loraspan.adapters.base import Adapter, Slot
+from loraspan.collection.collection import Collection, SlotSpace, Task
+from loraspan.errors import ArgumentError, NotFiniteError, UnknownTaskError
+from loraspan.ops import Piece, reconstruct_many
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Singular values of a dense core below this share of its largest are rounding of its stored entries.
+_RANK_FLOOR = 1e-6
+
+
+def find_task(collection: Collection, name: str) -> int:
+    """Give the index of a task.
+
+    Raises:
+        UnknownTaskError: if there is none of that name; says which come near.
+    """
+    for index, task in enumerate(collection.tasks):
+        if task.name == name:
+            return index
+    known = ", ".join(repr(task.name) for task in collection.tasks[:5])
+    more = f" and {len(collection.tasks) - 5} more" if len(collection.tasks) > 5 else ""
+    raise UnknownTaskError(f"no task {name!r} in this collection; it has {known}{more}")
+
+
+def rebuild(collection: Collection, name: str, *, dtype: torch.dtype = torch.float32) -> Adapter:
+    """Give a task as an adapter: balanced factors with scale 1, extras and configuration as they came.
+
+    Args:
+        collection: what holds it.
+        name: of the task.
+        dtype: of the factors: float32, bfloat16 or float16. Sums are kept in float32 and rounded once.
+
+    Raises:
+        UnknownTaskError: if there is no such task.
+        ArgumentError: if ``dtype`` is none of those.
+        NotFiniteError: if a factor overflows ``dtype``.
+    """
+    if dtype not in _DTYPES:
+        raise ArgumentError(f"reconstruct: dtype is float32, bfloat16 or float16; got {dtype}")
+    index = find_task(collection, name)
+    task = collection.tasks[index]
+    slots: dict[str, Slot] = {}
+    pieces: list[Piece] = []
+    for path, space in collection.slots.items():
+        row = _row_of(space, index)
+        if row is not None:
+            slots[path], wanted = _slot_pieces(space, row, dtype)
+            pieces += wanted
+    reconstruct_many(pieces)
+    if dtype == torch.float16:
+        _check_finite(task, slots)
+    return Adapter(task.name, slots, task.extras, task.config, task.source)
+
+
+def _row_of(space: SlotSpace, index: int) -> int | None:
+    tasks = space.columns.tasks
+    row = int(tasks.searchsorted(index))
+    return row if row < len(tasks) and tasks[row] == index else None
+
+
+def _slot_pieces(space: SlotSpace, row: int, dtype: torch.dtype) -> tuple[Slot, list[Piece]]:
+    """Give a slot with factors yet to be written, and the products that write them."""
+    columns = space.columns
+    ss, sp, ps, pp = (int(count) for count in columns.counts[row])
+    starts, stops = columns.offsets()[row : row + 2]
+    weights, left, left_own, right, right_own = (
+        tensor[start:stop] for tensor, start, stop in zip(columns.tensors().values(), starts, stops, strict=True)
+    )
+    root = weights.sqrt()
+    if columns.dense[row]:
+        ss, left, right, root = _factor_dense(left, right, weights, ss, sp)
+    total = ss + sp + ps + pp
+    up = torch.empty(space.u.shape[0], total, dtype=dtype)
+    down = torch.empty(total, space.v.shape[0], dtype=dtype)
+    ends = [
+        (space.u, left, up, slice(0, ss + sp)),
+        (None, left_own, up, slice(ss + sp, total)),
+        (space.v, right[:ss], down.T, slice(0, ss)),
+        (None, right_own[:sp], down.T, slice(ss, ss + sp)),
+        (space.v, right[ss:], down.T, slice(ss + sp, ss + sp + ps)),
+        (None, right_own[sp:], down.T, slice(ss + sp + ps, total)),
+    ]
+    pieces = [_piece(basis, rows, root[at], out[:, at]) for basis, rows, out, at in ends if at.stop > at.start]
+    return Slot(down, up, 1.0, space.kind, space.kernel), pieces
+
+
+def _piece(basis: Tensor | None, rows: Tensor, root: Tensor, out: Tensor) -> Piece:
+    """Ends given as rows: coefficients on a basis, or private vectors themselves."""
+    if basis is None:
+        return Piece(rows.T, torch.diag(root), out)
+    return Piece(basis, (rows.float() * root[:, None]).T, out)
+
+
+def _factor_dense(left: Tensor, right: Tensor, weights: Tensor, ss: int, sp: int) -> tuple[int, Tensor, Tensor, Tensor]:
+    """Factor a dense core ``[k_out, k_in]`` into as many columns as it has rank, balanced."""
+    core = left[:ss].double().T * weights[:ss].double()
+    u, s, vh = torch.linalg.svd(core, full_matrices=False)
+    rank = int((s > _RANK_FLOOR * s[:1]).sum())
+    root = torch.cat([s[:rank].sqrt(), weights[ss:].double().sqrt()]).float()
+    loadings = torch.cat([u[:, :rank].T, left[ss : ss + sp].double()])
+    return rank, loadings.float(), torch.cat([vh[:rank], right.double()]).float(), root
+
+
+def _check_finite(task: Task, slots: dict[str, Slot]) -> None:
+    for path, slot in slots.items():
+        if not (slot.up.isfinite().all() and slot.down.isfinite().all()):
+            raise NotFiniteError(
+                f"task {task.name!r}: slot {path!r} overflows float16; ask for dtype=torch.bfloat16 or torch.float32"
+            )

@@ -1,0 +1,144 @@
+"""Say in a sentence how much a collection shares, and in a table what it holds."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from loraspan.collection.collection import Collection, SlotSpace
+from loraspan.collection.layout import columns_bytes
+
+# From which share of the energy held by the bases on adapters count as sharing most, or part, of their directions.
+_MOST, _PART = 0.9, 0.5
+
+
+@dataclass(frozen=True)
+class TaskLine:
+    """One task of a :class:`Report`. ``nbytes`` counts its columns, ``factor_nbytes`` its original factors."""
+
+    name: str
+    error: float
+    error_kind: str
+    columns: int
+    private_columns: int
+    nbytes: int
+    factor_nbytes: int
+
+
+@dataclass(frozen=True)
+class SlotLine:
+    """One slot of a :class:`Report`: shape ``(n, d)``, widths of its bases, number of tasks, and its form."""
+
+    path: str
+    shape: tuple[int, int]
+    ranks: tuple[int, int]
+    tasks: int
+    form: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a collection holds; ``str(report)`` is a table, ``report.as_dict()`` plain values."""
+
+    summary: str
+    nbytes: int
+    source_nbytes: int
+    basis_nbytes: int
+    dtype: str
+    tasks: tuple[TaskLine, ...]
+    slots: tuple[SlotLine, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Give plain values, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [
+            self.summary,
+            "",
+            f"{'task':<32} {'error':>10} {'kind':>9} {'columns':>8} {'bytes':>12} {'before':>12}",
+        ]
+        lines += [
+            f"{t.name[:32]:<32} {t.error:>10.3g} {t.error_kind:>9} {t.columns:>8} {t.nbytes:>12,} {t.factor_nbytes:>12,}"
+            for t in self.tasks
+        ]
+        lines += ["", f"{'slot':<48} {'shape':>13} {'ranks':>9} {'tasks':>6}  form"]
+        for s in self.slots:
+            shape, ranks = "x".join(map(str, s.shape)), "/".join(map(str, s.ranks))
+            lines.append(f"{s.path[-48:]:<48} {shape:>13} {ranks:>9} {s.tasks:>6}  {s.form}")
+        return "\n".join(lines)
+
+
+def make_report(collection: Collection, nbytes: int) -> Report:
+    """Give the report of a collection that takes ``nbytes`` on disk."""
+    count = len(collection.tasks)
+    columns, private, size = (np.zeros(count, dtype=np.int64) for _ in range(3))
+    for space in collection.slots.values():
+        table = space.columns
+        columns[table.tasks] += table.counts.sum(axis=1)
+        private[table.tasks] += table.counts[:, 1:].sum(axis=1)
+        size[table.tasks] += task_bytes(space, collection)
+    tasks = tuple(
+        TaskLine(t.name, t.error, t.error_kind, int(columns[i]), int(private[i]), int(size[i]), t.factor_bytes)
+        for i, t in enumerate(collection.tasks)
+    )
+    slots = tuple(
+        SlotLine(path, (len(s.u), len(s.v)), (s.u.shape[1], s.v.shape[1]), len(s.columns.tasks), form_of(s))
+        for path, s in collection.slots.items()
+    )
+    source = sum(task.factor_bytes for task in collection.tasks)
+    basis = sum(s.u.nbytes + s.v.nbytes for s in collection.slots.values())
+    dtype = str(collection.dtype).removeprefix("torch.")
+    return Report(collection.summary, nbytes, source, basis, dtype, tasks, slots)
+
+
+def task_bytes(space: SlotSpace, collection: Collection) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Give the bytes of the columns of every task of a slot, ``[T]``."""
+    (n, k_out), (d, k_in) = space.u.shape, space.v.shape
+    table = space.columns
+    return columns_bytes(table.counts, n=n, d=d, k_out=k_out, k_in=k_in, dtype=collection.dtype, dense=table.dense)
+
+
+def form_of(space: SlotSpace) -> str:
+    """Say which ends of a slot are shared."""
+    return {
+        (True, True): "both sides shared",
+        (False, True): "input side shared",
+        (True, False): "output side shared",
+        (False, False): "every task on its own",
+    }[space.u.shape[1] > 0, space.v.shape[1] > 0]
+
+
+def summarize(collection: Collection, nbytes: int) -> str:
+    """Say how much the tasks share, which form was chosen, and what it costs and loses."""
+    errors = [task.error for task in collection.tasks]
+    source = sum(task.factor_bytes for task in collection.tasks)
+    held = 1 - float(np.mean(np.square(errors)))
+    forms = Counter(form_of(space) for space in collection.slots.values())
+    private = sum(int(space.columns.counts[:, 1:].sum()) for space in collection.slots.values())
+    return (
+        f"{_sharing(collection, held, private, forms)} {_plural(len(errors), 'task')} in {nbytes:,} bytes, "
+        f"{nbytes / max(source, 1):.3g} of the {source:,} of the original factors; "
+        f"worst error on dW {max(errors):.3g}, mean {float(np.mean(errors)):.3g}."
+    )
+
+
+def _sharing(collection: Collection, held: float, private: int, forms: Mapping[str, int]) -> str:
+    slots = len(collection.slots)
+    if forms.get("every task on its own", 0) == slots:
+        return "Sharing does not pay here: every task is stored on its own, as its own truncated SVD."
+    widths = [max(s.u.shape[1], s.v.shape[1]) for s in collection.slots.values()]
+    width = str(max(widths)) if min(widths) == max(widths) else f"{min(widths)} to {max(widths)}"
+    if not private:
+        how = "most" if held >= _MOST else "part" if held >= _PART else "little"
+        return f"The tasks share {how} of their directions: bases of width {width} hold {held:.1%} of their energy."
+    chosen = ", ".join(f"{form} in {count} of {_plural(slots, 'slot')}" for form, count in sorted(forms.items()))
+    return f"The tasks share part of their directions ({chosen}; bases of width {width}), and the rest is private."
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
