@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from loraspan.errors import UnsupportedError
 from loraspan.store.format import BASIS, DATA_FILE, SCHEMA, TASKS, DamagedError, data_name, parse_json, take, take_size
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# the last key of a manifest: the sha256 of all bytes before this
+_SEAL = b',\n  "checksum": '
 _BY_NAME = {DTYPE_NAMES[dtype]: dtype for dtype in FLOATS}
 
 
@@ -82,7 +85,8 @@ def dump(manifest: Manifest) -> bytes:
     lines = [f'  "{key}": {json.dumps(value)}' for key, value in head.items()]
     lines.append(_lines("segments", [{**_file_table(s), "tasks": s.tasks} for s in manifest.segments]))
     lines.append(_lines("slots", [_slot_table(slot) for slot in manifest.slots]))
-    return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+    body = ("{\n" + ",\n".join(lines)).encode()
+    return body + _SEAL + f'"{hashlib.sha256(body).hexdigest()}"\n}}\n'.encode()
 
 
 def parse(data: bytes, file: str) -> Manifest:
@@ -103,6 +107,8 @@ def parse(data: bytes, file: str) -> Manifest:
         )
     if schema != SCHEMA:
         raise DamagedError(file, "manifest", f"'schema' has to be {SCHEMA}; it is {schema}")
+    if hashlib.sha256(data.rpartition(_SEAL)[0]).hexdigest() != take(table, "checksum", str, file, "manifest"):
+        raise DamagedError(file, "checksum", "it is not that of the manifest, which has been changed or damaged")
     name = take(table, "dtype", str, file, "manifest")
     if name not in _BY_NAME:
         raise DamagedError(file, "manifest", f"'dtype' has to be one of {', '.join(_BY_NAME)}; it is {name!r}")

@@ -71,6 +71,7 @@ def encode(tasks: Sequence[Task], slots: Sequence[str]) -> tuple[bytes, dict[str
         "norms": [float(task.norm) for task in tasks],
         "factor_bytes": [int(task.factor_bytes) for task in tasks],
         "factor_dtypes": [task.factor_dtype for task in tasks],
+        "factor_dtypes": [task.factor_dtype for task in tasks],
         "sources": [astuple(task.source) for task in tasks],
         "configs": config_of,
         "config_table": [_nested(text) for text in configs],
@@ -101,7 +102,7 @@ def decode(data: bytes, count: int, codes: Codes, extras: Mapping[int, Mapping[s
     table = parse_json(data, file, _WHAT)
     names, kinds = _column(table, "names", count, str, file), _column(table, "error_kinds", count, str, file)
     errors, norms = _column(table, "errors", count, float, file), _column(table, "norms", count, float, file)
-    sizes = _column(table, "factor_bytes", count, int, file)
+    sizes, dtypes = _column(table, "factor_bytes", count, int, file), _column(table, "factor_dtypes", count, str, file)
     dtypes = _column(table, "factor_dtypes", count, str, file)
     sources = [_source(entry, file) for entry in _column(table, "sources", count, list, file)]
     config_table = take(table, "config_table", list, file, _WHAT)
@@ -118,6 +119,7 @@ def decode(data: bytes, count: int, codes: Codes, extras: Mapping[int, Mapping[s
             config=configs[i],
             source=sources[i],
             factor_bytes=sizes[i],
+            factor_dtype=dtypes[i],
             factor_dtype=dtypes[i],
             extras=extras.get(i, {}),
         )
