@@ -71,7 +71,6 @@ def encode(tasks: Sequence[Task], slots: Sequence[str]) -> tuple[bytes, dict[str
         "norms": [float(task.norm) for task in tasks],
         "factor_bytes": [int(task.factor_bytes) for task in tasks],
         "factor_dtypes": [task.factor_dtype for task in tasks],
-        "factor_dtypes": [task.factor_dtype for task in tasks],
         "sources": [astuple(task.source) for task in tasks],
         "configs": config_of,
         "config_table": [_nested(text) for text in configs],
@@ -119,7 +118,6 @@ def decode(data: bytes, count: int, codes: Codes, extras: Mapping[int, Mapping[s
             config=configs[i],
             source=sources[i],
             factor_bytes=sizes[i],
-            factor_dtype=dtypes[i],
             factor_dtype=dtypes[i],
             extras=extras.get(i, {}),
         )
