@@ -1,0 +1,126 @@
+"""Which backends must run on the machine at hand, so that not all can be skipped in silence; and who is chosen."""
+
+import importlib
+import platform
+from pathlib import Path
+
+import pytest
+import torch
+
+import oracles
+from loraspan import _core, _native
+from loraspan._dispatch import Backend, choose
+from loraspan.errors import BackendError
+from loraspan.ops import combine, gram, power, reconstruct, sketch
+from matrices import blocks, normal
+from oracles import F64
+
+SETS = ("baseline", "avx2", "avx512", "avx512bf16")
+NAMES = ("cpu", *(f"cpu:{name}" for name in SETS), "reference")
+# what each set asks of the processor beyond the set before it, as Linux names it
+FLAGS = {
+    "avx2": {"avx2", "fma", "f16c"},
+    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
+    "avx512bf16": {"avx512_bf16"},
+}
+X = torch.ones(3, 4)
+Q = torch.ones(3, 1, dtype=F64)
+CALLS = {
+    "gram": lambda backend: gram(X, backend=backend),
+    "combine": lambda backend: combine(X, Q, backend=backend).v,
+    "sketch": lambda backend: sketch(X, 2, backend=backend),
+    "power": lambda backend: power(X, Q, backend=backend),
+    "reconstruct": lambda backend: reconstruct(X, X.T, backend=backend),
+}
+
+
+def must_run():
+    """The instruction sets that this processor has, asked of the system and not of our own code."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return ("baseline",)
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        pytest.skip("only Linux says in a file what an x86-64 processor can do")
+    flags = set(next(line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")).split())
+    found, needed = ["baseline"], set()
+    for name in SETS[1:]:
+        needed |= FLAGS[name]
+        if needed <= flags:
+            found.append(name)
+    return tuple(found)
+
+
+def table(operator):
+    # loraspan.ops.gram is the function; its module has the table
+    module = importlib.import_module("loraspan.ops." + {"power": "sketch"}.get(operator, operator))
+    return module.POWER_BACKENDS if operator == "power" else module.BACKENDS
+
+
+@pytest.mark.parametrize("operator", CALLS)
+def test_every_operator_has_every_backend(operator):
+    assert tuple(backend.name for backend in table(operator)) == NAMES
+
+
+@pytest.mark.parametrize("operator", CALLS)
+def test_what_the_processor_has_runs(operator):
+    for name in ("cpu", *(f"cpu:{name}" for name in must_run()), "reference"):
+        assert not CALLS[operator](name).isnan().any()
+
+
+@pytest.mark.parametrize("operator", CALLS)
+def test_what_it_has_not_is_refused_with_the_reason(operator):
+    for name in set(SETS) - set(must_run()):
+        with pytest.raises(BackendError, match=rf"^{operator}: backend 'cpu:{name}' refuses .* has no {name}$"):
+            CALLS[operator](f"cpu:{name}")
+
+
+def test_cpu_is_the_widest_set():
+    assert must_run()[-1] == _native.BEST
+    x, w = blocks(1, [5, 30], 300, "f32"), normal(2, 35, 9)
+    named = f"cpu:{_native.BEST}"
+    assert oracles.same_bits(gram(x, backend="cpu"), gram(x, backend=named))
+    assert all(map(oracles.same_bits, combine(x, w, backend="cpu"), combine(x, w, backend=named)))
+    assert oracles.same_bits(sketch(x, 9, backend="cpu"), sketch(x, 9, backend=named))
+    assert oracles.same_bits(power(x, w, backend="cpu"), power(x, w, backend=named))
+    assert oracles.same_bits(reconstruct(w, w.T, backend="cpu"), reconstruct(w, w.T, backend=named))
+
+
+@pytest.mark.parametrize("operator", CALLS)
+def test_none_takes_the_first(operator):
+    assert torch.equal(CALLS[operator](None), CALLS[operator]("cpu"))
+
+
+@pytest.mark.parametrize("operator", CALLS)
+def test_an_unknown_backend_is_refused_with_those_there_are(operator):
+    with pytest.raises(BackendError, match=f"^{operator}: no backend 'tpu'; it has 'cpu', .*'reference'$"):
+        CALLS[operator]("tpu")
+
+
+def test_the_core_knows_no_other_set():
+    assert tuple(name for name, _, _ in _core.instruction_sets()) == SETS
+    blocks_, jobs = _native.table([], 5), _native.table([], 4)
+    with pytest.raises(ValueError, match="no instruction set 'sse9'"):
+        _core.gram(blocks_, jobs, _core.Precision.f32, 1, "sse9")
+
+
+def test_the_first_that_does_not_refuse_is_chosen():
+    found = (Backend("shy", int, lambda *_: "not today"), Backend("able", int, lambda *_: None))
+    assert choose("op", found, None).name == "able"
+    assert choose("op", found, "able").name == "able"
+    with pytest.raises(BackendError, match=r"^op: backend 'shy' refuses this call: not today$"):
+        choose("op", found, "shy")
+
+
+@pytest.mark.parametrize("name", NAMES[:2])
+def test_compiled_kernels_refuse_what_is_not_in_cpu_memory(name):
+    x = X.to("meta")
+    calls = [
+        lambda: gram(x, backend=name),
+        lambda: combine(x, Q, backend=name),
+        lambda: sketch(x, 2, backend=name),
+        lambda: power(x, Q, backend=name),
+        lambda: reconstruct(x, x.T, backend=name),
+    ]
+    for call in calls:
+        with pytest.raises(BackendError, match=r"CPU memory, and .* on meta"):
+            call()
