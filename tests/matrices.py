@@ -43,3 +43,13 @@ def blocks(seed, rows, columns, kind, layout="row-major"):
     return [
         stored(normal(seed + 1000 * i, r, columns, dtype=dtypes[i % len(dtypes)]), layout) for i, r in enumerate(rows)
     ]
+
+
+def swallowing(columns, dtype):
+    """Two rows ``1 t t t ..`` and ``1 1 1 1 ..``: added to 1 in float32, the small ``t`` are lost to the last one.
+
+    So a float32 sum that runs on past its 128 columns is off by ``columns / 2`` units of roundoff.
+    """
+    x = torch.ones(2, columns, dtype=dtype)
+    x[0, 1:] = 2.0**-25
+    return x

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import oracles
 from loraspan.errors import ArgumentError, ShapeError
 from loraspan.ops import RowBlocks, combine, combine_many
-from matrices import KINDS, LAYOUTS, blocks, normal, stored
+from matrices import KINDS, LAYOUTS, blocks, normal, stored, swallowing
 from oracles import BF16, DTYPES, F16, F32, F64
 
 PRECISIONS = ("f32", "f64")
@@ -71,6 +71,11 @@ def test_past_every_tile(backend, kind):
 
 def test_long_rows(backend):
     check(backend, blocks(4, [5, 4], 4099, "f16"), weights(4, 9, 17), BF16)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+def test_float32_sums_end_in_time(backend, dtype):
+    check(backend, [swallowing(4099, dtype)], torch.eye(2, dtype=F64), dtype)
 
 
 @pytest.mark.parametrize(("dtype", "step"), [(F16, 2.0**-10), (BF16, 2.0**-7)], ids=["f16", "bf16"])

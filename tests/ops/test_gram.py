@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import oracles
 from loraspan.errors import ArgumentError, ShapeError
 from loraspan.ops import RowBlocks, gram, gram_many
-from matrices import KINDS, LAYOUTS, blocks, normal, stored
+from matrices import KINDS, LAYOUTS, blocks, normal, stored, swallowing
 
 PRECISIONS = ("f32", "f64")
 seeds = st.integers(0, 2**32 - 1)
@@ -66,6 +66,11 @@ def test_long_sums_keep_seven_digits(backend, kind):
     exact = oracles.gram(oracles.stack(x))
     size = np.sqrt(np.outer(exact.diagonal(), exact.diagonal()))
     oracles.assert_within(g, exact, 3e-7 * size)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_float32_sums_end_in_time(backend, dtype):
+    check(backend, [swallowing(8209, dtype)])
 
 
 def test_products_of_half_precision_numbers_are_exact(backend):

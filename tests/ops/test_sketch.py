@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 import oracles
 from loraspan.errors import ArgumentError, ShapeError
 from loraspan.ops import RowBlocks, power, sketch
-from matrices import KINDS, LAYOUTS, blocks, normal, stored
-from oracles import F32, F64
+from matrices import KINDS, LAYOUTS, blocks, normal, stored, swallowing
+from oracles import BF16, F32, F64
 
 PRECISIONS = ("f32", "f64")
 SEED = 2**62 + 20261122
@@ -88,6 +88,15 @@ def test_long_rows(backend):
     x = blocks(5, [5, 4], 4099, "f16")
     check_sketch(backend, x, 17)
     check_power(backend, x, start(5, 9, 17))
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+def test_float32_sums_end_in_time(backend, dtype):
+    x = swallowing(4099, dtype)
+    check_power(backend, [x], torch.eye(2, dtype=F64))
+    # so that no sign takes away what another added
+    same_sign = torch.from_numpy(oracles.omega(4099, 1, SEED)[:, 0]).to(dtype)
+    check_sketch(backend, [x * same_sign], 1)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**32 - 1, 2**32, 2**63 - 1])
