@@ -1,6 +1,8 @@
 // All kernels of one instruction set, in the namespace LORASPAN_ISA. Compiled once per set, with that set's flags: so
 // nothing here may instantiate a template or inline function of the standard library or of another namespace, or the
 // linker could hand the widest copy to every processor.
+#include <stdlib.h>
+
 #include <cstdint>
 
 #if defined(__x86_64__)
@@ -9,10 +11,19 @@
 #include <arm_neon.h>
 #endif
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include "loraspan/isa.hpp"
 #include "loraspan/parallel.hpp"
 
 #include "load.inl"
+#include "simd.inl"
+#include "scratch.inl"
+#include "transpose.inl"
+#include "pack.inl"
+#include "tile.inl"
 #include "gram.inl"
 #include "combine.inl"
 #include "sketch.inl"

@@ -7,6 +7,8 @@ namespace LORASPAN_ISA {
 
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
+// gcc 12 warns of the undefined vector inside the forms without a mask; this one compiles to the same instruction
+constexpr __mmask16 kAll = 0xffff;
 #elif defined(__AVX2__)
 constexpr int kVectorBytes = 32;
 #else
@@ -109,7 +111,8 @@ inline FloatHalf load_float_half(const Bfloat* p) {
 template <>
 inline Vec<float> load_as<float>(const Half* p) {
 #if defined(__AVX512F__)
-  return reinterpret_cast<Vec<float>>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i_u*>(p))));
+  return reinterpret_cast<Vec<float>>(
+      _mm512_maskz_cvtph_ps(kAll, _mm256_loadu_si256(reinterpret_cast<const __m256i_u*>(p))));
 #elif defined(__AVX2__)
   return reinterpret_cast<Vec<float>>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i_u*>(p))));
 #elif defined(__aarch64__)
@@ -145,27 +148,21 @@ inline FloatHalf low_half(Vec<float> x) {
 
 inline FloatHalf high_half(Vec<float> x) {
 #if defined(__AVX512F__)
-  return reinterpret_cast<FloatHalf>(_mm512_extractf32x8_ps(reinterpret_cast<__m512>(x), 1));
+  return __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
 #elif defined(__AVX2__)
-  return reinterpret_cast<FloatHalf>(_mm256_extractf128_ps(reinterpret_cast<__m256>(x), 1));
+  return __builtin_shufflevector(x, x, 4, 5, 6, 7);
 #else
-  FloatHalf half;
-  __builtin_memcpy(&half, reinterpret_cast<const char*>(&x) + sizeof half, sizeof half);
-  return half;
+  return __builtin_shufflevector(x, x, 2, 3);
 #endif
 }
 
 inline Vec<float> join(FloatHalf low, FloatHalf high) {
 #if defined(__AVX512F__)
-  return reinterpret_cast<Vec<float>>(
-      _mm512_insertf32x8(_mm512_castps256_ps512(reinterpret_cast<__m256>(low)), reinterpret_cast<__m256>(high), 1));
+  return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
 #elif defined(__AVX2__)
-  return reinterpret_cast<Vec<float>>(_mm256_set_m128(reinterpret_cast<__m128>(high), reinterpret_cast<__m128>(low)));
+  return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7);
 #else
-  Vec<float> x;
-  __builtin_memcpy(&x, &low, sizeof low);
-  __builtin_memcpy(reinterpret_cast<char*>(&x) + sizeof low, &high, sizeof high);
-  return x;
+  return __builtin_shufflevector(low, high, 0, 1, 2, 3);
 #endif
 }
 
@@ -233,7 +230,7 @@ inline void store_as(float* p, Vec<double> x) {
 
 inline void store_as(Half* p, Vec<float> x) {
 #if defined(__AVX512F__)
-  _mm256_storeu_si256(reinterpret_cast<__m256i_u*>(p), _mm512_cvtps_ph(reinterpret_cast<__m512>(x), 0));
+  _mm256_storeu_si256(reinterpret_cast<__m256i_u*>(p), _mm512_maskz_cvtps_ph(kAll, reinterpret_cast<__m512>(x), 0));
 #elif defined(__AVX2__)
   _mm_storeu_si128(reinterpret_cast<__m128i_u*>(p), _mm256_cvtps_ph(reinterpret_cast<__m256>(x), 0));
 #elif defined(__aarch64__)
