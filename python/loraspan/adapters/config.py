@@ -1,0 +1,169 @@
+"""PEFT's ``adapter_config.json``: read strictly, and refused where a guess would give a wrong adapter."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from loraspan.adapters.strict_json import parse_object
+from loraspan.errors import FormatError, UnsupportedError
+
+MAX_CONFIG_BYTES = 4_000_000
+
+_NUMBER = (int, float)
+# what each field that is understood may hold, where it is not null
+_TYPES: dict[str, tuple[type, ...]] = {
+    "alpha_pattern": (dict,),
+    "base_model_name_or_path": (str,),
+    "bias": (str,),
+    "corda_config": (dict,),
+    "ensure_weight_tying": (bool,),
+    "eva_config": (dict,),
+    "exclude_modules": (list, str),
+    "fan_in_fan_out": (bool,),
+    "inference_mode": (bool,),
+    "init_lora_weights": (bool, str),
+    "layers_pattern": (list, str),
+    "layers_to_transform": (list, int),
+    "license": (str,),
+    "loftq_config": (dict,),
+    "lora_alpha": _NUMBER,
+    "lora_bias": (bool,),
+    "lora_dropout": _NUMBER,
+    "lora_ga_config": (dict,),
+    "modules_to_save": (list,),
+    "peft_type": (str,),
+    "peft_version": (str,),
+    "qalora_group_size": (int,),
+    "r": (int,),
+    "rank_pattern": (dict,),
+    "revision": (str,),
+    "runtime_config": (dict,),
+    "target_modules": (list, str),
+    "target_parameters": (list,),
+    "task_type": (str,),
+    "trainable_token_indices": (list, dict),
+    "use_dora": (bool,),
+    "use_rslora": (bool,),
+}
+# these name code for a loader to import; nothing here runs them, and they are never written again
+_DROPPED = ("auto_mapping", "megatron_core")
+# each changes what the factors mean, or which model they fit
+_REFUSED = {
+    "alora_invocation_tokens": "it acts on some tokens only (aLoRA)",
+    "arrow_config": "it routes between adapters (Arrow)",
+    "kasa_config": "it changes the base weights and has a diagonal between the factors (KaSA)",
+    "layer_replication": "it belongs to a base model with repeated layers",
+    "megatron_config": "it belongs to Megatron's parallel layers",
+    "monteclora_config": "its factors are sampled (MonteCLoRA)",
+    "use_bdlora": "its factors are block-diagonal (BD-LoRA)",
+    "use_qalora": "its inputs are pooled in groups (QALoRA)",
+    "velora_config": "it is trained with compressed activations (VeLoRA), which is not checked here",
+}
+# PEFT writes the rest of the decomposition into the base weights (peft/tuners/lora/layer.py, <name>_init)
+_CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+_KEEPS_BASE = ("gaussian", "eva", "orthogonal", "mica")
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """Read and check an ``adapter_config.json``.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        Its fields as plain JSON values, without those that name code to import. Nested values may be shared between
+        calls: treat them as constants.
+
+    Raises:
+        FormatError: if it is missing, too large, not strict JSON, or a field has the wrong type.
+        UnsupportedError: if it describes something else than LoRA on an unchanged base model.
+    """
+    try:
+        with open(path, "rb") as file:  # noqa: PTH123 (a path object costs more than the call)
+            size = os.fstat(file.fileno()).st_size
+            if size > MAX_CONFIG_BYTES:
+                raise FormatError(f"{path}: needs a configuration of at most {MAX_CONFIG_BYTES} bytes; got {size}")
+            raw = file.read(MAX_CONFIG_BYTES)
+    except (OSError, ValueError) as error:
+        if isinstance(error, FormatError):
+            raise
+        raise FormatError(f"{path}: a PEFT adapter needs its adapter_config.json; it cannot be read: {error}") from None
+    fields, error_text, unsupported = _parsed(raw)
+    if error_text:
+        raise (UnsupportedError if unsupported else FormatError)(f"{path}: {error_text}")
+    return dict(fields)
+
+
+@functools.lru_cache(maxsize=64)
+def _parsed(raw: bytes) -> tuple[Mapping[str, Any], str, bool]:
+    """Give the fields, or an error without the path in it: adapters of one collection often share their config."""
+    try:
+        fields = parse_object(raw, "the configuration")
+        check_supported(fields)
+    except UnsupportedError as error:
+        return {}, str(error), True
+    except FormatError as error:
+        return {}, str(error), False
+    return {name: value for name, value in fields.items() if name not in _DROPPED}, "", False
+
+
+def check_supported(fields: Mapping[str, Any]) -> None:
+    """Refuse a configuration that is not plain LoRA on an unchanged base model, or has a field nobody here knows.
+
+    Raises:
+        UnsupportedError: saying which field and why.
+        FormatError: if a field has the wrong type.
+
+    Example:
+        >>> check_supported({"peft_type": "LORA", "r": 8, "lora_alpha": 16})
+    """
+    kind = fields.get("peft_type")
+    if kind != "LORA":
+        raise UnsupportedError(f"needs peft_type LORA; got {kind!r}. Other methods have no factors A and B")
+    for name, value in fields.items():
+        if name in _TYPES:
+            _check_type(name, value)
+        elif value and name not in _DROPPED:
+            reason = _REFUSED.get(name, "its meaning is not known here")
+            raise UnsupportedError(f"{name} is set, and an adapter with it is refused: {reason}; got {str(value)[:80]}")
+    if fields.get("megatron_core") not in (None, "megatron.core"):
+        raise UnsupportedError("megatron_core names a module to import, and an adapter with it is refused")
+    _check_init(fields.get("init_lora_weights"))
+    _check_lists(fields)
+
+
+def _check_type(name: str, value: Any) -> None:
+    types = _TYPES[name]
+    # JSON's true is an int to Python
+    fits = isinstance(value, types) and (bool in types or not isinstance(value, bool))
+    if value is not None and not fits:
+        wanted = " or ".join(sorted({kind.__name__ for kind in types}))
+        raise FormatError(f"{name} needs {wanted} or null; got {str(value)[:80]!r}")
+
+
+def _check_init(init: bool | str | None) -> None:
+    if init is None or isinstance(init, bool) or init in _KEEPS_BASE:
+        return
+    if init.startswith(_CHANGES_BASE):
+        raise UnsupportedError(
+            f"init_lora_weights {init!r} moved a part of the base weights into the adapter, so it belongs to a changed "
+            "base model. Save it again with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...), "
+            "which makes it a LoRA of the original base"
+        )
+    raise UnsupportedError(f"init_lora_weights {init[:80]!r} is not known here: does it change the base weights?")
+
+
+def _check_lists(fields: Mapping[str, Any]) -> None:
+    for name in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
+        value = fields.get(name)
+        if isinstance(value, list) and not all(isinstance(item, str) for item in value):
+            raise FormatError(f"{name} needs a list of names; got {str(value)[:80]}")
+    for name in ("rank_pattern", "alpha_pattern"):
+        for key, value in (fields.get(name) or {}).items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+                raise FormatError(f"{name} needs a positive number for each key; got {value!r} for {key[:80]!r}")
+    if fields.get("bias") not in (None, "none", "all", "lora_only"):
+        raise FormatError(f"bias needs none, all or lora_only; got {fields['bias']!r}")
