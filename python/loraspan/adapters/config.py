@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
+from loraspan.adapters.scales import Scales
 from loraspan.adapters.strict_json import parse_object
 from loraspan.errors import FormatError, UnsupportedError
 
@@ -67,47 +67,47 @@ _CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 _KEEPS_BASE = ("gaussian", "eva", "orthogonal", "mica")
 
 
-def read_config(path: str) -> dict[str, Any]:
+class Config(NamedTuple):
+    """A checked configuration.
+
+    Attributes:
+        fields: as plain JSON values, without those that name code to import. Nested values may be shared between
+            adapters: treat them as constants.
+        scales: the ranks and scales that it gives.
+    """
+
+    fields: dict[str, Any]
+    scales: Scales
+
+
+def read_config(path: str) -> Config:
     """Read and check an ``adapter_config.json``.
-
-    Args:
-        path: of the file.
-
-    Returns:
-        Its fields as plain JSON values, without those that name code to import. Nested values may be shared between
-        calls: treat them as constants.
 
     Raises:
         FormatError: if it is missing, too large, not strict JSON, or a field has the wrong type.
         UnsupportedError: if it describes something else than LoRA on an unchanged base model.
     """
     try:
-        with open(path, "rb") as file:  # noqa: PTH123 (a path object costs more than the call)
-            size = os.fstat(file.fileno()).st_size
-            if size > MAX_CONFIG_BYTES:
-                raise FormatError(f"{path}: needs a configuration of at most {MAX_CONFIG_BYTES} bytes; got {size}")
-            raw = file.read(MAX_CONFIG_BYTES)
+        with open(path, "rb", buffering=0) as file:  # noqa: PTH123 (a path object costs more than the call)
+            raw = file.read(MAX_CONFIG_BYTES + 1)
     except (OSError, ValueError) as error:
-        if isinstance(error, FormatError):
-            raise
         raise FormatError(f"{path}: a PEFT adapter needs its adapter_config.json; it cannot be read: {error}") from None
-    fields, error_text, unsupported = _parsed(raw)
-    if error_text:
-        raise (UnsupportedError if unsupported else FormatError)(f"{path}: {error_text}")
-    return dict(fields)
-
-
-@functools.lru_cache(maxsize=64)
-def _parsed(raw: bytes) -> tuple[Mapping[str, Any], str, bool]:
-    """Give the fields, or an error without the path in it: adapters of one collection often share their config."""
+    if len(raw) > MAX_CONFIG_BYTES:
+        raise FormatError(f"{path}: needs a configuration of at most {MAX_CONFIG_BYTES} bytes; it is longer")
     try:
-        fields = parse_object(raw, "the configuration")
-        check_supported(fields)
-    except UnsupportedError as error:
-        return {}, str(error), True
-    except FormatError as error:
-        return {}, str(error), False
-    return {name: value for name, value in fields.items() if name not in _DROPPED}, "", False
+        fields, scales = _parsed(raw)
+    except (FormatError, UnsupportedError) as error:
+        raise type(error)(f"{path}: {error}") from None
+    return Config(dict(fields), scales)
+
+
+# the adapters of one training recipe have one configuration, byte for byte
+@functools.lru_cache(maxsize=8)
+def _parsed(raw: bytes) -> Config:
+    fields = parse_object(raw, "the configuration")
+    check_supported(fields)
+    kept = {name: value for name, value in fields.items() if name not in _DROPPED}
+    return Config(kept, Scales(kept))
 
 
 def check_supported(fields: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ and a range of the data; the ranges must tile the data without gap or overlap.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -18,7 +19,8 @@ from loraspan.errors import FormatError, UnsupportedError
 MAX_HEADER_BYTES = 100_000_000
 MAX_NAME_CHARS = 1024
 MAX_DIMS = 8
-MAX_DIM = 2**40
+# a size or an offset beyond this is absurd, and products of 8 of them would not fit 64 bits
+MAX_SIZE = 2**48
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -37,6 +39,7 @@ DTYPES = {
     "U64": torch.uint64,
     "F64": torch.float64,
 }
+_FIELDS = {"dtype", "shape", "data_offsets"}
 _ITEM_BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 
 
@@ -86,7 +89,7 @@ def parse_header(raw: bytes, data_bytes: int, path: str) -> Header:
         path: names the file in errors.
 
     Returns:
-        The checked entries, in the order of the file's header.
+        The checked entries, in the order of the file's header. Equal headers may share one object.
 
     Raises:
         FormatError: naming the file and the tensor, if a name, dtype, shape or range is not what it has to be, or
@@ -98,62 +101,66 @@ def parse_header(raw: bytes, data_bytes: int, path: str) -> Header:
         >>> header.entries["a"].shape
         (2,)
     """
-    entries: dict[str, Entry] = {}
-    fields = parse_object(raw, path)
-    metadata = _metadata(fields.pop("__metadata__", {}), path)
-    for name, field in fields.items():
-        entries[name] = _entry(name, field, path)
-    _check_tiling(entries, data_bytes, path)
+    try:
+        return _parsed(raw, data_bytes)
+    except (FormatError, UnsupportedError) as error:
+        raise type(error)(f"{path}: {error}") from None
+
+
+# the adapters of one training recipe have one header, byte for byte
+@functools.lru_cache(maxsize=8)
+def _parsed(raw: bytes, data_bytes: int) -> Header:
+    # every value is checked for its exact type below, whatever the depth
+    fields = parse_object(raw, "its header", max_depth=None)
+    metadata = fields.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise FormatError("needs __metadata__ to map text to text")
+    entries = {name: _entry(name, field) for name, field in fields.items()}
+    _check_tiling(entries, data_bytes)
     return Header(entries, metadata)
 
 
-def _metadata(value: object, path: str) -> dict[str, str]:
-    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
-        raise FormatError(f"{path}: needs __metadata__ to map text to text")
-    return value
-
-
-def _entry(name: str, field: Any, path: str) -> Entry:
+def _entry(name: str, field: Any) -> Entry:
     if len(name) > MAX_NAME_CHARS or not name.isprintable():
-        raise FormatError(
-            f"{path}: needs tensor names of at most {MAX_NAME_CHARS} printable characters; got {name[:80]!r}"
-        )
-    if type(field) is not dict or field.keys() != {"dtype", "shape", "data_offsets"}:
-        raise FormatError(f"{path}: tensor {name!r} needs exactly dtype, shape and data_offsets")
+        raise FormatError(f"needs tensor names of at most {MAX_NAME_CHARS} printable characters; got {name[:80]!r}")
+    if type(field) is not dict or field.keys() != _FIELDS:
+        raise FormatError(f"tensor {name!r} needs exactly dtype, shape and data_offsets")
     dtype, shape, offsets = field["dtype"], field["shape"], field["data_offsets"]
-    if type(dtype) is not str or dtype not in DTYPES:
-        raise UnsupportedError(
-            f"{path}: tensor {name!r} needs a dtype among {', '.join(DTYPES)}; got {str(dtype)[:80]!r}"
-        )
-    if type(shape) is not list or len(shape) > MAX_DIMS or not _are_sizes(shape, MAX_DIM):
+    if type(dtype) is not str or dtype not in _ITEM_BYTES:
+        raise UnsupportedError(f"tensor {name!r} needs a dtype among {', '.join(DTYPES)}; got {str(dtype)[:80]!r}")
+    if type(shape) is not list or len(shape) > MAX_DIMS or not _are_sizes(shape):
         raise FormatError(
-            f"{path}: tensor {name!r} needs a shape of at most {MAX_DIMS} whole numbers from 0 to {MAX_DIM}; "
+            f"tensor {name!r} needs a shape of at most {MAX_DIMS} whole numbers from 0 to {MAX_SIZE}; "
             f"got {str(shape)[:80]}"
         )
-    if type(offsets) is not list or len(offsets) != 2 or not _are_sizes(offsets, 2**62):
-        raise FormatError(f"{path}: tensor {name!r} needs data_offsets [begin, end]; got {str(offsets)[:80]}")
+    if type(offsets) is not list or len(offsets) != 2 or not _are_sizes(offsets):
+        raise FormatError(f"tensor {name!r} needs data_offsets [begin, end]; got {str(offsets)[:80]}")
     begin, end = offsets
     needed = math.prod(shape) * _ITEM_BYTES[dtype]
-    if end - begin != needed or math.prod(n for n in shape if n) > MAX_DIM:
+    # a size of 0 hides the others from the product
+    if end - begin != needed or (not needed and math.prod(n for n in shape if n) > MAX_SIZE):
         raise FormatError(
-            f"{path}: tensor {name!r} of dtype {dtype} and shape {shape} takes {needed} bytes; "
+            f"tensor {name!r} of dtype {dtype} and shape {shape} takes {needed} bytes; "
             f"its data_offsets give {end - begin}"
         )
     return Entry(dtype, tuple(shape), begin, end)
 
 
-def _are_sizes(values: list[Any], limit: int) -> bool:
-    # type, not isinstance: JSON's true is an int to Python
-    return all(type(value) is int and 0 <= value <= limit for value in values)
+def _are_sizes(values: list[Any]) -> bool:
+    for value in values:  # noqa: SIM110 (a generator costs more than the loop, on every tensor of every file)
+        # type, not isinstance: JSON's true is an int to Python
+        if type(value) is not int or not 0 <= value <= MAX_SIZE:
+            return False
+    return True
 
 
-def _check_tiling(entries: dict[str, Entry], data_bytes: int, path: str) -> None:
+def _check_tiling(entries: dict[str, Entry], data_bytes: int) -> None:
     at = 0
-    for name, entry in sorted(entries.items(), key=lambda item: item[1][2:]):
-        if entry.begin != at:
-            what = "overlaps the tensor before it" if entry.begin < at else "leaves a gap before it"
-            raise FormatError(f"{path}: tensor {name!r} {what}: it needs to begin at byte {at}; got {entry.begin}")
-        at = entry.end
+    for begin, end, name in sorted([(entry.begin, entry.end, name) for name, entry in entries.items()]):
+        if begin != at:
+            what = "overlaps the tensor before it" if begin < at else "leaves a gap before it"
+            raise FormatError(f"tensor {name!r} {what}: it needs to begin at byte {at}; got {begin}")
+        at = end
     if at != data_bytes:
         what = "truncated" if data_bytes < at else "longer than its header says"
-        raise FormatError(f"{path}: the file is {what}: its tensors need {at} bytes, it holds {data_bytes}")
+        raise FormatError(f"the file is {what}: its tensors need {at} bytes, it holds {data_bytes}")

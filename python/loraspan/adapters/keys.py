@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
 from typing import NamedTuple
 
 from loraspan.errors import FormatError, UnsupportedError
@@ -38,15 +38,22 @@ def factor_keys(path: str, kind: str) -> Pair:
     return Pair(kind, f"{PREFIX}{path}.lora_A.weight", f"{PREFIX}{path}.lora_B.weight")
 
 
-def sort_keys(names: Iterable[str], where: str) -> tuple[dict[str, Pair], dict[str, str]]:
+class Sorted(NamedTuple):
+    """Factor pairs by module path, and extras by the name that PEFT gives them now: the names in the file."""
+
+    pairs: dict[str, Pair]
+    extras: dict[str, str]
+
+
+@functools.lru_cache(maxsize=8)
+def sort_keys(names: tuple[str, ...]) -> Sorted:
     """Sort the tensor names of a file.
 
     Args:
         names: all of them.
-        where: names the file in errors.
 
     Returns:
-        The factor pairs by module path, in the file's order, and the extras: PEFT's present key -> the file's name.
+        Pairs and extras in the order of ``names``. Equal names may give the same object: do not change it.
 
     Raises:
         FormatError: if a factor lacks its partner, or two names mean one tensor.
@@ -56,32 +63,32 @@ def sort_keys(names: Iterable[str], where: str) -> tuple[dict[str, Pair], dict[s
     kinds: dict[str, str] = {}
     extras: dict[str, str] = {}
     for name in names:
-        path, role, kind = _parse(name, where)
+        path, role, kind = _parse(name)
         if role is None:
             if path in extras:
-                raise FormatError(f"{where}: {name!r} and {extras[path]!r} are two names of one tensor")
+                raise FormatError(f"tensors {name!r} and {extras[path]!r} are two names of one tensor")
             extras[path] = name
             continue
         roles = found.setdefault(path, {})
         if role in roles or kinds.setdefault(path, kind) != kind:
-            raise FormatError(f"{where}: {name!r} is a second factor for module {path!r}")
+            raise FormatError(f"tensor {name!r} is a second factor for module {path!r}")
         roles[role] = name
-    return {path: _pair(path, roles, kinds[path], where) for path, roles in found.items()}, extras
+    return Sorted({path: _pair(path, roles, kinds[path]) for path, roles in found.items()}, extras)
 
 
-def _pair(path: str, roles: dict[str, str], kind: str, where: str) -> Pair:
+def _pair(path: str, roles: dict[str, str], kind: str) -> Pair:
     if len(roles) != 2:
         (role,) = roles.values()
-        raise FormatError(f"{where}: module {path!r} needs both factors A and B; there is only {role!r}")
+        raise FormatError(f"module {path!r} needs both factors A and B; there is only {role!r}")
     return Pair(kind, roles["down"], roles["up"])
 
 
-def _parse(name: str, where: str) -> tuple[str, str | None, str]:
+def _parse(name: str) -> tuple[str, str | None, str]:
     """Give (module path, role, kind) of a factor, or (present key, None, "") of an extra."""
     if not name.startswith(PREFIX):
-        raise FormatError(f"{where}: needs tensor names that begin with {PREFIX!r}, as PEFT writes them; got {name!r}")
+        raise FormatError(f"needs tensor names that begin with {PREFIX!r}, as PEFT writes them; got {name!r}")
     if ".lora_" not in name:
-        _check_path(name, name, where)
+        _check_path(name, name)
         return name, None, ""
     path, _, rest = name[len(PREFIX) :].rpartition(".lora_")
     parts = f"lora_{rest}".split(".")
@@ -89,14 +96,14 @@ def _parse(name: str, where: str) -> tuple[str, str | None, str]:
         del parts[1]
     factor = _FACTORS.get(parts[0])
     if factor is not None and parts[1:] == ([] if factor[1] == "embedding" else ["weight"]):
-        _check_path(path, name, where)
+        _check_path(path, name)
         return path, *factor
     if parts in (["lora_B", "bias"], ["lora_magnitude_vector"]):
-        _check_path(path, name, where)
+        _check_path(path, name)
         return f"{PREFIX}{path}.{'.'.join(parts)}", None, ""
-    raise UnsupportedError(f"{where}: tensor {name!r} belongs to a variant of LoRA that is not known here")
+    raise UnsupportedError(f"tensor {name!r} belongs to a variant of LoRA that is not known here")
 
 
-def _check_path(path: str, name: str, where: str) -> None:
+def _check_path(path: str, name: str) -> None:
     if not path or ".." in path or path[0] == "." or path[-1] == ".":
-        raise FormatError(f"{where}: tensor {name!r} needs a module path without empty parts")
+        raise FormatError(f"tensor {name!r} needs a module path without empty parts")

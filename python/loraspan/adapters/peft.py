@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loraspan.adapters import experts
 from loraspan.adapters.base import Adapter, Slot, Source
-from loraspan.adapters.config import read_config
+from loraspan.adapters.config import Config, read_config
 from loraspan.adapters.keys import Pair, sort_keys
 from loraspan.adapters.licence import licence_of
 from loraspan.adapters.mapped import file_sha256, map_tensors
@@ -60,19 +60,23 @@ def read(path: Path | str, *, name: str | None = None, hash_file: bool = False) 
     folder = os.path.dirname(file)  # noqa: PTH120
     config = read_config(os.path.join(folder, CONFIG_NAME))  # noqa: PTH118
     mapped = map_tensors(file)
-    pairs, extras = sort_keys(mapped.tensors, file)
+    try:
+        pairs, extras = sort_keys(tuple(mapped.tensors))
+        slots = _slots(pairs, mapped.tensors, config)
+    except (FormatError, UnsupportedError) as error:
+        raise type(error)(f"{file}: {error}") from None
     source = Source(
         path=os.fspath(path),
         header_sha256=mapped.header_sha256,
         sha256=file_sha256(file) if hash_file else None,
-        base_model=config.get("base_model_name_or_path"),
-        licence=licence_of(folder, config, mapped.header.metadata),
+        base_model=config.fields.get("base_model_name_or_path"),
+        licence=licence_of(folder, config.fields, mapped.header.metadata),
     )
     return Adapter(
         name=_name_of(file) if name is None else name,
-        slots=_slots(pairs, mapped.tensors, config, file),
+        slots=slots,
         extras={key: mapped.tensors[found] for key, found in extras.items()},
-        config=config,
+        config=config.fields,
         source=source,
     )
 
@@ -96,28 +100,23 @@ def _name_of(file: str) -> str:
     return os.path.basename(folder) if base == WEIGHTS_NAME else base.removesuffix(".safetensors")  # noqa: PTH119
 
 
-def _slots(
-    pairs: Mapping[str, Pair], tensors: Mapping[str, Tensor], config: Mapping[str, Any], file: str
-) -> dict[str, Slot]:
-    try:
-        scales = Scales(config)
-        slots: dict[str, Slot] = {}
-        for path, pair in pairs.items():
-            down, up = _matrix(tensors[pair.down], pair.down), _matrix(tensors[pair.up], pair.up)
-            if down.shape[0] != up.shape[1] or not down.shape[0] or tensors[pair.down].ndim != tensors[pair.up].ndim:
-                raise FormatError(
-                    f"{pair.down!r} and {pair.up!r} need [r, d] and [n, r] with r at least 1, or both with a kernel; "
-                    f"got {list(tensors[pair.down].shape)} and {list(tensors[pair.up].shape)}"
-                )
-            candidates = _expert_parameters(path, config)
-            if candidates:
-                slots.update(_experts(path, candidates, down, up, scales))
-            else:
-                slots[path] = _slot(path, pair, down, up, tensors[pair.down], scales)
-    except (FormatError, UnsupportedError) as error:
-        raise type(error)(f"{file}: {error}") from None
+def _slots(pairs: Mapping[str, Pair], tensors: Mapping[str, Tensor], config: Config) -> dict[str, Slot]:
+    slots: dict[str, Slot] = {}
+    for path, pair in pairs.items():
+        stored_down, stored_up = tensors[pair.down], tensors[pair.up]
+        down, up = _matrix(stored_down, pair.down), _matrix(stored_up, pair.up)
+        if down.shape[0] != up.shape[1] or not down.shape[0] or stored_down.ndim != stored_up.ndim:
+            raise FormatError(
+                f"{pair.down!r} and {pair.up!r} need [r, d] and [n, r] with r at least 1, or both with a kernel; "
+                f"got {list(stored_down.shape)} and {list(stored_up.shape)}"
+            )
+        candidates = _expert_parameters(path, config.fields)
+        if candidates:
+            slots.update(_experts(path, candidates, down, up, config.scales))
+        else:
+            slots[path] = _slot(path, pair, down, up, stored_down, config.scales)
     if not slots:
-        raise FormatError(f"{file}: needs at least one pair of LoRA factors; there is none")
+        raise FormatError("needs at least one pair of LoRA factors; there is none")
     return slots
 
 

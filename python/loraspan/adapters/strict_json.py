@@ -31,35 +31,34 @@ def _no_constant(text: str) -> NoReturn:
 _DECODER = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
 
 
-def parse_object(raw: bytes, what: str) -> dict[str, Any]:
+def parse_object(raw: bytes, what: str, *, max_depth: int | None = MAX_DEPTH) -> dict[str, Any]:
     """Parse one JSON object.
 
     Args:
         raw: UTF-8 text.
         what: names the file in errors.
+        max_depth: of nesting; None where the caller checks the type of every value anyway.
 
     Returns:
         A dict of plain JSON values.
 
     Raises:
-        FormatError: if it is not one JSON object in UTF-8, repeats a name, holds NaN or Infinity, or nests deeper
-            than :data:`MAX_DEPTH`.
+        FormatError: if it is not one JSON object in UTF-8, repeats a name, holds NaN or Infinity, or nests too deep.
 
     Example:
         >>> parse_object(b'{"r": 8}', "adapter_config.json")
         {'r': 8}
     """
     try:
-        text = raw.decode("utf-8")
-        value = _DECODER.decode(text)
-        too_deep = _deeper_than(value, MAX_DEPTH)
+        value = _DECODER.decode(raw.decode("utf-8"))
+        too_deep = max_depth is not None and _deeper_than(value, max_depth)
     except RecursionError:
         too_deep = True
-        value = None
-    except (UnicodeDecodeError, ValueError) as error:
+    except ValueError as error:
+        # a UnicodeDecodeError and a JSONDecodeError are ValueErrors
         raise FormatError(f"{what}: needs one JSON object in UTF-8; {error}") from None
     if too_deep:
-        raise FormatError(f"{what}: needs JSON of at most {MAX_DEPTH} levels; it nests deeper")
+        raise FormatError(f"{what}: needs JSON of at most {max_depth or MAX_DEPTH} levels; it nests deeper")
     if not isinstance(value, dict):
         raise FormatError(f"{what}: needs one JSON object; got {type(value).__name__}")
     return value
