@@ -5,9 +5,12 @@ import pytest
 import torch
 
 from loraspan.errors import ShapeError
-from loraspan.ops import RowBlocks, combine, gram, power, sketch
-from matrices import KINDS, LAYOUTS, blocks, normal
-from oracles import DTYPES, F64
+from loraspan.ops import RowBlocks, combine, gram, power, reconstruct, sketch
+from matrices import LAYOUTS, blocks, normal
+from oracles import F32, F64
+
+# in the order of the core's dtypes
+CODES = ("f16", "bf16", "f32", "f64")
 
 
 def test_it_says_its_sizes():
@@ -37,16 +40,13 @@ def test_one_matrix_a_list_and_itself():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_table_points_into_the_tensors(layout, dtype):
-    kind = {"torch.float16": "f16", "torch.bfloat16": "bf16", "torch.float32": "f32", "torch.float64": "f64"}[
-        str(dtype)
-    ]
+@pytest.mark.parametrize("kind", CODES)
+def test_the_table_points_into_the_tensors(layout, kind):
     members = blocks(2, [3, 17], 11, kind, layout)
     table = RowBlocks(members).table
     assert table.dtype == np.int64
     for row, block in zip(table, members, strict=True):
-        assert row.tolist() == [block.data_ptr(), len(block), *block.stride(), DTYPES.index(KINDS[kind][0])]
+        assert row.tolist() == [block.data_ptr(), len(block), *block.stride(), CODES.index(kind)]
 
 
 def test_it_reads_the_memory_as_it_is_at_the_call(backend):
@@ -69,6 +69,22 @@ def test_no_operator_writes_to_its_input(backend):
     assert all(map(torch.equal, (*x, w), before))
 
 
+def test_parameters_are_read_as_any_tensor(backend):
+    """What trains is read without a graph, the same by every backend."""
+    x, w = torch.nn.Parameter(normal(5, 4, 9, dtype=F32)), torch.nn.Parameter(normal(6, 4, 3))
+    calls = (
+        lambda x, _: gram(x, backend=backend),
+        lambda x, w: combine(x, w, backend=backend).v,
+        lambda x, _: sketch(x, 3, backend=backend),
+        lambda x, w: power(x, w, backend=backend),
+        lambda x, w: reconstruct(x.T, w, backend=backend),
+    )
+    for call in calls:
+        out = call(x, w)
+        assert not out.requires_grad
+        assert torch.equal(out, call(x.detach(), w.detach()))
+
+
 @pytest.mark.parametrize(
     ("members", "message"),
     [
@@ -77,6 +93,10 @@ def test_no_operator_writes_to_its_input(backend):
         ([torch.ones(2, 3), torch.ones(2, 3, 1)], r"blocks are \[rows, 3\] matrices; block 1 is \[2, 3, 1\]"),
         ([torch.ones(2, 3), torch.ones(3, 2)], r"blocks are \[rows, 3\] matrices; block 1 is \[3, 2\]"),
         ([torch.ones(2, 3), torch.ones(2, 3).int()], "float16, bfloat16, float32 or float64; block 1 is torch.int32"),
+        ([np.ones((2, 3))], r"blocks are dense torch tensors; block 0 is ndarray: use torch.as_tensor"),
+        ("ab", "blocks are dense torch tensors; block 0 is str"),
+        ([torch.ones(2, 3), torch.eye(3).to_sparse()], "block 1 is a torch.sparse_coo tensor"),
+        ([torch.ones(2, 3, dtype=torch.cfloat).conj().imag], r"block 0 is a torch.strided tensor: .*resolve_neg"),
         ([torch.ones(2, 3), torch.ones(2, 3, device="meta")], "block 0 is on cpu, block 1 on meta"),
     ],
 )

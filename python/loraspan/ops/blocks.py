@@ -22,7 +22,7 @@ class RowBlocks:
         columns: ``d``; needed only where ``blocks`` is empty.
 
     Raises:
-        ShapeError: if a block is not a matrix, or columns, devices or dtypes do not fit.
+        ShapeError: if a block is not a dense matrix, or columns, devices or dtypes do not fit.
 
     Example:
         >>> import torch
@@ -35,6 +35,14 @@ class RowBlocks:
         if not blocks and columns is None:
             raise ShapeError("RowBlocks: an empty list of blocks needs columns=, the number of columns")
         self.blocks = tuple(blocks)
+        for i, block in enumerate(self.blocks):
+            # what reads memory must not be handed a tensor whose memory does not say its values
+            if not isinstance(block, Tensor) or block.layout != torch.strided or block.is_neg():
+                kind = type(block).__name__ if not isinstance(block, Tensor) else f"a {block.layout} tensor"
+                raise ShapeError(
+                    f"RowBlocks: blocks are dense torch tensors; block {i} is {kind}: "
+                    f"use torch.as_tensor, .to_dense() or .resolve_neg()"
+                )
         self.columns = int(blocks[0].shape[-1]) if columns is None and blocks[0].ndim else int(columns or 0)
         for i, block in enumerate(self.blocks):
             self._check(i, block)

@@ -129,6 +129,7 @@ def _cpu(pairs: Sequence[tuple[RowBlocks, Tensor]], dtype: torch.dtype, precisio
     return out
 
 
+@torch.no_grad()
 def reference(pairs: Sequence[tuple[RowBlocks, Tensor]], dtype: torch.dtype, precision: str) -> list[Combined]:
     """Say it in torch, chunk by chunk of columns, on whatever device the blocks are."""
     wide = torch.float32 if precision == "f32" else torch.float64

@@ -88,6 +88,7 @@ def _cpu(matrices: Sequence[RowBlocks], precision: str, *, isa: str) -> list[Ten
     return out
 
 
+@torch.no_grad()
 def reference(matrices: Sequence[RowBlocks], precision: str) -> list[Tensor]:
     """Say it in torch, chunk by chunk of columns, on whatever device the blocks are."""
     return [_reference(x, torch.float32 if precision == "f32" else torch.float64) for x in matrices]

@@ -138,6 +138,7 @@ def _cpu(pieces: Sequence[Piece], *, isa: str) -> None:
     _core.reconstruct(_native.table(jobs, 15), [p.scale for p in pieces], _native.threads(), isa)
 
 
+@torch.no_grad()
 def reference(pieces: Sequence[Piece]) -> None:
     """Say it in torch, on whatever device the tensors are (MPS among them)."""
     for basis, loadings, out, scale in pieces:

@@ -154,6 +154,7 @@ def _cpu_power(x: RowBlocks, q: Tensor, precision: str, *, isa: str) -> Tensor:
     return y
 
 
+@torch.no_grad()
 def reference(x: RowBlocks, width: int, seed: int, precision: str) -> Tensor:
     """Say it in torch, chunk by chunk of columns, on whatever device the blocks are."""
     wide = torch.float32 if precision == "f32" else torch.float64
@@ -165,6 +166,7 @@ def reference(x: RowBlocks, width: int, seed: int, precision: str) -> Tensor:
     return total
 
 
+@torch.no_grad()
 def reference_power(x: RowBlocks, q: Tensor, precision: str) -> Tensor:
     """Say it in torch, chunk by chunk of columns, on whatever device the blocks are."""
     wide = torch.float32 if precision == "f32" else torch.float64
