@@ -59,10 +59,12 @@ def encode(tasks: Sequence[Task], slots: Sequence[str]) -> tuple[bytes, dict[str
     config_of = []
     for i, task in enumerate(tasks):
         _check(task, place)
-        ranks = task.lora_ranks
-        for slot, scale in task.scales.items():
-            pair = (float(scale), int(ranks[slot]))
-            codes[i, place[slot]] = origins.setdefault(pair, len(origins) + 1)
+        pairs = list(zip(task.scales.values(), map(task.lora_ranks.__getitem__, task.scales), strict=True))
+        if len(pairs) == len(slots) and len(set(pairs)) == 1:
+            codes[i] = origins.setdefault(_origin(*pairs[0]), len(origins) + 1)
+        else:
+            for slot, pair in zip(task.scales, pairs, strict=True):
+                codes[i, place[slot]] = origins.setdefault(_origin(*pair), len(origins) + 1)
         config_of.append(configs.setdefault(_config(task), len(configs)))
     table = {
         "names": [task.name for task in tasks],
@@ -101,7 +103,7 @@ def decode(data: bytes, count: int, codes: Codes, extras: Mapping[int, Mapping[s
     table = parse_json(data, file, _WHAT)
     names, kinds = _column(table, "names", count, str, file), _column(table, "error_kinds", count, str, file)
     errors, norms = _column(table, "errors", count, float, file), _column(table, "norms", count, float, file)
-    sizes, dtypes = _column(table, "factor_bytes", count, int, file), _column(table, "factor_dtypes", count, str, file)
+    sizes = _column(table, "factor_bytes", count, int, file)
     dtypes = _column(table, "factor_dtypes", count, str, file)
     sources = [_source(entry, file) for entry in _column(table, "sources", count, list, file)]
     config_table = take(table, "config_table", list, file, _WHAT)
@@ -133,6 +135,10 @@ def _check(task: Task, slots: Mapping[str, int]) -> None:
         raise ArgumentError(
             f"save: task {task.name!r} has a scale for {stranger!r}, which is no slot of the collection"
         )
+
+
+def _origin(scale: float, rank: int) -> tuple[float, int]:
+    return float(scale), int(rank)
 
 
 def _config(task: Task) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -62,7 +61,7 @@ def read_basis(file: TensorFile, manifest: Manifest) -> dict[str, tuple[Tensor, 
         for side, shape in (("u", (slot.n, slot.k_out)), ("v", (slot.d, slot.k_in)))
     }
     file.refuse_strangers(expected.keys())
-    found = {name: _float(file, name, manifest.dtype, shape) for name, shape in expected.items()}
+    found = {name: _float(file, name, manifest.dtype, shape, "the manifest says") for name, shape in expected.items()}
     return {slot.name: (found[f"u.{slot.name}"], found[f"v.{slot.name}"]) for slot in manifest.slots}
 
 
@@ -98,21 +97,11 @@ def slot_shapes(collection: Collection) -> tuple[SlotShape, ...]:
 
 def problem_of(columns: Columns, slot: SlotShape, dtype: torch.dtype, tasks: int) -> tuple[str, str] | None:
     """Say which part of the columns of a slot does not fit, and how, if any."""
-    rows, counts, dense = columns.tasks, columns.counts, columns.dense
-    if rows.ndim != 1 or counts.shape != (len(rows), 4) or dense.shape != rows.shape:
-        return (
-            "counts",
-            f"tasks, counts and dense have to be [T], [T, 4], [T]; {rows.shape}, {counts.shape}, {dense.shape}",
-        )
-    if len(rows) and not (rows[0] >= 0 and rows[-1] < tasks and (np.diff(rows) > 0).all()):
-        return "rows", f"they have to ascend within the {tasks} tasks"
-    if len(rows) and not (counts.min() >= 0 and counts.max() <= LARGEST):
-        return "counts", f"they have to be from 0 to {LARGEST}"
-    if (counts[dense, 0] != slot.k_in).any():
-        return "dense", f"a dense core has {slot.k_in} columns with both ends shared"
-    totals = columns.offsets()[-1]
-    for (field, tensor), total, width in zip(columns.tensors().items(), totals, _widths(slot), strict=True):
-        shape = (int(total), *width)
+    problem = _index_problem(columns.tasks, columns.counts, columns.dense, slot, tasks)
+    if problem is not None:
+        return problem
+    shapes = _shapes(columns.offsets()[-1], slot)
+    for (field, tensor), shape in zip(columns.tensors().items(), shapes, strict=True):
         if tuple(tensor.shape) != shape:
             return field, f"the counts ask for shape {list(shape)}; it is {list(tensor.shape)}"
         wanted = torch.float32 if field == "weights" else dtype
@@ -121,37 +110,47 @@ def problem_of(columns: Columns, slot: SlotShape, dtype: torch.dtype, tasks: int
     return None
 
 
+def _index_problem(
+    rows: NDArray[np.int64], counts: NDArray[np.int64], dense: NDArray[np.bool_], slot: SlotShape, tasks: int
+) -> tuple[str, str] | None:
+    if rows.ndim != 1 or counts.shape != (len(rows), 4) or dense.shape != rows.shape:
+        return "counts", f"rows, counts and dense are [T], [T, 4], [T]; got {rows.shape}, {counts.shape}, {dense.shape}"
+    if len(rows) and not (rows[0] >= 0 and rows[-1] < tasks and (np.diff(rows) > 0).all()):
+        return "rows", f"they have to ascend within the {tasks} tasks"
+    if len(rows) and not (counts.min() >= 0 and counts.max() <= LARGEST):
+        return "counts", f"they have to be from 0 to {LARGEST}"
+    if (counts[dense, 0] != slot.k_in).any():
+        return "dense", f"a dense core has {slot.k_in} columns with both ends shared"
+    return None
+
+
 def no_columns(slot: SlotShape, dtype: torch.dtype) -> Columns:
     """Give the columns of a slot that no task has."""
-    tensors = {
-        field: torch.empty((0, *width), dtype=torch.float32 if field == "weights" else dtype)
-        for field, width in zip(FIELDS, _widths(slot), strict=True)
-    }
+    shapes = _shapes(np.zeros(5, dtype=np.int64), slot)
+    tensors = [torch.empty(shape, dtype=torch.float32 if j == 0 else dtype) for j, shape in enumerate(shapes)]
     none = np.zeros(0, dtype=np.int64)
-    return Columns(none, np.zeros((0, 4), dtype=np.int64), np.zeros(0, dtype=np.bool_), **tensors)
+    return Columns(none, none.reshape(0, 4), none.astype(np.bool_), *tensors)
 
 
 def _columns(file: TensorFile, slot: SlotShape, dtype: torch.dtype, count: int) -> Columns:
     counts = _ints(file, f"counts.{slot.name}")
     if counts is None:
         counts = np.zeros((0, 4), dtype=np.int64)
-    elif counts.ndim != 2:
-        raise DamagedError(
-            file.name, f"tensor 'counts.{slot.name}'", f"it has to be [T, 4]; it is {list(counts.shape)}"
-        )
     rows = _ints(file, f"rows.{slot.name}") if len(counts) else np.zeros(0, dtype=np.int64)
     if rows is None:
         rows = np.arange(count, dtype=np.int64)
-    dense = file.tensor(f"dense.{slot.name}", torch.bool)
-    flags = np.zeros(len(rows), dtype=np.bool_) if dense is None else _flags(file, slot.name)
-    tensors = no_columns(slot, dtype).tensors()
-    for field, empty in tensors.items():
-        found = file.tensor(f"{field}.{slot.name}", empty.dtype)
-        tensors[field] = empty if found is None else found
-    columns = Columns(tasks=rows, counts=counts, dense=flags, **tensors)
-    if (problem := problem_of(columns, slot, dtype, count)) is not None:
+    flags = _flags(file, slot.name)
+    if flags is None:
+        flags = np.zeros(len(rows), dtype=np.bool_)
+    problem = _index_problem(rows, counts, flags, slot, count)
+    if problem is not None:
         raise DamagedError(file.name, f"tensor '{problem[0]}.{slot.name}'", problem[1])
-    return columns
+    totals = Columns(rows, counts, flags, *[torch.empty(0)] * 5).offsets()[-1]
+    tensors = {}
+    for field, shape in zip(FIELDS, _shapes(totals, slot), strict=True):
+        wanted = torch.float32 if field == "weights" else dtype
+        tensors[field] = _float(file, f"{field}.{slot.name}", wanted, shape, "the counts ask for")
+    return Columns(rows, counts, flags, **tensors)
 
 
 def _rows(columns: Columns, first: int, last: int) -> Columns:
@@ -163,9 +162,10 @@ def _rows(columns: Columns, first: int, last: int) -> Columns:
     return Columns(columns.tasks[a:b] - first, columns.counts[a:b], columns.dense[a:b], **parts)
 
 
-def _widths(slot: SlotShape) -> tuple[tuple[int, ...], ...]:
-    # of one row of each of FIELDS
-    return ((), (slot.k_out,), (slot.n,), (slot.k_in,), (slot.d,))
+def _shapes(totals: NDArray[np.int64], slot: SlotShape) -> list[tuple[int, ...]]:
+    """Give the shapes of FIELDS, of so many rows each."""
+    widths = ((), (slot.k_out,), (slot.n,), (slot.k_in,), (slot.d,))
+    return [(int(rows), *width) for rows, width in zip(totals, widths, strict=True)]
 
 
 def _integers(values: NDArray[np.int64], largest: int | None = None) -> Tensor:
@@ -178,11 +178,10 @@ def _ints(file: TensorFile, name: str) -> NDArray[np.int64] | None:
     return None if tensor is None else tensor.numpy().astype(np.int64)
 
 
-def _flags(file: TensorFile, slot: str) -> NDArray[np.bool_]:
-    # as bytes: a bool that is neither 0 nor 1 must not reach a branch
+def _flags(file: TensorFile, slot: str) -> NDArray[np.bool_] | None:
     raw = file.tensor(f"dense.{slot}", torch.bool)
-    assert raw is not None
-    return np.asarray(raw.view(torch.uint8).numpy() != 0)
+    # as bytes: a bool that is neither 0 nor 1 must not reach a branch
+    return None if raw is None else np.asarray(raw.reshape(-1).view(torch.uint8).numpy() != 0)
 
 
 def _codes(file: TensorFile, slot: str, count: int) -> NDArray[Any] | None:
@@ -194,13 +193,13 @@ def _codes(file: TensorFile, slot: str, count: int) -> NDArray[Any] | None:
     return tensor.numpy()
 
 
-def _float(file: TensorFile, name: str, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+def _float(file: TensorFile, name: str, dtype: torch.dtype, shape: tuple[int, ...], why: str) -> Tensor:
     tensor = file.tensor(name, dtype)
     if tensor is None and 0 in shape:
-        return torch.empty(tuple(shape), dtype=dtype)
-    if tensor is None or tuple(tensor.shape) != tuple(shape):
+        return torch.empty(shape, dtype=dtype)
+    if tensor is None or tuple(tensor.shape) != shape:
         got = "it is missing" if tensor is None else f"it is {list(tensor.shape)}"
-        raise DamagedError(file.name, f"tensor {name!r}", f"the manifest says {list(shape)}; {got}")
+        raise DamagedError(file.name, f"tensor {name!r}", f"{why} shape {list(shape)}; {got}")
     return tensor
 
 

@@ -108,7 +108,7 @@ def _basis(folder: Path, manifest: Manifest, spoilt: set[str]) -> Iterator[Findi
         else:
             yield Finding(name, f"tensor {tensor!r}", f"entry {first} of {list(matrix.shape)} is not finite")
     allowed = 4 * _ROUNDOFF[manifest.dtype] + _FIT_DEPARTURE
-    for tensor, gram in zip(finite, gram_many([m.T for m in finite.values()], precision="f64"), strict=True):
+    for tensor, gram in zip(finite, gram_many([m.T for m in finite.values()], precision="f32"), strict=True):
         off = float((gram - torch.eye(len(gram), dtype=torch.float64)).abs().max()) if gram.numel() else 0.0
         if not off <= allowed:
             problem = f"its columns have to be orthonormal to {allowed:.1e}; they are to {off:.1e}"

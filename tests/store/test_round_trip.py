@@ -1,0 +1,287 @@
+import os
+import re
+import subprocess
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loraspan import store
+from loraspan.adapters.header import DTYPES
+from loraspan.collection.collection import Collection, SlotSpace, Task
+from loraspan.collection.layout import DTYPE_NAMES
+from loraspan.errors import ArgumentError, ShapeError
+from store.samples import (
+    NAMES,
+    ODD_EXTRAS,
+    assert_same,
+    collection,
+    columns,
+    listing,
+    orthonormal,
+    same_bytes,
+    save_in_segments,
+)
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@given(seed=st.integers(0, 2**32 - 1), slots=st.integers(0, 4), tasks=st.integers(0, 5), dtype=st.sampled_from(FLOATS))
+def test_open_gives_what_was_saved(tmp_path_factory, seed, slots, tasks, dtype):
+    want = collection(seed, slots=slots, tasks=tasks, dtype=dtype, extras=ODD_EXTRAS)
+    path = tmp_path_factory.mktemp("store") / "team.span"
+
+    assert store.save(want, path) == 1
+
+    assert_same(store.open(path), want)
+    assert store.verify(path) == []
+
+
+@given(seed=st.integers(0, 2**32 - 1), cuts=st.lists(st.integers(0, 7), max_size=4))
+def test_segments_read_as_one(tmp_path_factory, seed, cuts):
+    want = collection(seed, tasks=7, extras=ODD_EXTRAS)
+    path = tmp_path_factory.mktemp("store") / "team.span"
+
+    save_in_segments(want, path, [0, *sorted(cuts), 7])
+
+    assert_same(store.open(path), want)
+    assert store.verify(path) == []
+
+
+def test_an_opened_collection_can_be_saved_over_itself(tmp_path):
+    want = collection(3, extras=ODD_EXTRAS)
+    store.save(want, tmp_path / "a")
+
+    store.save(store.open(tmp_path / "a"), tmp_path / "a", overwrite=True)
+
+    assert_same(store.open(tmp_path / "a"), want)
+
+
+def test_names_are_data(tmp_path):
+    want = collection(1, tasks=len(NAMES), names=NAMES)
+
+    store.save(want, tmp_path / "team.span")
+
+    assert [task.name for task in store.open(tmp_path / "team.span").tasks] == list(NAMES)
+    assert listing(tmp_path) == ["team.span"]
+    assert len(listing(tmp_path / "team.span")) == 4
+
+
+def test_every_field_of_a_task_is_kept(tmp_path):
+    """A field that is added to Task and forgotten here would come back as its default."""
+    want = collection(2, tasks=2, extras=ODD_EXTRAS)
+    for field in fields(Task)[6:]:
+        assert getattr(want.tasks[0], field.name) or getattr(want.tasks[1], field.name), field.name
+    assert all(value is not None for value in (want.tasks[1].source.sha256, want.tasks[1].source.base_model))
+
+    store.save(want, tmp_path / "a")
+
+    assert_same(store.open(tmp_path / "a"), want)
+
+
+@pytest.mark.parametrize("count", [255, 256, 40_000])
+def test_integers_are_as_wide_as_they_have_to_be(tmp_path, count):
+    rng = torch.Generator().manual_seed(0)
+    held = columns(rng, [1], (2, 2, 0, 0), np.array([[count, 0, 0, 1]]), np.zeros(1, bool), torch.float32)
+    space = SlotSpace(torch.zeros(2, 0), torch.zeros(2, 0), held)
+    tasks = tuple(Task(str(i), 0.0, "measured", 1.0, {}, {}) for i in range(2))
+    want = Collection({"a": space}, tasks)
+
+    store.save(want, tmp_path / "a")
+
+    assert_same(store.open(tmp_path / "a"), want)
+
+
+def test_many_different_scales(tmp_path):
+    plain = collection(5, slots=1, tasks=1)
+    slot = next(iter(plain.slots))
+    tasks = tuple(Task(str(i), 0.0, "measured", 1.0, {slot: 1 / (i + 1)}, {slot: i}) for i in range(300))
+    want = Collection(plain.slots, tasks)
+
+    store.save(want, tmp_path / "a")
+
+    assert_same(store.open(tmp_path / "a"), want)
+    assert repr(store.open(tmp_path / "a").tasks[7].scales) == repr({slot: 1 / 8})
+    with pytest.raises(KeyError):
+        store.open(tmp_path / "a").tasks[7].scales["other"]
+
+
+def test_the_safetensors_library_reads_the_files(tmp_path):
+    want = collection(4, extras=ODD_EXTRAS, dtype=torch.bfloat16)
+    store.save(want, tmp_path / "a")
+
+    basis = safetensors.torch.load_file(next((tmp_path / "a").glob("basis-*")))
+    tasks = safetensors.torch.load_file(next((tmp_path / "a").glob("tasks-*")))
+
+    for name, slot in want.slots.items():
+        for side in ("u", "v"):
+            if getattr(slot, side).numel():
+                same_bytes(basis[f"{side}.{name}"], getattr(slot, side))
+        for field, tensor in slot.columns.tensors().items():
+            if tensor.numel():
+                same_bytes(tasks[f"{field}.{name}"], tensor)
+    for key, extra in ODD_EXTRAS.items():
+        same_bytes(tasks[f"extra.0.{key}"], extra)
+    with safetensors.safe_open(next((tmp_path / "a").glob("tasks-*")), "pt") as file:
+        assert file.metadata() == {"loraspan": "tasks"}
+
+
+def test_tensors_start_where_their_items_may(tmp_path):
+    """An address that is no multiple of the item would make a view impossible."""
+    store.save(collection(4, extras=ODD_EXTRAS), tmp_path / "a")
+    held = store.open(tmp_path / "a")
+
+    tensors = [t for task in held.tasks for t in task.extras.values()]
+    tensors += [t for slot in held.slots.values() for t in (slot.u, slot.v, *slot.columns.tensors().values())]
+
+    assert all(t.data_ptr() % t.element_size() == 0 for t in tensors)
+
+
+def test_what_is_written_can_be_read():
+    assert {name: dtype for dtype, name in DTYPE_NAMES.items()} == DTYPES
+
+
+def test_views_do_not_write_through(tmp_path):
+    want = collection(6)
+    store.save(want, tmp_path / "a")
+
+    slot = next(iter(store.open(tmp_path / "a").slots.values()))
+    slot.v.fill_(9)
+
+    assert_same(store.open(tmp_path / "a"), want)
+
+
+LAZY = """
+import os, sys
+from pathlib import Path
+from loraspan import store
+
+def status(key):
+    return int(next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(key)).split()[1])
+
+store.open(sys.argv[1])
+before = status("RssAnon"), status("RssFile"), len(os.listdir("/proc/self/fd"))
+held = store.open(sys.argv[2])
+after = status("RssAnon"), status("RssFile"), len(os.listdir("/proc/self/fd"))
+assert sum(s.u.nbytes + s.v.nbytes for s in held.slots.values()) == 32 << 20
+print(*(b - a for a, b in zip(before, after)))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_opening_reads_no_data(tmp_path):
+    """32 MB of bases are replaced by a hole, and opening neither notices nor grows."""
+    rng = torch.Generator().manual_seed(0)
+    none = columns(rng, [], (1 << 20, 1 << 20, 4, 4), np.zeros((0, 4), np.int64), np.zeros(0, bool), torch.float32)
+    basis = torch.ones(1 << 20, 4)
+    store.save(Collection({"a": SlotSpace(basis, basis, none)}, ()), tmp_path / "big")
+    store.save(Collection({}, ()), tmp_path / "small")
+    path = next((tmp_path / "big").glob("basis-*"))
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        header = 8 + int.from_bytes(file.read(8), "little")
+        file.truncate(header)
+        file.truncate(size)
+    command = [sys.executable, "-c", LAZY, tmp_path / "small", tmp_path / "big"]
+
+    grown = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ).stdout.split()
+
+    anonymous, mapped, descriptors = map(int, grown)
+    assert anonymous < 1024
+    assert mapped < 1024
+    assert descriptors == 0
+
+
+def _first(held, **changes):
+    return replace(held, tasks=(replace(held.tasks[0], **changes), *held.tasks[1:]))
+
+
+def _spoil(held, change):
+    name, slot = next((n, s) for n, s in held.slots.items() if len(s.columns.tasks) > 1 and s.u.numel() and s.v.numel())
+    return replace(held, slots={**held.slots, name: change(slot)})
+
+
+COLUMN_FAULTS = {
+    "weights: the counts ask for": lambda c: replace(c, weights=c.weights[:-1]),
+    "weights: it has to be torch.float32": lambda c: replace(c, weights=c.weights.double()),
+    "left_private: it has to be torch.float32": lambda c: replace(c, left_private=c.left_private.half()),
+    "rows: they have to ascend": lambda c: replace(c, tasks=c.tasks[::-1].copy()),
+    "counts: rows, counts and dense": lambda c: replace(c, counts=c.counts[:-1]),
+    "counts: they have to be from 0": lambda c: replace(c, counts=c.counts - 9),
+    "dense: a dense core has": lambda c: replace(c, dense=~c.dense, counts=c.counts + np.array([99, 0, 0, 0])),
+}
+
+
+@pytest.mark.parametrize("problem", COLUMN_FAULTS)
+def test_columns_that_do_not_fit_are_not_written(tmp_path, problem):
+    held = collection(8, slots=6)
+    fault = COLUMN_FAULTS[problem]
+    spoilt = _spoil(held, lambda s: replace(s, columns=fault(s.columns)))
+
+    with pytest.raises(ShapeError, match=rf"save: {problem.split(':')[0]} of slot 'layers.*{problem.split(': ')[1]}"):
+        store.save(spoilt, tmp_path / "a")
+
+    assert listing(tmp_path) == []
+
+
+FAULTS = {
+    "v of slot .* has to be a matrix": lambda c: _spoil(c, lambda s: replace(s, v=s.v.half())),
+    "the kind of slot": lambda c: _spoil(c, lambda s: replace(s, kind="odd")),
+    "dtype of a collection": lambda c: replace(c, dtype=torch.int8),
+    "two tasks are named 'task 0'": lambda c: replace(c, tasks=(*c.tasks[:3], replace(c.tasks[0]))),
+    "which is no slot of the collection": lambda c: _first(c, scales={"x": 1.0}, lora_ranks={"x": 1}),
+    "scales and lora_ranks for different slots": lambda c: _first(c, lora_ranks={}),
+    "finite": lambda c: _first(c, error=float("nan")),
+    "config of task 'task 0' .* plain JSON": lambda c: _first(c, config={"x": object()}),
+    "config .* read again": lambda c: _first(c, config=_deep(40)),
+    "complex64, which safetensors cannot hold": lambda c: _first(c, extras={"x": torch.zeros(1) * 1j}),
+    "extra of task 'task 0' .* printable": lambda c: _first(c, extras={"\udc80": torch.zeros(1)}),
+}
+
+
+def _deep(levels):
+    return {"x": _deep(levels - 1)} if levels else {}
+
+
+@pytest.mark.parametrize("message", FAULTS)
+def test_what_cannot_be_kept_is_refused(tmp_path, message):
+    spoilt = FAULTS[message](collection(8, slots=6))
+
+    with pytest.raises(ArgumentError, match=f"^save: .*{message}"):
+        store.save(spoilt, tmp_path / "a")
+
+    assert listing(tmp_path) == []
+
+
+def test_a_basis_of_any_layout(tmp_path):
+    rng = torch.Generator().manual_seed(1)
+    none = columns(rng, [], (6, 5, 3, 2), np.zeros((0, 4), np.int64), np.zeros(0, bool), torch.float16)
+    u, v = orthonormal(rng, 6, 3, torch.float16), orthonormal(rng, 5, 2, torch.float16)
+    want = Collection({"a": SlotSpace(u.T.contiguous().T, v.repeat(1, 2)[:, ::2], none)}, (), torch.float16)
+
+    store.save(want, tmp_path / "a")
+
+    assert_same(store.open(tmp_path / "a"), want)
+
+
+def test_the_folder_is_what_the_documentation_says(tmp_path):
+    store.save(collection(1), tmp_path / "team.span")
+
+    names = listing(tmp_path / "team.span")
+
+    patterns = (
+        "CURRENT",
+        r"basis-[0-9a-f]{32}\.safetensors",
+        r"manifest-000001\.json",
+        r"tasks-[0-9a-f]{32}.safetensors",
+    )
+    assert len(names) == 4
+    assert all(re.fullmatch(pattern, name) for pattern, name in zip(patterns, names, strict=True))
+    assert Path(tmp_path / "team.span" / "CURRENT").read_text() == "1\n"
