@@ -1,1 +1,6 @@
 """LoRA adapters of one base model in one shared low-rank subspace: compressed fast, rebuilt exactly."""
+
+from loraspan import errors, linalg, ops
+from loraspan.subspace import Subspace, compress, open
+
+__all__ = ["Subspace", "compress", "errors", "linalg", "open", "ops"]

@@ -54,7 +54,7 @@ class Stack:
 
     def flat(self, padded: Tensor) -> Tensor:
         """Undo :meth:`pad`."""
-        return padded.reshape(-1, padded.shape[2]) if self._mask is None else padded[self._mask]
+        return padded.reshape(self.x.shape[0], padded.shape[2]) if self._mask is None else padded[self._mask]
 
     def weigh(self, flat: Tensor) -> Tensor:
         """Give ``D y`` for ``y [R, l]``."""
