@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from loraspan.errors import FormatError, UnsupportedError
 
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 # PEFT wrote the adapter's name into its keys before version 0.3
 _OLD_NAME = "default"

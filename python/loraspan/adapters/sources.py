@@ -9,8 +9,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
-from loraspan.adapters import hub, peft
+from loraspan.adapters import hub
 from loraspan.adapters.base import Adapter
+from loraspan.adapters.keys import CONFIG_NAME, WEIGHTS_NAME
+from loraspan.adapters.peft_read import read
 from loraspan.errors import ArgumentError, FormatError, MismatchError
 
 One: TypeAlias = "str | os.PathLike[str] | Adapter"
@@ -73,7 +75,7 @@ def read_all(sources: Sources, *, hash_file: bool = False) -> list[Adapter]:
     """
     found = find(sources)
     adapters = [
-        one.what if isinstance(one.what, Adapter) else peft.read(one.what, name=one.name, hash_file=hash_file)
+        one.what if isinstance(one.what, Adapter) else read(one.what, name=one.name, hash_file=hash_file)
         for one in found
     ]
     _check_names(adapters)
@@ -125,7 +127,7 @@ def _in_folder(folder: Path) -> list[Found]:
     inside = sorted(child for child in folder.iterdir() if child.is_dir() and _is_adapter(child))
     if not inside:
         raise FormatError(
-            f"{folder}: needs to be an adapter ({peft.CONFIG_NAME} and {peft.WEIGHTS_NAME}) or to hold folders that are"
+            f"{folder}: needs to be an adapter ({CONFIG_NAME} and {WEIGHTS_NAME}) or to hold folders that are"
         )
     return [Found(path) for path in inside]
 
@@ -142,7 +144,7 @@ def _in_glob(pattern: str) -> list[Found]:
 
 def _is_adapter(folder: Path) -> bool:
     # with one of the two missing it is still meant as an adapter, and reading it says what is missing
-    return (folder / peft.CONFIG_NAME).exists() or (folder / peft.WEIGHTS_NAME).exists()
+    return (folder / CONFIG_NAME).exists() or (folder / WEIGHTS_NAME).exists()
 
 
 def _check_names(adapters: list[Adapter]) -> None:
