@@ -51,9 +51,10 @@ def test_the_stub_names_the_arguments(name):
     assert re.findall(r"(\w+): ", signature.split(" -> ")[0]) == wanted
 
 
-def test_the_stub_lists_the_precisions():
-    members = [node.targets[0].id for node in stubs()["Precision"].body if isinstance(node, ast.Assign)]
-    assert members == list(_core.Precision.__members__)
+@pytest.mark.parametrize("name", [name for name, node in stubs().items() if isinstance(node, ast.ClassDef)])
+def test_the_stub_lists_the_choices(name):
+    members = [node.targets[0].id for node in stubs()[name].body if isinstance(node, ast.Assign)]
+    assert members == list(getattr(_core, name).__members__)
 
 
 def test_the_top_of_the_package_is_small():
