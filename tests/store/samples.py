@@ -16,6 +16,7 @@ from loraspan.collection.columns import Columns
 from loraspan.store import segment, transaction
 
 NAMES = ("sql", "../../etc/passwd", "名前 🦥", "", "a\nb\0c", "\udc80 not utf-8", "CURRENT", "x" * 10_000)
+FORMS_CASES = ([1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1], [2, 3, 4, 5])
 ODD_EXTRAS = {
     "score.weight": torch.arange(6.0).reshape(2, 3),
     "ids": torch.tensor([2**62 + 1, -3]),
@@ -131,7 +132,7 @@ def edit_manifest(folder, change, *, seal=True):
     table = json.loads(path.read_text())
     table.pop("checksum")
     changed = change(table)
-    text = changed if isinstance(changed, str) else json.dumps(table)
+    text = changed if isinstance(changed, str) else json.dumps(changed or table)
     body = text.rstrip().removesuffix("}").encode()
     digest = hashlib.sha256(body).hexdigest() if seal else "0" * 64
     path.write_bytes(body + f',\n  "checksum": "{digest}"\n}}\n'.encode())
@@ -151,7 +152,7 @@ def edit_tensors(folder, kind, change):
     (folder / name).write_bytes(content)
 
     def point(table):
-        entry = table["basis"] if kind == "basis" else table["segments"][0]
+        entry = next(e for e in (table["basis"], *table["segments"]) if e["file"] == path.name)
         entry.update(file=name, sha256=digest, bytes=len(content))
 
     edit_manifest(folder, point)
