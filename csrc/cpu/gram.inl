@@ -1,17 +1,182 @@
+// gram: the lower triangle tile by tile from packed panels, then its mirror image.
+//
+// Few rows: X is cut into slabs of columns, each thread takes whole slabs, and their float64 sums are added in order.
+// Many rows: all threads pack a chunk of columns, then share its tiles, and G itself holds the sums.
+// Which of the two, and every boundary, follows from the sizes of the job alone.
 namespace loraspan {
 namespace LORASPAN_ISA {
 
-void gram(const GramJob* jobs, std::int64_t count, Precision, int threads) {
-  parallel_for(count, threads, [&](std::int64_t index) {
+// Up to so many rows, the sums of a slab and a packed chunk stay in a second-level cache.
+constexpr std::int64_t kSlabRows = 256;
+constexpr std::int64_t kMaxSlabs = 32;
+// A block of so many rows by so many rows of G is what a thread takes at a time; its panels stay in cache.
+constexpr std::int64_t kBlockRows = 192;
+// Bytes of slab sums that one wave of jobs may hold.
+constexpr std::int64_t kWaveBytes = std::int64_t{32} << 20;
+
+template <typename T>
+constexpr std::int64_t kChunk = 2048 / static_cast<std::int64_t>(sizeof(T));
+
+template <typename T>
+inline std::int64_t row_unit() {
+  return kLanes<T> > kTileRows ? kLanes<T> : kTileRows;
+}
+
+// The sums of one job: entry (i, j), j <= i, at data + i * stride + j. Rows and columns below `limit` may be written.
+struct Sums {
+  double* data;
+  std::int64_t stride;
+  std::int64_t limit;
+  bool fresh;   // overwrite, as nothing is there yet
+  bool mirror;  // these are the last products: write (j, i) as well
+};
+
+// Adds a tile [M, columns] at (i, j) of G.
+template <int M, int kColumns>
+inline void add_tile(const Sums& g, std::int64_t i, std::int64_t j, const double* tile_sums) {
+  constexpr int L = kLanes<double>;
+  const std::int64_t rows = min_of(M, g.limit - i), columns = min_of(kColumns, g.limit - j);
+  alignas(64) double total[M * kColumns];
+  for (std::int64_t r = 0; r < rows; ++r) {
+    double* row = g.data + (i + r) * g.stride + j;
+    const double* add = tile_sums + r * kColumns;
+    if (columns == kColumns) {
+#pragma GCC unroll 8
+      for (int c = 0; c < kColumns; c += L) {
+        const Vec<double> sum = g.fresh ? load(add + c) : load(row + c) + load(add + c);
+        store(row + c, sum);
+        if (g.mirror) store(total + r * kColumns + c, sum);
+      }
+    } else {
+      for (std::int64_t c = 0; c < columns; ++c) total[r * kColumns + c] = row[c] = g.fresh ? add[c] : row[c] + add[c];
+    }
+  }
+  if (!g.mirror) return;
+  for (std::int64_t c = 0; c < columns; ++c)
+    for (std::int64_t r = max_of(0, j + c - i); r < rows; ++r)
+      g.data[(j + c) * g.stride + i + r] = total[r * kColumns + c];
+}
+
+template <typename T, int N>
+inline void gram_tile(const T* panels, std::int64_t stride, std::int64_t n, std::int64_t i, std::int64_t j,
+                      const Sums& g) {
+  constexpr int L = kLanes<T>, M = kTileRows;
+  alignas(64) double sums[M * N * L];
+  if (!g.fresh)
+    for (std::int64_t r = 0; r < min_of(M, g.limit - i); ++r)
+      for (std::int64_t c = 0; c < N * L; c += 8) __builtin_prefetch(g.data + (i + r) * g.stride + j + c, 1);
+  tile<T, M, N, false>(panels + i / L * stride + i % L, stride, panels + j / L * stride, stride, n, sums);
+  add_tile<M, N * L>(g, i, j, sums);
+}
+
+// The part of the lower triangle in rows [i0, i1) and columns [j0, j1), both from packed panels of n columns of X.
+template <typename T>
+inline void gram_block(const T* panels, std::int64_t stride, std::int64_t n, std::int64_t i0, std::int64_t i1,
+                       std::int64_t j0, std::int64_t j1, const Sums& g) {
+  constexpr int L = kLanes<T>, N = kTileVectors;
+  for (std::int64_t i = i0; i < i1; i += kTileRows) {
+    const std::int64_t end = min_of(j1, round_up(i + kTileRows, L));
+    std::int64_t j = j0;
+    for (std::int64_t left = (end - j) / L; left > 0;) {
+      // four vectors go as two and two: a tile of one is bound by its loads
+      const std::int64_t take = left == 4 && N == 3 ? 2 : min_of(left, N);
+      if (take == N)
+        gram_tile<T, N>(panels, stride, n, i, j, g);
+      else if (take == 2)
+        gram_tile<T, 2>(panels, stride, n, i, j, g);
+      else
+        gram_tile<T, 1>(panels, stride, n, i, j, g);
+      j += take * L;
+      left -= take;
+    }
+  }
+}
+
+inline std::int64_t slab_columns(std::int64_t rows, std::int64_t columns) {
+  const std::int64_t enough = max_of(1024, (std::int64_t{1} << 17) / max_of(rows, 1));
+  return round_up(max_of(enough, (columns + kMaxSlabs - 1) / kMaxSlabs), 512);
+}
+
+inline std::int64_t slab_count(std::int64_t rows, std::int64_t columns) {
+  return max_of(1, (columns + slab_columns(rows, columns) - 1) / slab_columns(rows, columns));
+}
+
+// Sums of one slab, all columns of it, by one thread.
+template <typename T>
+inline void gram_slab(const Rows& x, std::int64_t rows, std::int64_t slab, double* sums) {
+  constexpr int L = kLanes<T>;
+  const std::int64_t padded = round_up(rows, row_unit<T>());
+  const std::int64_t width = slab_columns(rows, x.columns), end = min_of(x.columns, (slab + 1) * width);
+  const std::int64_t stride = kChunk<T> * L + L;
+  T* panels = scratch<T>(Use::packed, padded / L * stride);
+  Sums g{sums, padded, padded, true, false};
+  for (std::int64_t c = slab * width; c < end || g.fresh; c += kChunk<T>) {
+    const std::int64_t n = max_of(0, min_of(end - c, kChunk<T>));
+    pack_panels(x, rows, 0, padded / L, c, n, panels, stride);
+    gram_block(panels, stride, n, 0, padded, 0, padded, g);
+    g.fresh = false;
+  }
+}
+
+// Adds the slabs in order and writes both triangles of rows [i0, i1).
+inline void finish_slabs(const double* sums, std::int64_t slabs, std::int64_t padded, const GramJob& job,
+                         std::int64_t rows, std::int64_t i0, std::int64_t i1) {
+  for (std::int64_t i = i0; i < i1; ++i)
+    for (std::int64_t j = 0; j <= i; ++j) {
+      double sum = sums[i * padded + j];
+      for (std::int64_t s = 1; s < slabs; ++s) sum += sums[(s * padded + i) * padded + j];
+      job.out[i * rows + j] = job.out[j * rows + i] = sum;
+    }
+}
+
+// Many rows: chunk by chunk, the threads together.
+template <typename T>
+inline void gram_wide(const GramJob& job, std::int64_t rows, int threads) {
+  constexpr int L = kLanes<T>;
+  const std::int64_t padded = round_up(rows, row_unit<T>()), panels = padded / L;
+  const std::int64_t stride = kChunk<T> * L + L;
+  const std::int64_t blocks = (padded + kBlockRows - 1) / kBlockRows;
+  T* packed = scratch<T>(Use::packed, panels * stride);
+  for (std::int64_t c = 0; c < job.x.columns || c == 0; c += kChunk<T>) {
+    const std::int64_t n = min_of(job.x.columns - c, kChunk<T>);
+    parallel_for((panels + 3) / 4, threads, [&](std::int64_t p) {
+      pack_panels(job.x, rows, 4 * p, min_of(panels, 4 * p + 4), c, n, packed, stride);
+    });
+    const Sums g{job.out, rows, rows, c == 0, c + kChunk<T> >= job.x.columns};
+    parallel_for(blocks * (blocks + 1) / 2, threads, [&](std::int64_t task) {
+      std::int64_t i = 0;
+      while (task > i) task -= ++i;
+      gram_block(packed, stride, n, i * kBlockRows, min_of(padded, (i + 1) * kBlockRows), task * kBlockRows,
+                 min_of(padded, (task + 1) * kBlockRows), g);
+    });
+  }
+}
+
+template <typename T>
+inline void gram_all(const GramJob* jobs, std::int64_t count, int threads) {
+  for (std::int64_t index = 0; index < count; ++index) {
     const GramJob& job = jobs[index];
     const std::int64_t rows = row_count(job.x);
-    for (std::int64_t i = 0; i < rows; ++i)
-      for (std::int64_t j = 0; j < rows; ++j) {
-        double sum = 0;
-        for (std::int64_t c = 0; c < job.x.columns; ++c) sum += entry(job.x, i, c) * entry(job.x, j, c);
-        job.out[i * rows + j] = sum;
-      }
-  });
+    if (rows > kSlabRows) {
+      gram_wide<T>(job, rows, threads);
+      continue;
+    }
+    const std::int64_t padded = round_up(rows, row_unit<T>());
+    const std::int64_t slabs = slab_count(rows, job.x.columns);
+    double* sums = scratch<double>(Use::sums, slabs * padded * padded);
+    parallel_for(slabs, threads,
+                 [&](std::int64_t slab) { gram_slab<T>(job.x, rows, slab, sums + slab * padded * padded); });
+    parallel_for((rows + 31) / 32, threads, [&](std::int64_t block) {
+      finish_slabs(sums, slabs, padded, job, rows, block * 32, min_of(rows, block * 32 + 32));
+    });
+  }
+}
+
+void gram(const GramJob* jobs, std::int64_t count, Precision precision, int threads) {
+  if (precision == Precision::f32)
+    gram_all<float>(jobs, count, threads);
+  else
+    gram_all<double>(jobs, count, threads);
 }
 
 }  // namespace LORASPAN_ISA

@@ -107,13 +107,14 @@ inline void pack_panel(const Rows& x, Cursor at, std::int64_t rows, std::int64_t
 }
 
 // Panels [first, last) of columns [c0, c0 + n) of X, which has `rows` rows; `panels` is where panel 0 is or would be.
+// Panels may lie past the last row: they are zero.
 template <typename T>
 inline void pack_panels(const Rows& x, std::int64_t rows, std::int64_t first, std::int64_t last, std::int64_t c0,
                         std::int64_t n, T* panels, std::int64_t stride) {
   constexpr int L = kLanes<T>;
   Cursor at = find_row(x, first * L);
   for (std::int64_t p = first; p < last; ++p) {
-    pack_panel(x, at, min_of(rows - p * L, L), c0, n, panels + p * stride);
+    pack_panel(x, at, max_of(0, min_of(rows - p * L, L)), c0, n, panels + p * stride);
     at.row += L;
     while (at.block < x.count && at.row >= x.blocks[at.block].rows) at.row -= x.blocks[at.block++].rows;
   }
