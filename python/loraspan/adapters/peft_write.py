@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def write(adapter: Adapter, folder: Path | str, *, dtype: torch.dtype | None = N
         metadata["license"] = adapter.source.licence
     with publishing(target) as draft:
         write_tensors(draft / WEIGHTS_NAME, tensors, metadata)
-        write_text(draft / CONFIG_NAME, json.dumps(config, indent=2, sort_keys=True) + "\n")
+        write_text(draft / CONFIG_NAME, json.dumps(dict(sorted(config.items())), indent=2) + "\n")
 
 
 def _check_target(target: Path) -> None:
@@ -143,11 +144,18 @@ def _rank_fields(ranks: Mapping[str, int]) -> dict[str, Any]:
     """Give ``r`` and the patterns that give each path its rank, as scale 1 needs both rank and alpha."""
     counts = Counter(ranks.values())
     common = max(counts, key=lambda lora_rank: (counts[lora_rank], -lora_rank))
-    # PEFT takes the first key that matches a path's end: a longer path has to come before one that ends it
-    longest_first = sorted(ranks, key=lambda path: (-len(path), path))
-    differing = Patterns({path: ranks[path] for path in ranks if ranks[path] != common}, "rank_pattern")
-    patterns = {path: ranks[path] for path in longest_first if differing.first(path) is not None}
+    patterns = {_key(path, ranks): lora_rank for path, lora_rank in ranks.items() if lora_rank != common}
     return {"r": common, "lora_alpha": common, "rank_pattern": patterns, "alpha_pattern": dict(patterns)}
+
+
+def _key(path: str, paths: Iterable[str]) -> str:
+    """Give the key of one path: the path, but anchored where PEFT would also match it to the end of another one.
+
+    Plain paths are what PEFT writes itself and what its older versions know; an order of the keys would not do, since
+    PEFT sorts them when it saves.
+    """
+    alone = Patterns({path: True}, "rank_pattern")
+    return path if sum(alone.first(other) is not None for other in paths) == 1 else f"^{re.escape(path)}"
 
 
 def _extras(adapter: Adapter) -> dict[str, Tensor]:

@@ -63,7 +63,11 @@ def publishing(target: Path) -> Iterator[Path]:
         if target.exists():
             old = draft.with_suffix(".old")
             target.rename(old)
-            draft.rename(target)
+            try:
+                draft.rename(target)
+            except BaseException:
+                old.rename(target)
+                raise
             shutil.rmtree(old)
         else:
             draft.rename(target)

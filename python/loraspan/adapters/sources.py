@@ -6,6 +6,7 @@ import glob
 import os
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -22,10 +23,11 @@ _GLOB = re.compile(r"[*?\[]")
 
 
 class Found(NamedTuple):
-    """One adapter that a source named: a path or an object, and the task's name if the source gives one."""
+    """One adapter that a source named: a path or an object, the task's name if the source gives one, and its Hub id."""
 
     what: Path | Adapter
     name: str | None = None
+    hub_id: str | None = None
 
 
 def resolve(sources: Sources) -> list[Path]:
@@ -74,12 +76,18 @@ def read_all(sources: Sources, *, hash_file: bool = False) -> list[Adapter]:
         UnsupportedError: as :func:`loraspan.adapters.peft.read`.
     """
     found = find(sources)
-    adapters = [
-        one.what if isinstance(one.what, Adapter) else read(one.what, name=one.name, hash_file=hash_file)
-        for one in found
-    ]
+    adapters = [_open(one, hash_file) for one in found]
     _check_names(adapters)
     return adapters
+
+
+def _open(found: Found, hash_file: bool) -> Adapter:
+    if isinstance(found.what, Adapter):
+        return found.what if found.name is None else replace(found.what, name=found.name)
+    adapter = read(found.what, name=found.name, hash_file=hash_file)
+    if found.hub_id is None:
+        return adapter
+    return replace(adapter, source=replace(adapter.source, path=found.hub_id))
 
 
 def find(sources: Sources) -> list[Found]:
@@ -103,10 +111,7 @@ def _named(name: object, source: One) -> Found:
     found = find(source)
     if len(found) != 1:
         raise ArgumentError(f"sources: the name {name!r} needs exactly one adapter; {source!s} holds {len(found)}")
-    (what, _) = found[0]
-    if isinstance(what, Adapter):
-        return Found(Adapter(name, what.slots, what.extras, what.config, what.source))
-    return Found(what, name)
+    return found[0]._replace(name=name)
 
 
 def _find(source: str | os.PathLike[str]) -> list[Found]:
@@ -119,7 +124,7 @@ def _find(source: str | os.PathLike[str]) -> list[Found]:
     if _GLOB.search(text):
         return _in_glob(text)
     if isinstance(source, str) and hub.is_id(text):
-        return [Found(hub.download(text), text.rpartition("/")[2])]
+        return [Found(hub.download(text), text.rpartition("/")[2], text)]
     raise FormatError(f"{text}: there is no such file or folder, and it is neither a glob nor a Hub id owner/name")
 
 
