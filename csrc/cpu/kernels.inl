@@ -26,7 +26,10 @@
 #include "tile.inl"
 #include "gram.inl"
 #include "combine.inl"
+#include "philox.inl"
+#include "sketch_tile.inl"
 #include "sketch.inl"
+#include "sketch_power.inl"
 #include "reconstruct.inl"
 #include "ceilings.inl"
 

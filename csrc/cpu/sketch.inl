@@ -1,52 +1,195 @@
 namespace loraspan {
 namespace LORASPAN_ISA {
 
-inline void philox(std::uint32_t counter[4], std::uint32_t key0, std::uint32_t key1) {
-  for (int round = 0; round < 10; ++round) {
-    const std::uint64_t a = std::uint64_t{0xD2511F53u} * counter[0], b = std::uint64_t{0xCD9E8D57u} * counter[2];
-    const std::uint32_t next[4] = {static_cast<std::uint32_t>(b >> 32) ^ counter[1] ^ key0,
-                                   static_cast<std::uint32_t>(b),
-                                   static_cast<std::uint32_t>(a >> 32) ^ counter[3] ^ key1,
-                                   static_cast<std::uint32_t>(a)};
-    for (int i = 0; i < 4; ++i) counter[i] = next[i];
-    key0 += 0x9E3779B9u;
-    key1 += 0xBB67AE85u;
+// Columns whose products are summed in T before they are added in float64.
+constexpr std::int64_t kSumColumns = 128;
+// Rows that are packed, and multiplied, together.
+constexpr std::int64_t kPanelRows = 16;
+
+// Where one job's partial sums are: one [round_up(R, kPanelRows), row_sums] float64 matrix per slab of columns. The
+// slabs depend on the shape alone, so that neither the threads nor the other jobs change how sums are grouped.
+struct SlabPlan {
+  std::int64_t first_task;
+  std::int64_t rows;
+  std::int64_t pieces;  // into which the panels of rows are divided; changes no sum
+  std::int64_t slabs;
+  std::int64_t slab_columns;
+  std::int64_t row_sums;
+  double* sums;
+};
+
+inline std::int64_t sum_entries(const SlabPlan& plan) { return round_up(plan.rows, kPanelRows) * plan.row_sums; }
+
+// At most 16 slabs, of `least` columns or more, and of so many more that all sums fit 256 MiB or there are but two.
+inline SlabPlan plan_slabs(const Rows& x, std::int64_t width, std::int64_t least) {
+  SlabPlan plan{};
+  plan.rows = row_count(x);
+  plan.row_sums = round_up(width, kLanes<float>);
+  const std::int64_t room = (std::int64_t{1} << 25) / max_of(1, sum_entries(plan));
+  const std::int64_t most = max_of(2, min_of(16, room));
+  plan.slab_columns = max_of(least, round_up((x.columns + most - 1) / most, kSumColumns));
+  plan.slabs = (x.columns + plan.slab_columns - 1) / plan.slab_columns;
+  plan.pieces = 1;
+  return plan;
+}
+
+// Numbers the tasks, gives every plan its memory, and returns how many tasks there are.
+inline std::int64_t place_plans(SlabPlan* plans, std::int64_t count) {
+  std::int64_t tasks = 0, entries = 0;
+  for (std::int64_t i = 0; i < count; ++i) {
+    plans[i].first_task = tasks;
+    tasks += plans[i].slabs * plans[i].pieces;
+    entries += plans[i].slabs * sum_entries(plans[i]);
+  }
+  double* sums = scratch<double>(Use::sums, entries);
+  for (std::int64_t i = 0; i < count; ++i) {
+    plans[i].sums = sums;
+    sums += plans[i].slabs * sum_entries(plans[i]);
+  }
+  return tasks;
+}
+
+inline std::int64_t plan_of_task(const SlabPlan* plans, std::int64_t count, std::int64_t task) {
+  std::int64_t low = 0;
+  for (std::int64_t high = count; high - low > 1;) {
+    const std::int64_t middle = low + (high - low) / 2;
+    (plans[middle].first_task <= task ? low : high) = middle;
+  }
+  return low;
+}
+
+// y [R, width] = the sums of all slabs, added in order.
+inline void add_slabs(const SlabPlan& plan, std::int64_t width, double* y, int threads) {
+  constexpr std::int64_t kRows = 64;
+  parallel_for((plan.rows + kRows - 1) / kRows, threads, [&](std::int64_t part) {
+    for (std::int64_t i = part * kRows; i < min_of(plan.rows, (part + 1) * kRows); ++i) {
+      double* out = y + i * width;
+      for (std::int64_t c = 0; c < width; ++c) out[c] = 0;
+      for (std::int64_t slab = 0; slab < plan.slabs; ++slab) {
+        const double* sums = plan.sums + slab * sum_entries(plan) + i * plan.row_sums;
+        for (std::int64_t c = 0; c < width; ++c) out[c] += sums[c];
+      }
+    }
+  });
+}
+
+// Adds the products of a panel of rows, packed as strips, with n rows of b [n, row_sums] to its sums.
+template <typename T>
+inline void multiply_panel(const T* strips, std::int64_t strip, const T* b, std::int64_t n, double* sums,
+                           std::int64_t row_sums, Ahead ahead) {
+  constexpr int L = kLanes<T>;
+  for_vectors(row_sums / L, [&](std::int64_t first, auto vectors) {
+    constexpr int kVectors = decltype(vectors)::value, kRows = kRowsBeside<kVectors>;
+    for (std::int64_t i = 0; i < kPanelRows; i += kRows) {
+      const Ahead near = {ahead.rows && first == 0 ? ahead.rows + i : nullptr, ahead.bytes};
+      Vec<T> sum[kRows][kVectors] = {};
+      multiply_tile<L, 1>(strips + i * L, strip, b + first * L, row_sums, L, n, near, sum);
+      double* y = sums + i * row_sums + first * L;
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) add_wide(y + r * row_sums + v * L, sum[r][v]);
+    }
+  });
+}
+
+// The rows of a panel as memory: where column 0 of each is, and how far the next column is, both in bytes. A panel of
+// a column-major block is one stretch of memory, of which each row counts a part.
+struct PanelMemory {
+  std::uintptr_t start[kPanelRows];
+  std::uintptr_t step[kPanelRows];
+};
+
+inline void locate_panel(const Rows& x, Cursor at, PanelMemory* panel) {
+  for (int i = 0; i < kPanelRows; ++i) {
+    while (at.block < x.count && at.row >= x.blocks[at.block].rows) at = {at.block + 1, 0};
+    if (at.block == x.count) {
+      panel->start[i] = i > 0 ? panel->start[i - 1] : 0;
+      panel->step[i] = i > 0 ? panel->step[i - 1] : 0;
+      continue;
+    }
+    const Block& b = x.blocks[at.block];
+    const std::int64_t bytes = entry_bytes(b.dtype), row = is_column_major(b) ? kSumColumns : b.row_stride;
+    panel->start[i] = reinterpret_cast<std::uintptr_t>(b.data) + static_cast<std::uintptr_t>(at.row * row * bytes);
+    panel->step[i] = static_cast<std::uintptr_t>(b.col_stride * bytes);
+    ++at.row;
   }
 }
 
-inline double sign_at(std::uint64_t seed, std::int64_t j, std::int64_t c) {
-  std::uint32_t counter[4] = {static_cast<std::uint32_t>(j), static_cast<std::uint32_t>(j >> 32),
-                              static_cast<std::uint32_t>(c / 128), 0u};
-  philox(counter, static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32));
-  const std::int64_t bit = c % 128;
-  return (counter[bit / 32] >> (bit % 32)) & 1u ? -1.0 : 1.0;
+inline Cursor skip_rows(const Rows& x, Cursor at, std::int64_t rows) {
+  at.row += rows;
+  while (at.block < x.count && at.row >= x.blocks[at.block].rows) at.row -= x.blocks[at.block++].rows;
+  return at;
 }
 
-void sketch(const SketchJob* jobs, std::int64_t count, Precision, int threads) {
-  parallel_for(count, threads, [&](std::int64_t index) {
-    const SketchJob& job = jobs[index];
-    const std::int64_t rows = row_count(job.x);
-    for (std::int64_t i = 0; i < rows; ++i)
-      for (std::int64_t c = 0; c < job.width; ++c) {
-        double sum = 0;
-        for (std::int64_t j = 0; j < job.x.columns; ++j) sum += entry(job.x, i, j) * sign_at(job.seed, j, c);
-        job.y[i * job.width + c] = sum;
-      }
-  });
+// Rows [first_row, last_row) times the signs of columns [first, last), added to the sums of these rows.
+template <typename T>
+void sketch_columns(const SketchJob& job, std::int64_t first_row, std::int64_t last_row, std::int64_t first,
+                    std::int64_t last, const T* omega, double* sums, std::int64_t row_sums) {
+  constexpr std::int64_t L = kLanes<T>;
+  T* strips = scratch<T>(Use::packed, kSumColumns * kPanelRows);
+  PanelMemory here, next;
+  Cursor at = find_row(job.x, first_row);
+  locate_panel(job.x, at, &next);
+  for (std::int64_t i = first_row; i < last_row; i += kPanelRows) {
+    const Cursor after = skip_rows(job.x, at, kPanelRows);
+    here = next;
+    locate_panel(job.x, after, &next);
+    const Rows rest = {job.x.blocks + at.block, job.x.count - at.block, job.x.columns};
+    for (std::int64_t c = first; c < last; c += kSumColumns) {
+      const std::int64_t n = min_of(last - c, kSumColumns);
+      pack_strips(rest, at.row, min_of(last_row - i, kPanelRows), c, n, strips, kPanelRows * L);
+      const bool wraps = c + kSumColumns >= last;
+      const PanelMemory& memory = wraps ? next : here;
+      const std::uintptr_t column = static_cast<std::uintptr_t>(wraps ? first : c + kSumColumns);
+      std::uintptr_t rows[kPanelRows];
+      for (int r = 0; r < kPanelRows; ++r) rows[r] = memory.start[r] + column * memory.step[r];
+      const Ahead ahead = {rows, kSumColumns * entry_bytes(rest.blocks[0].dtype)};
+      multiply_panel(strips, kPanelRows * L, omega + (c - first) * row_sums, n, sums + i * row_sums, row_sums, ahead);
+    }
+    at = after;
+  }
 }
 
-void power(const PowerJob* jobs, std::int64_t count, Precision, int threads) {
-  parallel_for(count, threads, [&](std::int64_t index) {
-    const PowerJob& job = jobs[index];
-    const std::int64_t rows = row_count(job.x);
-    for (std::int64_t i = 0; i < rows * job.width; ++i) job.y[i] = 0;
-    for (std::int64_t j = 0; j < job.x.columns; ++j)
-      for (std::int64_t c = 0; c < job.width; ++c) {
-        double sum = 0;
-        for (std::int64_t i = 0; i < rows; ++i) sum += entry(job.x, i, j) * job.q[i * job.width + c];
-        for (std::int64_t i = 0; i < rows; ++i) job.y[i * job.width + c] += entry(job.x, i, j) * sum;
-      }
+template <typename T>
+void sketch_task(const SketchJob& job, const SlabPlan& plan, std::int64_t slab, std::int64_t piece) {
+  constexpr std::int64_t kOmegaBytes = std::int64_t{1} << 18;  // a part of the second-level cache
+  const std::int64_t panels = (plan.rows + kPanelRows - 1) / kPanelRows;
+  const std::int64_t first_row = panels * piece / plan.pieces * kPanelRows;
+  const std::int64_t last_row = min_of(plan.rows, panels * (piece + 1) / plan.pieces * kPanelRows);
+  double* sums = plan.sums + slab * sum_entries(plan);
+  for (std::int64_t i = first_row * plan.row_sums; i < round_up(last_row, kPanelRows) * plan.row_sums; ++i) sums[i] = 0;
+  const std::int64_t fit = kOmegaBytes / max_of(1, plan.row_sums * static_cast<std::int64_t>(sizeof(T)));
+  const std::int64_t columns = max_of(kSumColumns, min_of(1024, fit / kSumColumns * kSumColumns));
+  T* omega = scratch<T>(Use::weights, columns * plan.row_sums);
+  const std::int64_t end = min_of(job.x.columns, (slab + 1) * plan.slab_columns);
+  for (std::int64_t c = slab * plan.slab_columns; c < end; c += columns) {
+    const std::int64_t stop = min_of(end, c + columns);
+    for (std::int64_t j = c; j < stop; j += kSumColumns)
+      draw_signs<T>(job.seed, j, min_of(stop - j, kSumColumns), plan.row_sums / kLanes<T>,
+                    omega + (j - c) * plan.row_sums);
+    sketch_columns<T>(job, first_row, last_row, c, stop, omega, sums, plan.row_sums);
+  }
+}
+
+void sketch(const SketchJob* jobs, std::int64_t count, Precision precision, int threads) {
+  SlabPlan* plans = scratch<SlabPlan>(Use::basis, count);
+  std::int64_t slabs = 0;
+  for (std::int64_t i = 0; i < count; ++i) slabs += (plans[i] = plan_slabs(jobs[i].x, jobs[i].width, 4096)).slabs;
+  // four tasks for each thread, if that leaves them 64 rows or more
+  for (std::int64_t i = 0; i < count; ++i)
+    plans[i].pieces = max_of(1, min_of(plans[i].rows / 64, (4 * threads + slabs - 1) / max_of(1, slabs)));
+  const std::int64_t tasks = place_plans(plans, count);
+  parallel_for(tasks, threads, [&](std::int64_t task) {
+    const std::int64_t i = plan_of_task(plans, count, task);
+    const std::int64_t slab = (task - plans[i].first_task) / plans[i].pieces;
+    const std::int64_t piece = (task - plans[i].first_task) % plans[i].pieces;
+    if (precision == Precision::f32)
+      sketch_task<float>(jobs[i], plans[i], slab, piece);
+    else
+      sketch_task<double>(jobs[i], plans[i], slab, piece);
   });
+  for (std::int64_t i = 0; i < count; ++i) add_slabs(plans[i], jobs[i].width, jobs[i].y, threads);
 }
 
 }  // namespace LORASPAN_ISA
