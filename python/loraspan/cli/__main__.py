@@ -1,0 +1,5 @@
+"""``python -m loraspan.cli``."""
+
+from loraspan.cli import main
+
+main(prog_name="loraspan")
