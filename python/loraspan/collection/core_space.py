@@ -64,5 +64,6 @@ def refine_jointly(cores: Tensor, rank_out: int, rank_in: int, iterations: int) 
 
 def _leading(images: Tensor, rank: int) -> Tensor:
     """Top left directions of ``[T, l, k]`` side by side."""
-    flat = images.transpose(0, 1).reshape(images.shape[1], -1)
+    tasks, size, rank_seen = images.shape
+    flat = images.transpose(0, 1).reshape(size, tasks * rank_seen)
     return top_eigenpairs(flat @ flat.T, rank)[1]
