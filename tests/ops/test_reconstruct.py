@@ -108,17 +108,22 @@ def test_private_columns_are_scaled_and_converted(backend, dtype, out):
     np.testing.assert_array_equal(oracles.to_numpy(place), oracles.rounded(oracles.to_numpy(basis), out))
 
 
-def test_pieces_fill_one_matrix_and_nothing_beside_it(backend):
-    """Shared and private columns side by side, transposed too, between columns that are not to be touched."""
-    basis, loadings = factors(7, 70, 6, 17)
-    private = normal(8, 70, 3, dtype=F16)
-    for frame in (torch.full((70, 22), 5.0), torch.full((22, 70), 5.0).T):
-        shared, own = frame[:, 1:18], frame[:, 18:21]
-        reconstruct_many([Piece(basis, loadings, shared, SCALE), Piece(private, None, own, 0.7)], backend=backend)
-        assert_rebuilt(shared, basis, loadings)
-        assert_rebuilt(own, private, None, 0.7)
-        assert (frame[:, 0] == 5).all()
-        assert (frame[:, 21] == 5).all()
+@pytest.mark.parametrize(
+    "frame",
+    [torch.zeros(73, 22), torch.zeros(22, 73).T, torch.zeros(146, 66)[::2, ::3]],
+    ids=["row-major", "column-major", "strided"],
+)
+def test_pieces_fill_one_matrix_and_nothing_beside_it(backend, frame):
+    """Shared and private columns side by side, in the middle of memory that is not to be touched."""
+    memory = frame.fill_(5) if frame._base is None else frame._base.fill_(5)
+    basis, loadings = factors(7, 69, 6, 17)
+    private = normal(8, 69, 3, dtype=F16)
+    shared, own = frame[1:70, 1:18], frame[1:70, 18:21]
+    reconstruct_many([Piece(basis, loadings, shared, SCALE), Piece(private, None, own, 0.7)], backend=backend)
+    assert_rebuilt(shared, basis, loadings)
+    assert_rebuilt(own, private, None, 0.7)
+    frame[1:70, 1:21] = 5
+    assert (memory == 5).all()
 
 
 @pytest.mark.parametrize(("dtype", "step"), [(F16, 2.0**-10), (BF16, 2.0**-7)], ids=["f16", "bf16"])
