@@ -45,7 +45,7 @@ Entry = tuple[str, torch.dtype, Sequence[int]]
 ALIGNMENT = 64
 _LENGTH_BYTES = 8
 # of a manifest beside its names and numbers, and of its lists' elements; see `manifest_bytes`
-_MANIFEST, _MANIFEST_SLOT, _MANIFEST_FILE = 330, 74, 175
+_MANIFEST, _MANIFEST_SLOT, _MANIFEST_FILE = 264, 57, 175
 
 
 def narrow(largest: int) -> torch.dtype:
@@ -156,7 +156,7 @@ def records_bytes(tasks: Sequence[Task]) -> int:
     configs = {json.dumps(_plain(task.config), separators=(",", ":"), default=str) for task in tasks}
     record = [[t.name, t.error, t.norm, t.error_kind, t.factor_bytes, t.factor_dtype, _source(t), 0] for t in tasks]
     # the names of the lists, once; origins repeat few pairs
-    return 120 + sum(map(len, configs)) + len(configs) + len(_dumps(record)) - 2 * len(tasks)
+    return 150 + sum(map(len, configs)) + len(configs) + len(_dumps(record)) - 2 * len(tasks)
 
 
 def manifest_bytes(collection: Collection) -> int:
