@@ -24,8 +24,9 @@ def top_eigenpairs(gram: Tensor, count: int, *, tolerance: float = 1e-12) -> tup
         tolerance: the block iteration ends when no wanted value moves by more than this share of the largest one.
 
     Returns:
-        Values ``[count]``, descending, negative rounding cut to 0, and vectors ``[n, count]``, orthonormal. The sign
-        of a vector is such that its entry of largest magnitude is positive.
+        Values ``[count]``, descending, negative rounding cut to 0, and vectors ``[n, count]``, orthonormal, except
+        that a vector whose value is zero to rounding may be zero itself. The entry of largest magnitude of a vector is
+        positive.
 
     Example:
         >>> import torch
