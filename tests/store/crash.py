@@ -55,12 +55,16 @@ class Disk:
         return result
 
     def lose_power(self, *, names, data):
-        """Forget renames that no folder was synced after, or half of every file that was not synced, or both."""
+        """Forget ``"all"`` renames that no folder was synced after, or all ``"but the last"``.
+
+        With ``data``, forget half of every file that was not synced too. A disk keeps its own order.
+        """
         for path in self._volatile if data else ():
             if path.exists():
                 content = path.read_bytes()
                 path.write_bytes(content[: len(content) // 2])
-        for old, new, before in reversed(self._renames) if names else ():
+        lost = {"none": [], "all": self._renames, "but the last": self._renames[:-1]}[names]
+        for old, new, before in reversed(lost):
             new.replace(old)
             if before is not None:
                 new.write_bytes(before)

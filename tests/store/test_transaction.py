@@ -170,7 +170,7 @@ def referenced(folder):
     return data | {"CURRENT"} | {path.name for path in folder.glob("manifest-*")}
 
 
-POWER = [(False, False), (True, False), (False, True), (True, True)]
+POWER = [("none", False), ("all", False), ("none", True), ("but the last", True)]
 
 
 @pytest.mark.parametrize("torn", [False, True])
