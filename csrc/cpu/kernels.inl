@@ -30,6 +30,7 @@
 #include "sketch_tile.inl"
 #include "sketch.inl"
 #include "sketch_power.inl"
+#include "reconstruct_place.inl"
 #include "reconstruct.inl"
 #include "ceilings.inl"
 

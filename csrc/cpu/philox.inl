@@ -69,9 +69,10 @@ inline Vec<T> signs_of(std::uint64_t bits) {
   return reinterpret_cast<Vec<T>>((set & (Word{1} << (8 * sizeof(Word) - 1))) | one);
 }
 
-// Rows [j, j + n) of Omega, n at most 128: `vectors` whole vectors each, row i at out + i * vectors * kLanes<T>.
+// Rows [j, j + n) of Omega, n at most 128: `vectors` whole vectors each, vector v of row i at
+// out + v * stride + i * kLanes<T>.
 template <typename T>
-void draw_signs(std::uint64_t seed, std::int64_t j, std::int64_t n, std::int64_t vectors, T* out) {
+void draw_signs(std::uint64_t seed, std::int64_t j, std::int64_t n, std::int64_t vectors, T* out, std::int64_t stride) {
   constexpr std::int64_t lanes = kLanes<T>, group_vectors = kSignGroup / lanes;
   std::uint64_t words[2][kSignGroup];
   for (std::int64_t group = 0; group * group_vectors < vectors; ++group) {
@@ -82,7 +83,7 @@ void draw_signs(std::uint64_t seed, std::int64_t j, std::int64_t n, std::int64_t
     for (std::int64_t i = 0; i < n; ++i)
       for (std::int64_t v = 0; v < count; ++v) {
         const std::int64_t bit = v * lanes;
-        store(out + (i * vectors + first + v) * lanes, signs_of<T>(words[bit / 64][i] >> (bit % 64)));
+        store(out + (first + v) * stride + i * lanes, signs_of<T>(words[bit / 64][i] >> (bit % 64)));
       }
   }
 }

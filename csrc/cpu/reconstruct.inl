@@ -1,21 +1,149 @@
 namespace loraspan {
 namespace LORASPAN_ISA {
 
-void reconstruct(const ReconstructJob* jobs, std::int64_t count, int threads) {
-  parallel_for(count, threads, [&](std::int64_t index) {
-    const ReconstructJob& job = jobs[index];
-    const auto at = [](const Matrix& a, std::int64_t i, std::int64_t j) {
-      return load_entry(a.data, i * a.row_stride + j * a.col_stride, a.dtype);
-    };
-    for (std::int64_t i = 0; i < job.m; ++i)
-      for (std::int64_t j = 0; j < job.p; ++j) {
-        double sum = 0;
-        if (job.loadings.data)
-          for (std::int64_t r = 0; r < job.k; ++r) sum += at(job.basis, i, r) * at(job.loadings, r, j);
-        else
-          sum = at(job.basis, i, j);
-        store_entry(job.out.data, i * job.out.row_stride + j * job.out.col_stride, job.out.dtype, job.scale * sum);
+// Jobs that share a basis and the type of their sums, which is packed once for all of them.
+struct Group {
+  std::int64_t first;  // in the order of jobs
+  std::int64_t count;
+  std::int64_t first_task;
+  std::int64_t block_rows;
+  bool wide;
+};
+
+// float64 sums where a matrix is float64, or where the scale is no ordinary float32.
+inline bool needs_double(const ReconstructJob& job) {
+  const double size = job.scale < 0 ? -job.scale : job.scale;
+  return job.basis.dtype == Dtype::f64 || job.out.dtype == Dtype::f64 ||
+         (job.loadings.data && job.loadings.dtype == Dtype::f64) ||
+         (job.scale != 0 && !(size >= 0x1p-126 && size <= 0x1.fffffep127));
+}
+
+// Orders jobs by basis: negative, zero or positive.
+inline int compare_bases(const ReconstructJob& a, const ReconstructJob& b) {
+  const std::uintptr_t data[2] = {reinterpret_cast<std::uintptr_t>(a.basis.data),
+                                  reinterpret_cast<std::uintptr_t>(b.basis.data)};
+  if (data[0] != data[1]) return data[0] < data[1] ? -1 : 1;
+  const std::int64_t keys[2][6] = {
+      {a.m, a.k, a.basis.row_stride, a.basis.col_stride, static_cast<std::int64_t>(a.basis.dtype), needs_double(a)},
+      {b.m, b.k, b.basis.row_stride, b.basis.col_stride, static_cast<std::int64_t>(b.basis.dtype), needs_double(b)}};
+  for (int i = 0; i < 6; ++i)
+    if (keys[0][i] != keys[1][i]) return keys[0][i] < keys[1][i] ? -1 : 1;
+  return 0;
+}
+
+// Sorts order[0, count) by merging; `spare` is as long. Returns where the sorted order is.
+inline std::int64_t* sort_by_basis(const ReconstructJob* jobs, std::int64_t count, std::int64_t* order,
+                                   std::int64_t* spare) {
+  for (std::int64_t i = 0; i < count; ++i) order[i] = i;
+  for (std::int64_t width = 1; width < count; width *= 2) {
+    for (std::int64_t start = 0; start < count; start += 2 * width) {
+      const std::int64_t middle = min_of(start + width, count), stop = min_of(start + 2 * width, count);
+      std::int64_t a = start, b = middle;
+      for (std::int64_t to = start; to < stop; ++to) {
+        const bool left = a < middle && (b == stop || compare_bases(jobs[order[a]], jobs[order[b]]) <= 0);
+        spare[to] = left ? order[a++] : order[b++];
       }
+    }
+    std::int64_t* sorted = spare;
+    spare = order;
+    order = sorted;
+  }
+  return order;
+}
+
+inline Block rows_of(const Matrix& a, std::int64_t rows) { return {a.data, rows, a.row_stride, a.col_stride, a.dtype}; }
+
+// `loadings` [columns, k] packed as panels, times the rows of a basis block, packed as panels too, straight to out.
+template <typename T>
+void place_products(const ReconstructJob& job, const T* basis, std::int64_t panel, std::int64_t first_row,
+                    std::int64_t rows, const T* loadings) {
+  constexpr std::int64_t L = kLanes<T>;
+  alignas(64) T sums[kPlaceColumns * kTileVectors * L];
+  for (std::int64_t c = 0; c < job.p; c += kPlaceColumns)
+    for_vectors((rows + L - 1) / L, [&](std::int64_t first, auto vectors) {
+      constexpr int kVectors = decltype(vectors)::value, kRows = kRowsBeside<kVectors>;
+      const std::int64_t columns = min_of(job.p - c, kPlaceColumns);
+      for (std::int64_t i = 0; i < columns; i += kRows) {
+        Vec<T> sum[kRows][kVectors] = {};
+        sum_along<T, kRows, kVectors>(loadings + (c + i) / L * panel + (c + i) % L, panel, basis + first * panel, panel,
+                                      job.k, sum);
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+          for (int v = 0; v < kVectors; ++v) store(sums + ((i + r) * kTileVectors + v) * L, sum[r][v]);
+      }
+      const Tile<T> tile = {sums, L, kTileVectors * L, min_of(rows - first * L, kVectors * L), columns};
+      place(tile, static_cast<T>(job.scale), job.out, first_row + first * L, c);
+    });
+}
+
+template <typename T>
+void reconstruct_block(const ReconstructJob* jobs, const std::int64_t* order, const Group& group,
+                       std::int64_t first_row) {
+  constexpr std::int64_t L = kLanes<T>;
+  const ReconstructJob& any = jobs[order[group.first]];
+  const std::int64_t rows = min_of(any.m - first_row, group.block_rows), k = any.k, panel = (k + 1) * L;
+  const std::int64_t panels = (rows + L - 1) / L;
+  T* basis = scratch<T>(Use::basis, panels * panel);
+  Block block = rows_of(any.basis, rows);
+  with_type(block.data, block.dtype, [&](auto* data) { block.data = data + first_row * block.row_stride; });
+  pack_panels<T>({&block, 1, k}, rows, 0, panels, 0, k, basis, panel);
+  for (std::int64_t i = 0; i < group.count; ++i) {
+    const ReconstructJob& job = jobs[order[group.first + i]];
+    if (!job.loadings.data) {
+      for (std::int64_t c = 0; c < job.p; c += kPlaceColumns)
+        place(Tile<T>{basis + c * L, panel, L, rows, min_of(job.p - c, kPlaceColumns)}, static_cast<T>(job.scale),
+              job.out, first_row, c);
+      continue;
+    }
+    const Matrix turned = {job.loadings.data, job.loadings.col_stride, job.loadings.row_stride, job.loadings.dtype};
+    const Block columns = rows_of(turned, job.p);
+    const std::int64_t column_panels = (round_up(job.p, kPlaceColumns) + L - 1) / L;
+    T* loadings = scratch<T>(Use::weights, column_panels * panel);
+    pack_panels<T>({&columns, 1, k}, job.p, 0, (job.p + L - 1) / L, 0, k, loadings, panel);
+    place_products(job, basis, panel, first_row, rows, loadings);
+  }
+}
+
+// Groups of jobs and blocks of rows, of at most 192 KiB of basis and so few rows that every thread has four tasks.
+inline std::int64_t make_groups(const ReconstructJob* jobs, const std::int64_t* order, std::int64_t count, int threads,
+                                Group* groups, std::int64_t* tasks) {
+  constexpr std::int64_t kUnit = 2 * kTileVectors * kLanes<float>;
+  std::int64_t found = 0, all_rows = 0;
+  for (std::int64_t i = 0; i < count; ++i) {
+    const ReconstructJob& job = jobs[order[i]];
+    if (i > 0 && compare_bases(job, jobs[order[i - 1]]) == 0) {
+      ++groups[found - 1].count;
+      continue;
+    }
+    groups[found++] = {i, 1, 0, 0, needs_double(job)};
+    all_rows += job.m;
+  }
+  *tasks = 0;
+  for (std::int64_t g = 0; g < found; ++g) {
+    const ReconstructJob& job = jobs[order[groups[g].first]];
+    const std::int64_t fit = (std::int64_t{192} << 10) / (4 * (job.k + 1));
+    const std::int64_t rows = min_of(min_of(fit, 1024), all_rows / (4 * threads));
+    groups[g].block_rows = max_of(kUnit, rows / kUnit * kUnit);
+    groups[g].first_task = *tasks;
+    *tasks += (job.m + groups[g].block_rows - 1) / groups[g].block_rows;
+  }
+  return found;
+}
+
+void reconstruct(const ReconstructJob* jobs, std::int64_t count, int threads) {
+  std::int64_t* order = scratch<std::int64_t>(Use::sums, 2 * count);
+  order = sort_by_basis(jobs, count, order, order + count);
+  Group* groups = scratch<Group>(Use::packed, count);
+  std::int64_t tasks = 0;
+  const std::int64_t found = make_groups(jobs, order, count, threads, groups, &tasks);
+  parallel_for(tasks, threads, [&](std::int64_t task) {
+    const Group& group = groups[last_not_past(groups, found, task)];
+    const std::int64_t first_row = (task - group.first_task) * group.block_rows;
+    if (group.wide)
+      reconstruct_block<double>(jobs, order, group, first_row);
+    else
+      reconstruct_block<float>(jobs, order, group, first_row);
   });
 }
 

@@ -15,6 +15,7 @@ struct SlabPlan {
   std::int64_t slabs;
   std::int64_t slab_columns;
   std::int64_t row_sums;
+  std::int64_t weights;  // where its packed weights start among those of all jobs, if it has any
   double* sums;
 };
 
@@ -49,15 +50,6 @@ inline std::int64_t place_plans(SlabPlan* plans, std::int64_t count) {
   return tasks;
 }
 
-inline std::int64_t plan_of_task(const SlabPlan* plans, std::int64_t count, std::int64_t task) {
-  std::int64_t low = 0;
-  for (std::int64_t high = count; high - low > 1;) {
-    const std::int64_t middle = low + (high - low) / 2;
-    (plans[middle].first_task <= task ? low : high) = middle;
-  }
-  return low;
-}
-
 // y [R, width] = the sums of all slabs, added in order.
 inline void add_slabs(const SlabPlan& plan, std::int64_t width, double* y, int threads) {
   constexpr std::int64_t kRows = 64;
@@ -73,22 +65,28 @@ inline void add_slabs(const SlabPlan& plan, std::int64_t width, double* y, int t
   });
 }
 
-// Adds the products of a panel of rows, packed as strips, with n rows of b [n, row_sums] to its sums.
+// Adds the products of a panel of rows, packed as strips, with n rows of b to its sums. Vector v of row k of b is at
+// b + v * b_stride + k * L.
 template <typename T>
-inline void multiply_panel(const T* strips, std::int64_t strip, const T* b, std::int64_t n, double* sums,
-                           std::int64_t row_sums, Ahead ahead) {
+inline void multiply_panel(const T* strips, std::int64_t strip, const T* b, std::int64_t b_stride, std::int64_t n,
+                           double* sums, std::int64_t row_sums, Ahead ahead) {
   constexpr int L = kLanes<T>;
   for_vectors(row_sums / L, [&](std::int64_t first, auto vectors) {
     constexpr int kVectors = decltype(vectors)::value, kRows = kRowsBeside<kVectors>;
+    const T* columns = b + first * b_stride;
     for (std::int64_t i = 0; i < kPanelRows; i += kRows) {
       const Ahead near = {ahead.rows && first == 0 ? ahead.rows + i : nullptr, ahead.bytes};
       Vec<T> sum[kRows][kVectors] = {};
-      multiply_tile<L, 1>(strips + i * L, strip, b + first * L, row_sums, L, n, near, sum);
+      for (std::int64_t k = 0; k < n; k += L) {
+        prefetch_line<kRows>(near, k / L);
+        sum_across<T, kRows, kVectors>(strips + k / L * strip + i * L, strip, columns + k * L, b_stride,
+                                       min_of(n - k, L), sum);
+      }
       double* y = sums + i * row_sums + first * L;
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) add_wide(y + r * row_sums + v * L, sum[r][v]);
+        for (int v = 0; v < kVectors; ++v) flush<true>(y + r * row_sums + v * L, sum[r][v]);
     }
   });
 }
@@ -125,7 +123,7 @@ inline Cursor skip_rows(const Rows& x, Cursor at, std::int64_t rows) {
 // Rows [first_row, last_row) times the signs of columns [first, last), added to the sums of these rows.
 template <typename T>
 void sketch_columns(const SketchJob& job, std::int64_t first_row, std::int64_t last_row, std::int64_t first,
-                    std::int64_t last, const T* omega, double* sums, std::int64_t row_sums) {
+                    std::int64_t last, const T* omega, std::int64_t omega_stride, double* sums, std::int64_t row_sums) {
   constexpr std::int64_t L = kLanes<T>;
   T* strips = scratch<T>(Use::packed, kSumColumns * kPanelRows);
   PanelMemory here, next;
@@ -145,7 +143,8 @@ void sketch_columns(const SketchJob& job, std::int64_t first_row, std::int64_t l
       std::uintptr_t rows[kPanelRows];
       for (int r = 0; r < kPanelRows; ++r) rows[r] = memory.start[r] + column * memory.step[r];
       const Ahead ahead = {rows, kSumColumns * entry_bytes(rest.blocks[0].dtype)};
-      multiply_panel(strips, kPanelRows * L, omega + (c - first) * row_sums, n, sums + i * row_sums, row_sums, ahead);
+      multiply_panel(strips, kPanelRows * L, omega + (c - first) * L, omega_stride, n, sums + i * row_sums, row_sums,
+                     ahead);
     }
     at = after;
   }
@@ -161,14 +160,15 @@ void sketch_task(const SketchJob& job, const SlabPlan& plan, std::int64_t slab, 
   for (std::int64_t i = first_row * plan.row_sums; i < round_up(last_row, kPanelRows) * plan.row_sums; ++i) sums[i] = 0;
   const std::int64_t fit = kOmegaBytes / max_of(1, plan.row_sums * static_cast<std::int64_t>(sizeof(T)));
   const std::int64_t columns = max_of(kSumColumns, min_of(1024, fit / kSumColumns * kSumColumns));
-  T* omega = scratch<T>(Use::weights, columns * plan.row_sums);
+  const std::int64_t omega_stride = (columns + 1) * kLanes<T>;
+  T* omega = scratch<T>(Use::weights, plan.row_sums / kLanes<T> * omega_stride);
   const std::int64_t end = min_of(job.x.columns, (slab + 1) * plan.slab_columns);
   for (std::int64_t c = slab * plan.slab_columns; c < end; c += columns) {
     const std::int64_t stop = min_of(end, c + columns);
     for (std::int64_t j = c; j < stop; j += kSumColumns)
-      draw_signs<T>(job.seed, j, min_of(stop - j, kSumColumns), plan.row_sums / kLanes<T>,
-                    omega + (j - c) * plan.row_sums);
-    sketch_columns<T>(job, first_row, last_row, c, stop, omega, sums, plan.row_sums);
+      draw_signs<T>(job.seed, j, min_of(stop - j, kSumColumns), plan.row_sums / kLanes<T>, omega + (j - c) * kLanes<T>,
+                    omega_stride);
+    sketch_columns<T>(job, first_row, last_row, c, stop, omega, omega_stride, sums, plan.row_sums);
   }
 }
 
@@ -181,7 +181,7 @@ void sketch(const SketchJob* jobs, std::int64_t count, Precision precision, int 
     plans[i].pieces = max_of(1, min_of(plans[i].rows / 64, (4 * threads + slabs - 1) / max_of(1, slabs)));
   const std::int64_t tasks = place_plans(plans, count);
   parallel_for(tasks, threads, [&](std::int64_t task) {
-    const std::int64_t i = plan_of_task(plans, count, task);
+    const std::int64_t i = last_not_past(plans, count, task);
     const std::int64_t slab = (task - plans[i].first_task) / plans[i].pieces;
     const std::int64_t piece = (task - plans[i].first_task) % plans[i].pieces;
     if (precision == Precision::f32)
