@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import stat
@@ -100,6 +101,7 @@ def _views(whole: Tensor, header: Header, start: int) -> dict[str, Tensor]:
     return tensors
 
 
+@functools.lru_cache(maxsize=1024)
 def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
     if len(shape) == 2:
         return (shape[1], 1)

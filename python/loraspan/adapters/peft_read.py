@@ -100,6 +100,7 @@ def _name_of(file: str) -> str:
 
 def _slots(pairs: Mapping[str, Pair], tensors: Mapping[str, Tensor], config: Config) -> dict[str, Slot]:
     slots: dict[str, Slot] = {}
+    has_experts = bool(config.fields.get("target_parameters"))
     for path, pair in pairs.items():
         stored_down, stored_up = tensors[pair.down], tensors[pair.up]
         down, up = _matrix(stored_down, pair.down), _matrix(stored_up, pair.up)
@@ -108,7 +109,7 @@ def _slots(pairs: Mapping[str, Pair], tensors: Mapping[str, Tensor], config: Con
                 f"{pair.down!r} and {pair.up!r} need [r, d] and [n, r] with r at least 1, or both with a kernel; "
                 f"got {list(stored_down.shape)} and {list(stored_up.shape)}"
             )
-        candidates = _expert_parameters(path, config.fields)
+        candidates = _expert_parameters(path, config.fields) if has_experts else []
         if candidates:
             slots.update(_experts(path, candidates, down, up, config.scales))
         elif ".base_layer" in path:
@@ -150,9 +151,7 @@ def _scale(path: str, scales: Scales, rule: Rule, lora_rank: int) -> float:
 
 
 def _expert_parameters(path: str, config: Mapping[str, Any]) -> list[str]:
-    targets = config.get("target_parameters")
-    if not targets:
-        return []
+    targets = config["target_parameters"]
     candidates = experts.parameters_of(path, targets)
     modules = config.get("target_modules") or []
     if isinstance(modules, list) and any(path == module or path.endswith(f".{module}") for module in modules):
