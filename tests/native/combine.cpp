@@ -13,10 +13,14 @@ constexpr std::int64_t kWidths[] = {1, 0, 5, 16, 17, 33, 48, 64, 65};
 
 void check_basis(const Ragged& x, const Strided& w, const Strided& v, Precision precision) {
   CHECK(v.untouched_between(), "V: wrote between its entries");
+  const std::vector<double> weights = w.values();
+  const auto weight = [&](std::int64_t i, std::int64_t c) {
+    return weights[static_cast<std::size_t>(i * w.columns() + c)];
+  };
   for (std::int64_t j = 0; j < x.columns(); ++j)
     for (std::int64_t c = 0; c < w.columns(); ++c) {
       Sum sum;
-      for (std::int64_t i = 0; i < x.rows(); ++i) sum.add(x.value(i, j) * w.at(i, c));
+      for (std::int64_t i = 0; i < x.rows(); ++i) sum.add(x.value(i, j) * weight(i, c));
       const double before = bound(sum, static_cast<double>(x.rows()) + 2, precision, x.rows());
       const double allowed = before + roundoff(v.dtype()) * (std::fabs(sum.value) + before) + underflow(v.dtype());
       CHECK(std::fabs(v.at(j, c) - sum.value) <= allowed, "V [%d, %d] of %d x %d in %s: %.17g, not %.17g within %.3g",
@@ -32,15 +36,19 @@ void check_product(const char* what, double got, const Sum& sum, Precision preci
 
 void check_products(const Ragged& x, const Strided& v, const Strided& xv, const Strided& vtv, Precision precision) {
   const std::int64_t columns = x.columns();
+  const std::vector<double> stored = v.values();
+  const auto basis = [&](std::int64_t j, std::int64_t c) {
+    return stored[static_cast<std::size_t>(j * v.columns() + c)];
+  };
   for (std::int64_t c = 0; c < v.columns(); ++c) {
     for (std::int64_t i = 0; i < x.rows(); ++i) {
       Sum sum;
-      for (std::int64_t j = 0; j < columns; ++j) sum.add(x.value(i, j) * v.at(j, c));
+      for (std::int64_t j = 0; j < columns; ++j) sum.add(x.value(i, j) * basis(j, c));
       check_product("X V", xv.at(i, c), sum, precision, columns);
     }
     for (std::int64_t d = 0; d <= c; ++d) {
       Sum sum;
-      for (std::int64_t j = 0; j < columns; ++j) sum.add(v.at(j, d) * v.at(j, c));
+      for (std::int64_t j = 0; j < columns; ++j) sum.add(basis(j, d) * basis(j, c));
       check_product("V^T V", vtv.at(d, c), sum, precision, columns);
       CHECK(vtv.at(d, c) == vtv.at(c, d), "V^T V [%d, %d]: not symmetric", int(d), int(c));
     }

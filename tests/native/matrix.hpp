@@ -132,6 +132,14 @@ class Strided {
   Matrix matrix() const { return {data(), row_stride_, column_stride_, dtype_}; }
   double at(std::int64_t i, std::int64_t j) const { return get(index(i, j)); }
 
+  // The entries in float64, row-major and compact, for loops that read each of them often.
+  std::vector<double> values() const {
+    std::vector<double> all;
+    for (std::int64_t i = 0; i < rows_; ++i)
+      for (std::int64_t j = 0; j < columns_; ++j) all.push_back(at(i, j));
+    return all;
+  }
+
   bool same_bytes(const Strided& other) const {
     return std::memcmp(bytes_.get(), other.bytes_.get(), static_cast<std::size_t>(entries_ * size())) == 0;
   }
