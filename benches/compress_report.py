@@ -16,21 +16,8 @@ def show_table(records: list[Record]) -> None:
     rows = [record for record in records if record["bench"] == "compress"]
     if not rows:
         return
-    head = [
-        "contender",
-        "data",
-        "load",
-        "fit",
-        "save",
-        "in_all,_s_(range)",
-        "x_ours",
-        "MB",
-        "x_ours",
-        "disk_MB",
-        "worst",
-        "mean",
-    ]
-    print("{:<11}{:<9}{:>7}{:>8}{:>7}{:>23}{:>8}{:>8}{:>8}{:>9}{:>8}{:>8}".format(*head).replace("_", " "))
+    head = ["contender", "data", "load", "fit", "save", "in all, s (range)", "x ours", "MB", "x ours", "disk MB"]
+    print("{:<11}{:<9}{:>7}{:>8}{:>7}{:>23}{:>8}{:>8}{:>8}{:>9}{:>8}{:>8}".format(*head, "worst", "mean"))
     for row in rows:
         ours = _find(records, "loraspan", row["dtype"], row["adapters"])
         stages = [row["stages"].get(stage, 0.0) for stage in ("load", "fit", "save")]

@@ -19,6 +19,10 @@ PEER_PACKAGES = (["torch==2.13.0"], ["vlora-dev==1.0.0", "lorashare==0.1.3"])
 SAMPLE_SECONDS = 0.005
 
 
+class Failure(Exception):
+    """A contender's process ended before its job."""
+
+
 @dataclass(frozen=True)
 class Contender:
     """Who runs.
@@ -91,7 +95,7 @@ def run_once(
     child = subprocess.Popen(command, stdout=subprocess.PIPE, env=_environment(threads))
     events, peak = _watch(child)
     if child.returncode or "done" not in events:
-        raise SystemExit(f"compress: {contender.name} failed with status {child.returncode}; its message is above")
+        raise Failure(f"{contender.name} failed with status {child.returncode}; its message is above")
     ready, done = events["ready"], events["done"]
     return {
         "total": done["total"],
