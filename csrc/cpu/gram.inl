@@ -8,11 +8,8 @@ namespace LORASPAN_ISA {
 
 // Up to so many rows, the sums of a slab and a packed chunk stay in a second-level cache.
 constexpr std::int64_t kSlabRows = 256;
-constexpr std::int64_t kMaxSlabs = 32;
 // A block of so many rows by so many rows of G is what a thread takes at a time; its panels stay in cache.
 constexpr std::int64_t kBlockRows = 192;
-// Bytes of slab sums that one wave of jobs may hold.
-constexpr std::int64_t kWaveBytes = std::int64_t{32} << 20;
 
 template <typename T>
 constexpr std::int64_t kChunk = 2048 / static_cast<std::int64_t>(sizeof(T));
@@ -92,13 +89,8 @@ inline void gram_block(const T* panels, std::int64_t stride, std::int64_t n, std
   }
 }
 
-inline std::int64_t slab_columns(std::int64_t rows, std::int64_t columns) {
-  const std::int64_t enough = max_of(1024, (std::int64_t{1} << 17) / max_of(rows, 1));
-  return round_up(max_of(enough, (columns + kMaxSlabs - 1) / kMaxSlabs), 512);
-}
-
-inline std::int64_t slab_count(std::int64_t rows, std::int64_t columns) {
-  return max_of(1, (columns + slab_columns(rows, columns) - 1) / slab_columns(rows, columns));
+inline std::int64_t gram_slab_columns(std::int64_t rows, std::int64_t columns) {
+  return slab_columns(columns, max_of(1024, (std::int64_t{1} << 17) / max_of(rows, 1)), 32);
 }
 
 // Sums of one slab, all columns of it, by one thread.
@@ -106,7 +98,7 @@ template <typename T>
 inline void gram_slab(const Rows& x, std::int64_t rows, std::int64_t slab, double* sums) {
   constexpr int L = kLanes<T>;
   const std::int64_t padded = round_up(rows, row_unit<T>());
-  const std::int64_t width = slab_columns(rows, x.columns), end = min_of(x.columns, (slab + 1) * width);
+  const std::int64_t width = gram_slab_columns(rows, x.columns), end = min_of(x.columns, (slab + 1) * width);
   const std::int64_t stride = kChunk<T> * L + L;
   T* panels = scratch<T>(Use::packed, padded / L * stride);
   Sums g{sums, padded, padded, true, false};
@@ -118,15 +110,18 @@ inline void gram_slab(const Rows& x, std::int64_t rows, std::int64_t slab, doubl
   }
 }
 
-// Adds the slabs in order and writes both triangles of rows [i0, i1).
-inline void finish_slabs(const double* sums, std::int64_t slabs, std::int64_t padded, const GramJob& job,
-                         std::int64_t rows, std::int64_t i0, std::int64_t i1) {
-  for (std::int64_t i = i0; i < i1; ++i)
+// Adds the slabs in order and writes rows [i0, i1) of the lower triangle, and their mirror image.
+inline void finish_gram(const double* sums, std::int64_t slabs, std::int64_t padded, const GramJob& job,
+                        std::int64_t rows, std::int64_t i0, std::int64_t i1) {
+  for (std::int64_t i = i0; i < i1; ++i) {
+    double* row = job.out + i * rows;
     for (std::int64_t j = 0; j <= i; ++j) {
       double sum = sums[i * padded + j];
       for (std::int64_t s = 1; s < slabs; ++s) sum += sums[(s * padded + i) * padded + j];
-      job.out[i * rows + j] = job.out[j * rows + i] = sum;
+      row[j] = sum;
     }
+    for (std::int64_t j = 0; j < i; ++j) job.out[j * rows + i] = row[j];
+  }
 }
 
 // Many rows: chunk by chunk, the threads together.
@@ -152,23 +147,34 @@ inline void gram_wide(const GramJob& job, std::int64_t rows, int threads) {
   }
 }
 
+// Jobs of few rows, all slabs of all of them at once.
+template <typename T>
+inline void gram_narrow(const GramJob* jobs, std::int64_t count, int threads) {
+  const auto padded_rows = [&](std::int64_t job) { return round_up(row_count(jobs[job].x), row_unit<T>()); };
+  run_slabs(
+      count, threads,
+      [&](std::int64_t job) {
+        const std::int64_t columns = jobs[job].x.columns, padded = padded_rows(job);
+        const std::int64_t width = gram_slab_columns(row_count(jobs[job].x), columns);
+        return Slabs{slabs_of(columns, width), padded * padded, 0, nullptr};
+      },
+      [&](std::int64_t job, std::int64_t slab, double* sums) {
+        gram_slab<T>(jobs[job].x, row_count(jobs[job].x), slab, sums);
+      },
+      [&](std::int64_t job, std::int64_t slabs, const double* sums, std::int64_t part, std::int64_t parts) {
+        const std::int64_t rows = row_count(jobs[job].x);
+        finish_gram(sums, slabs, padded_rows(job), jobs[job], rows, rows * part / parts, rows * (part + 1) / parts);
+      });
+}
+
 template <typename T>
 inline void gram_all(const GramJob* jobs, std::int64_t count, int threads) {
-  for (std::int64_t index = 0; index < count; ++index) {
-    const GramJob& job = jobs[index];
-    const std::int64_t rows = row_count(job.x);
-    if (rows > kSlabRows) {
-      gram_wide<T>(job, rows, threads);
-      continue;
-    }
-    const std::int64_t padded = round_up(rows, row_unit<T>());
-    const std::int64_t slabs = slab_count(rows, job.x.columns);
-    double* sums = scratch<double>(Use::sums, slabs * padded * padded);
-    parallel_for(slabs, threads,
-                 [&](std::int64_t slab) { gram_slab<T>(job.x, rows, slab, sums + slab * padded * padded); });
-    parallel_for((rows + 31) / 32, threads, [&](std::int64_t block) {
-      finish_slabs(sums, slabs, padded, job, rows, block * 32, min_of(rows, block * 32 + 32));
-    });
+  for (std::int64_t begin = 0, end; begin < count; begin = end) {
+    for (end = begin; end < count && row_count(jobs[end].x) <= kSlabRows;) ++end;
+    if (end > begin)
+      gram_narrow<T>(jobs + begin, end - begin, threads);
+    else
+      gram_wide<T>(jobs[end++], row_count(jobs[begin].x), threads);
   }
 }
 

@@ -24,6 +24,7 @@
 #include "transpose.inl"
 #include "pack.inl"
 #include "tile.inl"
+#include "slabs.inl"
 #include "gram.inl"
 #include "combine.inl"
 #include "philox.inl"

@@ -240,21 +240,51 @@ inline void store_as(Half* p, Vec<float> x) {
 #endif
 }
 
-inline void store_as(Bfloat* p, Vec<float> x) {
-  const Bits bits = reinterpret_cast<Bits>(x);
-  const Bits is_nan = reinterpret_cast<Bits>((bits & 0x7fffffffu) > 0x7f800000u);
-  const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const Shorts out = __builtin_convertvector((is_nan & ((bits >> 16) | 0x40u)) | (~is_nan & rounded), Shorts);
-  __builtin_memcpy(p, &out, sizeof out);
+// Rounded to odd, as round_to_odd does it: towards zero, and the last bit set where something was cut off.
+inline FloatHalf narrow_to_odd(Vec<double> x) {
+  const FloatHalf nearest = narrow(x);
+  const Vec<double> back = widen(nearest);
+  const Vec<double> magnitude = x < 0 ? -x : x, back_magnitude = back < 0 ? -back : back;
+  // a comparison gives -1 where it holds
+  const BitsHalf too_far = __builtin_convertvector(back_magnitude > magnitude, BitsHalf);
+  const BitsHalf inexact = __builtin_convertvector(back != x, BitsHalf);
+  return reinterpret_cast<FloatHalf>((reinterpret_cast<BitsHalf>(nearest) + too_far) | (inexact & 1u));
 }
 
 inline void store_as(Half* p, Vec<double> x) {
-  for (int i = 0; i < kLanes<double>; ++i) round_entry(p + i, static_cast<double>(x[i]));
+  const FloatHalf odd = narrow_to_odd(x);
+#if defined(__AVX512F__)
+  _mm_storeu_si128(reinterpret_cast<__m128i_u*>(p), _mm256_cvtps_ph(reinterpret_cast<__m256>(odd), 0));
+#elif defined(__AVX2__)
+  _mm_storel_epi64(reinterpret_cast<__m128i_u*>(p), _mm_cvtps_ph(reinterpret_cast<__m128>(odd), 0));
+#else
+  for (int i = 0; i < kLanes<double>; ++i) p[i].bits = float_to_half(odd[i]);
+#endif
+}
+
+template <typename BitsV, typename ShortsV>
+inline ShortsV round_bfloat_bits(BitsV bits) {
+  const BitsV is_nan = reinterpret_cast<BitsV>((bits & 0x7fffffffu) > 0x7f800000u);
+  const BitsV rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return __builtin_convertvector((is_nan & ((bits >> 16) | 0x40u)) | (~is_nan & rounded), ShortsV);
+}
+
+inline void store_as(Bfloat* p, Vec<float> x) {
+  const Shorts out = round_bfloat_bits<Bits, Shorts>(reinterpret_cast<Bits>(x));
+  __builtin_memcpy(p, &out, sizeof out);
 }
 
 inline void store_as(Bfloat* p, Vec<double> x) {
-  for (int i = 0; i < kLanes<double>; ++i) round_entry(p + i, static_cast<double>(x[i]));
+  const ShortsHalf out = round_bfloat_bits<BitsHalf, ShortsHalf>(reinterpret_cast<BitsHalf>(narrow_to_odd(x)));
+  __builtin_memcpy(p, &out, sizeof out);
 }
+
+template <typename P>
+struct Writable;
+template <typename S>
+struct Writable<const S*> {
+  using type = S;
+};
 
 // Calls body(p) with `data` as a pointer to its entry type.
 template <typename Body>

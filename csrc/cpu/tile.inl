@@ -74,7 +74,8 @@ inline void flush(double* p, Vec<double> v) {
 
 // A tile of sums in float64, its row i at sums + i * N * kLanes<T>. `n` products each; float32 ones are flushed.
 template <typename T, int M, int N, bool kAcross>
-inline void tile(const T* a, std::int64_t a_stride, const T* b, std::int64_t b_stride, std::int64_t n, double* out) {
+__attribute__((noinline)) void tile(const T* a, std::int64_t a_stride, const T* b, std::int64_t b_stride,
+                                    std::int64_t n, double* out) {
   constexpr int L = kLanes<T>;
   const std::int64_t step = sizeof(T) == sizeof(double) ? n : kFlush;
   for (std::int64_t start = 0; start == 0 || start < n; start += step) {
