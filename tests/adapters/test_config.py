@@ -24,6 +24,7 @@ REFUSED = {
     "bdlora": (config(use_bdlora={"nblocks": 2}), "BD-LoRA"),
     "kasa": (config(kasa_config={"beta": 0.1}), "KaSA"),
     "alora": (config(alora_invocation_tokens=[1, 2]), "aLoRA"),
+    "tied": (config(ensure_weight_tying=True), "tied"),
     "arrow": (config(arrow_config={"top_k": 3}), "Arrow"),
     "layer-replication": (config(layer_replication=[[0, 2]]), "repeated layers"),
     "megatron": (config(megatron_config={"a": 1}), "Megatron"),

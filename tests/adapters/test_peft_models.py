@@ -43,6 +43,7 @@ CASES = {
         "llama",
         {"r": 4, "lora_alpha": 7, "target_modules": ["v_proj"], "trainable_token_indices": [1, 5]},
     ),
+    "saved-module": ("llama", {"r": 4, "lora_alpha": 7, "modules_to_save": ["lm_head"], "target_modules": ["v_proj"]}),
     "dora": ("llama", {"r": 4, "lora_alpha": 7, "use_dora": True, "target_modules": ["q_proj", "up_proj"]}),
     "lora-bias": ("llama", {"r": 4, "lora_alpha": 10, "lora_bias": True, "target_modules": ["q_proj", "o_proj"]}),
     "head": ("bert", {"r": 4, "lora_alpha": 7, "task_type": "SEQ_CLS", "target_modules": ["query", "value"]}),

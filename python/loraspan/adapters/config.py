@@ -19,7 +19,6 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "base_model_name_or_path": (str,),
     "bias": (str,),
     "corda_config": (dict,),
-    "ensure_weight_tying": (bool,),
     "eva_config": (dict,),
     "exclude_modules": (list, str),
     "fan_in_fan_out": (bool,),
@@ -54,6 +53,7 @@ _DROPPED = ("auto_mapping", "megatron_core")
 _REFUSED = {
     "alora_invocation_tokens": "it acts on some tokens only (aLoRA)",
     "arrow_config": "it routes between adapters (Arrow)",
+    "ensure_weight_tying": "its tied layers share factors, and would come apart",
     "kasa_config": "it changes the base weights and has a diagonal between the factors (KaSA)",
     "layer_replication": "it belongs to a base model with repeated layers",
     "megatron_config": "it belongs to Megatron's parallel layers",
