@@ -222,3 +222,18 @@ def test_names_of_experts():
     assert experts.file_path_of("l.0.mlp.experts.base_layer[3]", targets) == "l.0.mlp.experts.base_layer"
     assert experts.file_path_of("l.0.mlp.experts.down_proj[3]", targets[1:]) == "l.0.mlp.experts"
     assert not experts.parameters_of("l.0.xmlp.experts", targets)
+
+
+def test_what_the_model_needs_beside_the_factors_is_written_again(tmp_path):
+    needs = {
+        "bias": "lora_only",
+        "fan_in_fan_out": True,
+        "lora_bias": True,
+        "lora_dropout": 0.1,
+        "modules_to_save": ["head"],
+        "task_type": "CAUSAL_LM",
+        "trainable_token_indices": {"table": [1, 5]},
+        "use_dora": True,
+    }
+    peft.write(peft.read(folders.write(tmp_path / "in", config=folders.CONFIG | needs)), tmp_path / "out")
+    assert config_of(tmp_path / "out").items() >= needs.items()
