@@ -62,10 +62,9 @@ class Report:
             "",
             f"{'task':<32} {'error':>10} {'kind':>9} {'columns':>8} {'bytes':>12} {'before':>12}",
         ]
-        lines += [
-            f"{t.name[:32]:<32} {t.error:>10.3g} {t.error_kind:>9} {t.columns:>8} {t.nbytes:>12,} {t.factor_nbytes:>12,}"
-            for t in self.tasks
-        ]
+        for t in self.tasks:
+            size = f"{t.nbytes:>12,} {t.factor_nbytes:>12,}"
+            lines.append(f"{t.name[:32]:<32} {t.error:>10.3g} {t.error_kind:>9} {t.columns:>8} {size}")
         lines += ["", f"{'slot':<48} {'shape':>13} {'ranks':>9} {'tasks':>6}  form"]
         for s in self.slots:
             shape, ranks = "x".join(map(str, s.shape)), "/".join(map(str, s.ranks))
