@@ -89,10 +89,9 @@ __attribute__((noinline)) void basis_tile(const CombineJob& job, const CombineSh
   sum_along<T, M, N>(strips + c / L * strip_stride + c % L, strip_stride, weights + j * s.rows * L, s.rows * L, s.rows,
                      sums);
   alignas(64) T rows[M * N * L];
-#pragma GCC unroll 16
-  for (int i = 0; i < M; ++i)
-#pragma GCC unroll 8
-    for (int q = 0; q < N; ++q) store(rows + (i * N + q) * L, sums[i][q]);
+  LORASPAN_UNROLL
+  for (int i = 0; i < M; ++i) LORASPAN_UNROLL
+  for (int q = 0; q < N; ++q) store(rows + (i * N + q) * L, sums[i][q]);
   with_type(job.v, job.v_dtype, [&](auto* v) {
     using S = typename Writable<decltype(v)>::type;
     S* out = const_cast<S*>(v);
@@ -118,10 +117,9 @@ __attribute__((noinline)) void product_tile(const T* a, std::int64_t a_stride, c
     sum_across<T, M, N>(a, a_stride, basis, kFlush * L, n, sums);
   else
     sum_along<T, M, N>(a, a_stride, basis, kFlush * L, n, sums);
-#pragma GCC unroll 16
-  for (int i = 0; i < M; ++i)
-#pragma GCC unroll 8
-    for (int j = 0; j < N; ++j) flush<true>(out + i * out_stride + j * L, sums[i][j]);
+  LORASPAN_UNROLL
+  for (int i = 0; i < M; ++i) LORASPAN_UNROLL
+  for (int j = 0; j < N; ++j) flush<true>(out + i * out_stride + j * L, sums[i][j]);
 }
 
 // One chunk of at most kFlush columns, all its rows.

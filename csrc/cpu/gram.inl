@@ -38,7 +38,7 @@ inline void add_tile(const Sums& g, std::int64_t i, std::int64_t j, const double
     double* row = g.data + (i + r) * g.stride + j;
     const double* add = tile_sums + r * kColumns;
     if (columns == kColumns) {
-#pragma GCC unroll 8
+      LORASPAN_UNROLL
       for (int c = 0; c < kColumns; c += L) {
         const Vec<double> sum = g.fresh ? load(add + c) : load(row + c) + load(add + c);
         store(row + c, sum);

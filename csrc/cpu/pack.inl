@@ -61,14 +61,14 @@ inline void transpose_lines(const T* lines, std::int64_t n, T* panel) {
   constexpr int L = kLanes<T>;
   Vec<T> v[L];
   for (std::int64_t c = 0; c < n; c += L) {
-#pragma GCC unroll 16
+    LORASPAN_UNROLL
     for (int i = 0; i < L; ++i) v[i] = load(lines + i * kLineColumns + c);
     transpose(v);
     if (n - c < L) {
       for (std::int64_t i = 0; i < n - c; ++i) store(panel + (c + i) * L, v[i]);
       return;
     }
-#pragma GCC unroll 16
+    LORASPAN_UNROLL
     for (int i = 0; i < L; ++i) store(panel + (c + i) * L, v[i]);
   }
 }
@@ -100,7 +100,7 @@ inline void pack_panel(const Rows& x, Cursor at, std::int64_t rows, std::int64_t
     for (std::int64_t lane = 0; lane < rows;) {
       const Block& b = x.blocks[cursor.block];
       const std::int64_t count = min_of(rows - lane, b.rows - cursor.row);
-      if (is_column_major(b))
+      if (is_column_major(b) && count > 0)
         with_type(b.data, b.dtype, [&](auto* p) {
           fill_lanes(p + cursor.row + (c0 + start) * b.col_stride, b.col_stride, lane, count, width, panel + start * L);
         });
@@ -185,15 +185,17 @@ inline void pack_strips(const Rows& x, std::int64_t i0, std::int64_t rows, std::
   for (std::int64_t done = 0; done < rows;) {
     const Block& b = x.blocks[at.block];
     const std::int64_t count = min_of(rows - done, b.rows - at.row);
-    with_type(b.data, b.dtype, [&](auto* data) {
-      auto* p = data + at.row * b.row_stride + c0 * b.col_stride;
-      T* out = strips + done * L;
-      if (is_column_major(b)) return strips_from_columns(p, b.col_stride, count, n, out, stride);
-      for (std::int64_t i = 0; i < count; ++i) {
-        prefetch_row(x, at, i + kRowsAhead, c0, n);
-        strips_from_row(p + i * b.row_stride, b.col_stride, n, out + i * L, stride);
-      }
-    });
+    // an empty block may have no address to count from
+    if (count > 0)
+      with_type(b.data, b.dtype, [&](auto* data) {
+        auto* p = data + at.row * b.row_stride + c0 * b.col_stride;
+        T* out = strips + done * L;
+        if (is_column_major(b)) return strips_from_columns(p, b.col_stride, count, n, out, stride);
+        for (std::int64_t i = 0; i < count; ++i) {
+          prefetch_row(x, at, i + kRowsAhead, c0, n);
+          strips_from_row(p + i * b.row_stride, b.col_stride, n, out + i * L, stride);
+        }
+      });
     done += count;
     at = {at.block + 1, 0};
   }

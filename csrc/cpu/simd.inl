@@ -2,6 +2,15 @@
 //
 // Vec<float> and Vec<double> are the compiler's vector extensions: + - * work, and a * b + c is one fused multiply-add
 // where the set has one. Half-precision entries are Half and Bfloat, so that a template can tell them apart.
+#ifndef LORASPAN_UNROLL
+// The loop after it has a constant count, and its arrays of vectors are to become registers.
+#ifdef __clang__
+#define LORASPAN_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define LORASPAN_UNROLL _Pragma("GCC unroll 16")
+#endif
+#endif
+
 namespace loraspan {
 namespace LORASPAN_ISA {
 

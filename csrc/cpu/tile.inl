@@ -27,12 +27,12 @@ inline __attribute__((always_inline)) void sum_along(const T* a, std::int64_t a_
   constexpr int L = kLanes<T>;
   for (std::int64_t k = 0; k < n; ++k) {
     Vec<T> v[N];
-#pragma GCC unroll 8
+    LORASPAN_UNROLL
     for (int j = 0; j < N; ++j) v[j] = load(b + j * b_stride + k * L);
-#pragma GCC unroll 16
+    LORASPAN_UNROLL
     for (int i = 0; i < M; ++i) {
       const Vec<T> w = broadcast(a[(i / L) * a_stride + i % L + k * L]);
-#pragma GCC unroll 8
+      LORASPAN_UNROLL
       for (int j = 0; j < N; ++j) sums[i][j] += w * v[j];
     }
   }
@@ -46,12 +46,12 @@ inline __attribute__((always_inline)) void sum_across(const T* a, std::int64_t a
     const std::int64_t end = n - start < L ? n - start : L;
     for (std::int64_t k = 0; k < end; ++k) {
       Vec<T> v[N];
-#pragma GCC unroll 8
+      LORASPAN_UNROLL
       for (int j = 0; j < N; ++j) v[j] = load(b + j * b_stride + (start + k) * L);
-#pragma GCC unroll 16
+      LORASPAN_UNROLL
       for (int i = 0; i < M; ++i) {
         const Vec<T> w = broadcast(a[i * L + k]);
-#pragma GCC unroll 8
+        LORASPAN_UNROLL
         for (int j = 0; j < N; ++j) sums[i][j] += w * v[j];
       }
     }
@@ -85,9 +85,9 @@ __attribute__((noinline)) void tile(const T* a, std::int64_t a_stride, const T* 
       sum_across<T, M, N>(a + start / L * a_stride, a_stride, b + start * L, b_stride, width, sums);
     else
       sum_along<T, M, N>(a + start * L, a_stride, b + start * L, b_stride, width, sums);
-#pragma GCC unroll 16
+    LORASPAN_UNROLL
     for (int i = 0; i < M; ++i) {
-#pragma GCC unroll 8
+      LORASPAN_UNROLL
       for (int j = 0; j < N; ++j) {
         double* p = out + (i * N + j) * L;
         start == 0 ? flush<false>(p, sums[i][j]) : flush<true>(p, sums[i][j]);

@@ -22,7 +22,7 @@ inline __attribute__((always_inline)) void swap_blocks(V& a, V& b, Lanes<I...>) 
 
 template <int Step, int N, typename V>
 inline __attribute__((always_inline)) void transpose_steps(V (&rows)[N]) {
-#pragma GCC unroll 16
+  LORASPAN_UNROLL
   for (int i = 0; i < N; ++i)
     if ((i & Step) == 0) swap_blocks<Step>(rows[i], rows[i | Step], typename CountTo<N>::type{});
   if constexpr (Step > 1) transpose_steps<Step / 2>(rows);
