@@ -58,9 +58,9 @@ def compress(
     """
     if sum(goal is not None for goal in (rank, energy, max_error)) > 1:
         raise click.UsageError("give one of --rank, --energy and --max-error")
-    if rank is None and energy is None and max_error is None:
+    by_default = rank is None and energy is None and max_error is None
+    if by_default:
         max_error = DEFAULT_MAX_ERROR
-        remark(f"no --rank, --energy or --max-error given: --max-error {max_error}")
     _check_free(out, overwrite)
     start = time.perf_counter()
     with bars() as progress:
@@ -76,6 +76,8 @@ def compress(
         )
     space.save(out, overwrite=overwrite)
     seconds = time.perf_counter() - start
+    if by_default:
+        remark(f"no --rank, --energy or --max-error given: took --max-error {max_error}")
     if as_json:
         put_json({"store": str(out), "seconds": round(seconds, 3), **space.report().as_dict()})
         return

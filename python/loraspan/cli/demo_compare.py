@@ -63,6 +63,10 @@ class Cut:
         """Give the number of columns that keep the relative error at ``error`` or below."""
         return int(np.searchsorted(self.energy, (1 - error**2) * self.energy[-1] * (1 - 1e-12)))
 
+    def bytes_of(self, count: int) -> int:
+        """Give the bytes of the first ``count`` columns."""
+        return int(self.nbytes[count - 1]) if count else 0
+
     def deltas(self, count: int) -> Deltas:
         """Give ``dW`` of the first ``count`` columns, its factors rounded to :data:`DTYPE`."""
         made = {}
@@ -101,22 +105,25 @@ class Family:
         rebuilt = [_deltas(space.reconstruct(adapter.name)) for adapter in self.adapters.values()]
         shares = {line.name: line.nbytes + report.basis_nbytes / len(rebuilt) for line in report.tasks}
         task_nbytes = [shares[adapter.name] for adapter in self.adapters.values()]
-        setting = " ".join(f"{key}={value:g}" for key, value in goal.items())
+        setting = " ".join(f"--{key.replace('_', '-')} {value:g}" for key, value in goal.items())
         return space, self.measure(setting, task_nbytes, rebuilt)
 
-    def plain(self, error: float) -> Point:
-        """Measure every adapter's own truncated SVD at one error, ranks chosen freely per module."""
-        counts = [cut.count_within(error) for cut in self.cuts]
-        return self._cut_to(f"SVD at error {error:g}", counts)
+    def plain(self, nbytes: int) -> Point:
+        """Measure every adapter's own truncated SVD, ranks chosen freely per module, at the smallest common error.
 
-    def plain_of_bytes(self, nbytes: int) -> Point:
-        """The same at the smallest error whose factors take at most ``nbytes`` for all adapters together."""
+        The smallest whose factors take at most ``nbytes`` for all adapters together.
+        """
         low, high = 0.0, 1.0
         for _ in range(40):
             middle = (low + high) / 2
-            taken = sum(self._nbytes(cut, cut.count_within(middle)) for cut in self.cuts)
-            low, high = (low, middle) if taken <= nbytes else (middle, high)
-        return self._cut_to("SVD of the same bytes", [cut.count_within(high) for cut in self.cuts])
+            low, high = (low, middle) if self.plain_nbytes(middle) <= nbytes else (middle, high)
+        counts = [cut.count_within(high) for cut in self.cuts]
+        sizes = [cut.bytes_of(count) for cut, count in zip(self.cuts, counts, strict=True)]
+        return self.measure("SVD", sizes, [cut.deltas(n) for cut, n in zip(self.cuts, counts, strict=True)])
+
+    def plain_nbytes(self, error: float) -> int:
+        """Give the bytes of every adapter's own truncated SVD at one error."""
+        return sum(cut.bytes_of(cut.count_within(error)) for cut in self.cuts)
 
     def original(self) -> Point:
         """Measure the adapters as they came."""
@@ -137,14 +144,6 @@ class Family:
             accuracies.append(self._accuracy(adapter, deltas, *test))
             self._step()
         return Point(setting, round(sum(task_nbytes)), tuple(task_nbytes), tuple(errors), tuple(accuracies))
-
-    def _cut_to(self, setting: str, counts: Sequence[int]) -> Point:
-        task_nbytes = [self._nbytes(cut, count) for cut, count in zip(self.cuts, counts, strict=True)]
-        return self.measure(setting, task_nbytes, [c.deltas(n) for c, n in zip(self.cuts, counts, strict=True)])
-
-    @staticmethod
-    def _nbytes(cut: Cut, count: int) -> int:
-        return int(cut.nbytes[count - 1]) if count else 0
 
     def _accuracy(self, adapter: Adapter, deltas: Deltas, images: Tensor, labels: Tensor) -> float:
         for path, weight in self._weights.items():

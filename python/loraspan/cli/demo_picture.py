@@ -19,7 +19,7 @@ _STYLE: Any = {
     "grid.color": "#e6e6e6",
     "axes.axisbelow": True,
 }
-_SHARES = (0.0625, 0.125, 0.25, 0.5, 1.0)
+_SHARES = (0.125, 0.25, 0.5, 1.0)
 _TITLES = {
     "shared-seed": "One initialisation seed for all 12 adapters",
     "own-seed": "The same 12 tasks, each adapter its own seed",
@@ -28,13 +28,23 @@ _TITLES = {
 
 @dataclass(frozen=True)
 class Curves:
-    """All points of one family, each list from many bytes to few."""
+    """All points of one family, each list from many bytes to few.
+
+    Attributes:
+        original: the adapters as they came.
+        base: the base model without them.
+        within: by ``max_error``.
+        shared: by ``rank``.
+        plain_within: plain SVDs of the bytes of each of ``within``.
+        plain_shared: likewise of ``shared``.
+    """
 
     original: Point
     base: Point
     within: Sequence[Point]
     shared: Sequence[Point]
-    plain: Sequence[Point]
+    plain_within: Sequence[Point]
+    plain_shared: Sequence[Point]
 
 
 def draw(families: Mapping[str, Curves], path: Path) -> None:
@@ -53,7 +63,7 @@ def draw(families: Mapping[str, Curves], path: Path) -> None:
                 _draw_curves(axes[row, column], curves, what)
             _draw_limits(axes[1, column], curves)
             axes[0, column].set_title(_TITLES.get(name, name), fontsize=12, loc="left", pad=10)
-            axes[1, column].set_xlabel("bytes of bases and factors, share of the original adapters'")
+            axes[1, column].set_xlabel("bytes of bases and factors, share of the original adapters' (log scale)")
         axes[0, 0].set_ylim(bottom=0)
         axes[0, 0].set_ylabel("relative error of dW (mean)")
         axes[1, 0].set_ylabel("accuracy on test images (mean)")
@@ -63,8 +73,9 @@ def draw(families: Mapping[str, Curves], path: Path) -> None:
 
 
 def _draw_curves(axes: Any, curves: Curves, what: str) -> None:
+    plain = sorted((*curves.plain_within, *curves.plain_shared), key=lambda point: point.nbytes)
     lines = (
-        (curves.plain, _GREY, "s--", "each adapter's own truncated SVD"),
+        (plain, _GREY, "s--", "each adapter's own truncated SVD"),
         (curves.within, _BLUE, "o-", "loraspan --max-error"),
         (curves.shared, _ORANGE, "^:", "loraspan --rank (all shared)"),
     )
@@ -73,19 +84,26 @@ def _draw_curves(axes: Any, curves: Curves, what: str) -> None:
         values = [getattr(point, what) for point in points]
         axes.plot(shares, values, form, color=colour, label=label, markersize=5.5, linewidth=1.8)
     axes.set_xscale("log", base=2)
-    axes.set_xticks(_SHARES, [f"{share:.3g}" if share < 1 else "1" for share in _SHARES])
+    axes.set_xticks(_SHARES, [f"{share:.3g}" for share in _SHARES])
+    axes.set_xlim(0.9 * _SHARES[0], 1.08)
     axes.minorticks_off()
 
 
 def _draw_limits(axes: Any, curves: Curves) -> None:
-    for point, text in ((curves.original, "original adapters"), (curves.base, "base model alone")):
-        axes.axhline(point.accuracy, color="black", linewidth=0.9, linestyle=(0, (1, 2)))
-        axes.annotate(
-            f"{text} {point.accuracy:.2f}",
-            (0.015, point.accuracy),
-            xycoords=("axes fraction", "data"),
-            xytext=(0, 4),
-            textcoords="offset points",
-            fontsize=9,
-            va="bottom",
-        )
+    axes.axhline(curves.original.accuracy, color="black", linewidth=0.9, linestyle=(0, (1, 2)))
+    axes.annotate(
+        f"original adapters {curves.original.accuracy:.2f}",
+        (0.015, curves.original.accuracy),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, 4),
+        textcoords="offset points",
+        fontsize=9,
+    )
+    axes.text(
+        0.985,
+        0.03,
+        f"base model alone: {curves.base.accuracy:.2f}",
+        transform=axes.transAxes,
+        ha="right",
+        fontsize=9,
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -107,9 +106,6 @@ def bars() -> Iterator[Report]:
     try:
         yield report
     finally:
-        progress.stop()
-
-
-def is_terminal() -> bool:
-    """Whether a person reads stdout."""
-    return sys.stdout.isatty()
+        # stopping what never started would write an empty line
+        if progress.live.is_started:
+            progress.stop()
