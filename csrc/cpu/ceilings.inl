@@ -50,13 +50,14 @@ struct DotBf16 {
 };
 #endif
 
-// Twelve sums hide a latency of six at two a cycle. Named, because an indexed array of them would live in memory.
+// Twelve sums hide a latency of six at two a cycle. Named, because an indexed array of them would live in memory; and
+// each from a start of its own, or the compiler would see that they are equal and compute one.
 template <typename Fused>
-__attribute__((noinline)) double spin(std::int64_t repetitions, double start) {
+__attribute__((noinline)) double spin(std::int64_t repetitions, float start) {
   using V = typename Fused::Vector;
-  const V x = V{} + 0.5f, y = x;
-  V a = V{}, b = a, c = a, d = a, e = a, f = a, g = a, h = a, i = a, j = a, k = a, l = a;
-  a[0] += static_cast<float>(start);
+  const V x = V{} + 0.5f, y = x, zero = V{} + start;
+  V a = zero + 1.0f, b = zero + 2.0f, c = zero + 3.0f, d = zero + 4.0f, e = zero + 5.0f, f = zero + 6.0f;
+  V g = zero + 7.0f, h = zero + 8.0f, i = zero + 9.0f, j = zero + 10.0f, k = zero + 11.0f, l = zero + 12.0f;
   for (std::int64_t n = 0; n < repetitions; ++n) {
     a = Fused::step(a, x, y), b = Fused::step(b, x, y), c = Fused::step(c, x, y), d = Fused::step(d, x, y);
     e = Fused::step(e, x, y), f = Fused::step(f, x, y), g = Fused::step(g, x, y), h = Fused::step(h, x, y);
@@ -70,7 +71,7 @@ template <typename Fused>
 double spin_all(std::int64_t repetitions, int threads) {
   parallel_for(threads, threads, [&](std::int64_t thread) {
     // nobody reads it, but the compiler must not know that
-    volatile double kept = spin<Fused>(repetitions, static_cast<double>(thread));
+    volatile double kept = spin<Fused>(repetitions, static_cast<float>(thread));
     static_cast<void>(kept);
   });
   return 12.0 * Fused::kOperations * static_cast<double>(repetitions) * threads;
