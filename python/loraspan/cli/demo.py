@@ -175,9 +175,7 @@ def _by_error(shared: Sequence[Point], plain: Sequence[Point]) -> str:
     lines = ["error beside plain SVDs of the same bytes"]
     for rank, ours, other in zip(RANKS, shared, plain, strict=True):
         ratio = ours.error / other.error
-        verdict = (
-            "sharing wins" if ratio < 1 - _NOTEWORTHY else "sharing loses" if ratio > 1 + _NOTEWORTHY else "a draw"
-        )
+        verdict = "wins" if ratio < 1 - _NOTEWORTHY else "loses" if ratio > 1 + _NOTEWORTHY else "does as well"
         lines.append(f"  --rank {rank}: {ours.error:.2f} and {other.error:.2f}, sharing {verdict}")
     return "\n".join(lines)
 

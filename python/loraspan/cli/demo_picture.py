@@ -63,7 +63,7 @@ def draw(families: Mapping[str, Curves], path: Path) -> None:
                 _draw_curves(axes[row, column], curves, what)
             _draw_limits(axes[1, column], curves)
             axes[0, column].set_title(_TITLES.get(name, name), fontsize=12, loc="left", pad=10)
-            axes[1, column].set_xlabel("bytes of bases and factors, share of the original adapters' (log scale)")
+            axes[1, column].set_xlabel("bases and factors: share of the original bytes (log scale)")
         axes[0, 0].set_ylim(bottom=0)
         axes[0, 0].set_ylabel("relative error of dW (mean)")
         axes[1, 0].set_ylabel("accuracy on test images (mean)")
