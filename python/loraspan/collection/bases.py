@@ -32,15 +32,18 @@ class Basis(NamedTuple):
     gram: Tensor
 
 
-def make_basis(stack: Stack, w: Tensor, dtype: torch.dtype, precision: str) -> Basis:
-    """Form ``X^T w`` in the stored dtype with its products in one pass; again if it came out far from orthonormal."""
-    v, xv, gram = combine(stack.x, w, dtype=dtype, precision=precision)
+def make_basis(stack: Stack, w: Tensor, dtype: torch.dtype) -> Basis:
+    """Form ``X^T w`` in the stored dtype with its products in one pass; again if it came out far from orthonormal.
+
+    The products are summed in float64: errors are small differences of what they add up to.
+    """
+    v, xv, gram = combine(stack.x, w, dtype=dtype, precision="f64")
     for _ in range(2):
         eye = torch.eye(gram.shape[0], dtype=torch.float64)
         if not gram.numel() or (gram - eye).abs().max() <= _ORTHOGONALITY[dtype]:
             break
         w = w @ gram_root(gram).inverse
-        v, xv, gram = combine(stack.x, w, dtype=dtype, precision=precision)
+        v, xv, gram = combine(stack.x, w, dtype=dtype, precision="f64")
     return Basis(v, stack.pad(xv), gram)
 
 

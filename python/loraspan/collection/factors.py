@@ -58,6 +58,11 @@ class SlotFactors:
         """``(n, d)`` of the slot."""
         return self.slots[0].shape
 
+    @property
+    def is_double(self) -> bool:
+        """Whether any factor is float64."""
+        return any(torch.float64 in (slot.up.dtype, slot.down.dtype) for slot in self.slots)
+
     def stacks(self, weights: Tensor) -> tuple[Stack, Stack]:
         """Give the output and the input side, rows weighted to ``w_i dW_i``; ``weights [T]``."""
         scale = (weights * self.scales)[:, None, None]

@@ -25,9 +25,7 @@ Progress = Callable[[str, int, int], None]
 
 _OVERSAMPLE = 10
 _FIRST_WIDTH = 64
-# Below this predicted relative error the products are summed in float64: float32 sums would blur the reported error.
-_FINE_ERROR = 0.05
-# Above this share of the energy, or below this error, the range is found in float64 too.
+# Above this share of the energy the range is found in float64, as it is for float64 factors.
 _FINE_ENERGY = 1 - 1e-4
 
 
@@ -137,15 +135,12 @@ def _fit_shared(slot: SlotFactors, squares: Tensor, goal: Goal) -> tuple[SlotSpa
     norms = squares[members].sqrt()
     weights = torch.ones_like(norms) if goal.energy is not None else torch.where(norms > 0, 1 / norms, 0.0)
     sides = slot.stacks(weights)
-    precision = "f64" if goal.energy is not None and goal.energy > _FINE_ENERGY else "f32"
+    fine = slot.is_double or (goal.energy is not None and goal.energy > _FINE_ENERGY)
+    precision = "f64" if fine else "f32"
     ranges, cores, ranks = _choose_ranks(slot, sides, goal, precision)
     turns = refine_jointly(cores * weights[:, None, None], *ranks, goal.refine)
-    held = (turns[0].T @ cores @ turns[1]).square().sum((-1, -2))
-    predicted = (1 - held / torch.where(slot.squares > 0, slot.squares, 1.0)).clamp(min=0).sqrt()
-    products = "f64" if bool((predicted[slot.squares > 0] < _FINE_ERROR).any()) else "f32"
     out, inn = (
-        make_basis(side, found.w @ turn, goal.dtype, products)
-        for side, found, turn in zip(sides, ranges, turns, strict=True)
+        make_basis(side, found.w @ turn, goal.dtype) for side, found, turn in zip(sides, ranges, turns, strict=True)
     )
     shared = shared_cores(out, inn, slot.scales, slot.squares, goal.dtype)
     columns = assemble(slot.members, [shared.part], slot.shape, ranks, goal.dtype)

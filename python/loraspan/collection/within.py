@@ -54,7 +54,7 @@ def fit_within(
     canonicals = [slot.canonical() for slot in slots]
     shares = allotments([(s.members, c.s) for s, c in zip(slots, canonicals, strict=True)], len(squares), max_error)
     weights = torch.where(squares > 0, squares.rsqrt(), 0.0)
-    precision = "f32" if max_error > _COARSE_ERROR else "f64"
+    coarse = max_error > _COARSE_ERROR
     unspent = torch.zeros_like(squares)
     fitted = []
     for i, (slot, canonical, share) in enumerate(zip(slots, canonicals, shares, strict=True)):
@@ -62,7 +62,7 @@ def fit_within(
         members = torch.tensor(slot.members)
         allowed = (share + unspent[members]).clamp(min=0)
         fitter = _SlotFitter(slot, canonical, weights[members], allowed, dtype, refine)
-        space, lost = fitter.fit(precision, seed)
+        space, lost = fitter.fit("f32" if coarse and not slot.is_double else "f64", seed)
         unspent[members] += share - lost
         fitted.append((space, lost))
     return fitted
@@ -142,7 +142,7 @@ class _SlotFitter:
             return (empty[0], empty[1]), [part], lost
         at = 1 if plan.form == "ps" else 0
         rank = max(plan.rank_out, plan.rank_in)
-        basis = make_basis(self._sides[at].stack, ranges[at].w[:, :rank], self._dtype, "f64")
+        basis = make_basis(self._sides[at].stack, ranges[at].w[:, :rank], self._dtype)
         parts, lost = self._build_one_sided(plan, basis, self._sides[at], self._sides[1 - at])
         if at == 1:
             return (empty[0], basis), parts, lost
@@ -153,7 +153,7 @@ class _SlotFitter:
         cores = out.mT @ inn * (self._slot.scales * self._weights)[:, None, None]
         turns = refine_jointly(cores, plan.rank_out, plan.rank_in, self._refine)
         bases = tuple(
-            make_basis(side.stack, found.w @ turn, self._dtype, "f64")
+            make_basis(side.stack, found.w @ turn, self._dtype)
             for side, found, turn in zip(self._sides, ranges, turns, strict=True)
         )
         shared = shared_cores(bases[0], bases[1], self._slot.scales, self._slot.squares, self._dtype)
