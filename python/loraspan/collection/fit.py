@@ -23,7 +23,8 @@ from loraspan.errors import ArgumentError, MismatchError
 
 Progress = Callable[[str, int, int], None]
 
-_OVERSAMPLE = 10
+# Directions beyond the rank: at least 8, and up to whole vectors of the operators, which cost nothing more.
+_OVERSAMPLE, _VECTOR = 8, 16
 _FIRST_WIDTH = 64
 # Above this share of the energy the range is found in float64, as it is for float64 factors.
 _FINE_ENERGY = 1 - 1e-4
@@ -152,7 +153,7 @@ def _choose_ranks(
     slot: SlotFactors, sides: tuple[Stack, Stack], goal: Goal, precision: str
 ) -> tuple[tuple[Range, Range], Tensor, tuple[int, int]]:
     """Find ranges wide enough for the goal, the cores in them, and the ranks to cut them to."""
-    width = _FIRST_WIDTH if goal.rank is None else goal.rank + _OVERSAMPLE
+    width = _FIRST_WIDTH if goal.rank is None else math.ceil((goal.rank + _OVERSAMPLE) / _VECTOR) * _VECTOR
     while True:
         out, inn = (find_range(side, width, precision=precision, seed=goal.seed + i) for i, side in enumerate(sides))
         cores = sides[0].pad(out.xv).mT @ sides[1].pad(inn.xv) * slot.scales[:, None, None]

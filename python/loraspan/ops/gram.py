@@ -82,7 +82,10 @@ def gram_many(
 
 def _cpu(matrices: Sequence[RowBlocks], precision: str, *, isa: str) -> list[Tensor]:
     blocks, spans = block_table(matrices)
-    out = [torch.empty(x.shape[0], x.shape[0], dtype=torch.float64) for x in matrices]
+    # one piece of memory for all: a batch may have thousands of small members
+    sizes = [x.shape[0] ** 2 for x in matrices]
+    memory = torch.empty(sum(sizes), dtype=torch.float64)
+    out = [g.view(x.shape[0], x.shape[0]) for g, x in zip(torch.split(memory, sizes), matrices, strict=True)]
     jobs = _native.table([(*span, g.data_ptr()) for span, g in zip(spans, out, strict=True)], 4)
     _core.gram(blocks, jobs, _native.PRECISIONS[precision], _native.threads(), isa)
     return out
