@@ -42,7 +42,8 @@ std::vector<Job> read_jobs(const Table& table, const Read& read) {
   const auto rows = table.unchecked<2>();
   std::vector<Job> jobs;
   jobs.reserve(static_cast<std::size_t>(rows.shape(0)));
-  for (py::ssize_t i = 0; i < rows.shape(0); ++i) jobs.push_back(read([&](py::ssize_t field) { return rows(i, field); }));
+  for (py::ssize_t i = 0; i < rows.shape(0); ++i)
+    jobs.push_back(read([&](py::ssize_t field) { return rows(i, field); }));
   return jobs;
 }
 
@@ -65,9 +66,15 @@ void combine(const Table& block_table, const Table& job_table, Precision precisi
   const Kernels& kernels = kernels_named(isa);
   const auto blocks = read_blocks(block_table);
   const auto jobs = read_jobs<CombineJob>(job_table, [&](auto field) {
-    return CombineJob{read_rows(blocks, field), address<const double>(field(3)), field(4),
-                      address<void>(field(5)),  field(6),                        field(7),
-                      Dtype(field(8)),          address<double>(field(9)),       address<double>(field(10))};
+    return CombineJob{read_rows(blocks, field),
+                      address<const double>(field(3)),
+                      field(4),
+                      address<void>(field(5)),
+                      field(6),
+                      field(7),
+                      Dtype(field(8)),
+                      address<double>(field(9)),
+                      address<double>(field(10))};
   });
   py::gil_scoped_release release;
   kernels.combine(jobs.data(), static_cast<std::int64_t>(jobs.size()), precision, threads);
@@ -85,8 +92,7 @@ void sketch(const Table& block_table, const Table& job_table, Precision precisio
   kernels.sketch(jobs.data(), static_cast<std::int64_t>(jobs.size()), precision, threads);
 }
 
-void power(const Table& block_table, const Table& job_table, Precision precision, int threads,
-           const std::string& isa) {
+void power(const Table& block_table, const Table& job_table, Precision precision, int threads, const std::string& isa) {
   const Kernels& kernels = kernels_named(isa);
   const auto blocks = read_blocks(block_table);
   const auto jobs = read_jobs<PowerJob>(job_table, [&](auto field) {
@@ -141,8 +147,7 @@ PYBIND11_MODULE(_core, m) {
         py::arg("isa"));
   m.def("sketch", &sketch, py::arg("blocks"), py::arg("jobs"), py::arg("precision"), py::arg("threads"),
         py::arg("isa"));
-  m.def("power", &power, py::arg("blocks"), py::arg("jobs"), py::arg("precision"), py::arg("threads"),
-        py::arg("isa"));
+  m.def("power", &power, py::arg("blocks"), py::arg("jobs"), py::arg("precision"), py::arg("threads"), py::arg("isa"));
   m.def("reconstruct", &reconstruct, py::arg("jobs"), py::arg("scales"), py::arg("threads"), py::arg("isa"));
   // For benches: operations done by a loop of multiply-adds, and memory moved once.
   py::enum_<Arithmetic>(m, "Arithmetic")

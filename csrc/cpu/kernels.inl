@@ -15,6 +15,8 @@
 #include <sys/mman.h>
 #endif
 
+// Each piece uses those before it.
+// clang-format off
 #include "loraspan/isa.hpp"
 #include "loraspan/parallel.hpp"
 
@@ -34,6 +36,7 @@
 #include "reconstruct_place.inl"
 #include "reconstruct.inl"
 #include "ceilings.inl"
+// clang-format on
 
 namespace loraspan {
 namespace LORASPAN_ISA {

@@ -117,7 +117,7 @@ def _check_met(tasks: Sequence[Task], goal: Goal) -> None:
     if worst.error > goal.max_error * (1 + 1e-9):
         raise ArgumentError(
             f"compress: max_error={goal.max_error:g} is below what rounding to {goal.dtype} allows: task "
-            f"{worst.name!r} is stored with {worst.error:.3g} at best; ask for more, or for dtype=torch.float32"
+            f"{worst.name!r} is stored with {worst.error:.3g} at best; ask for more, or for dtype float32"
         )
 
 

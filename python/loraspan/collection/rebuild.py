@@ -112,5 +112,5 @@ def _check_finite(task: Task, slots: dict[str, Slot]) -> None:
     for path, slot in slots.items():
         if not (slot.up.isfinite().all() and slot.down.isfinite().all()):
             raise NotFiniteError(
-                f"task {task.name!r}: slot {path!r} overflows float16; ask for dtype=torch.bfloat16 or torch.float32"
+                f"task {task.name!r}: slot {path!r} overflows float16; ask for dtype bfloat16 or float32"
             )

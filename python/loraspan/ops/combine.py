@@ -57,9 +57,9 @@ def combine(
 
     Example:
         >>> import torch
-        >>> v, xv, vtv = combine(torch.tensor([[3.0, 4.0]]), torch.tensor([[0.2]], dtype=torch.float64))
+        >>> v, xv, vtv = combine(torch.tensor([[3.0, 4.0]]), torch.tensor([[0.5]], dtype=torch.float64))
         >>> v.T, xv, vtv
-        (tensor([[0.6000, 0.8000]]), tensor([[5.0000]], dtype=torch.float64), tensor([[1.0000]], dtype=torch.float64))
+        (tensor([[1.5000, 2.0000]]), tensor([[12.5000]], dtype=torch.float64), tensor([[6.2500]], dtype=torch.float64))
     """
     return combine_many([(x, w)], dtype=dtype, precision=precision, backend=backend)[0]
 
