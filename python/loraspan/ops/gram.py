@@ -29,8 +29,9 @@ def gram(x: RowBlocks | Sequence[Tensor] | Tensor, *, precision: str = "f32", ba
     Returns:
         ``[R, R]``, float64, exactly symmetric. The error of entry ``(i, j)`` is at most
         ``(128 + 2) u |x_i| . |x_j|`` with ``u = 2^-24`` for ``"f32"`` (in practice below ``3e-7 sqrt(G_ii G_jj)``
-        from a few thousand columns on), and ``(d + 1) 2^-53 |x_i| . |x_j|`` for ``"f64"``, to first order in the roundoff and where no product leaves
-        the normal range of float32 or float64. The compiled kernels give the same bits for any number of threads.
+        from a few thousand columns on), and ``(d + 1) 2^-53 |x_i| . |x_j|`` for ``"f64"``, to first order in
+        the roundoff and where no product leaves the normal range of float32 or float64. The compiled kernels give
+        the same bits for any number of threads.
 
     Raises:
         ShapeError: if the blocks do not fit together.
