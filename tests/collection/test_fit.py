@@ -152,7 +152,8 @@ def test_sketch_is_as_good_as_the_gram():
 def test_joint_refinement_never_loses():
     adapters = planted.adapters(noise=0.5, count=20)
     errors = [np.mean(np.square([t.error for t in fit(adapters, Goal(rank=3, refine=i)).tasks])) for i in (0, 1, 4)]
-    assert errors[0] * (1 + 1e-9) >= errors[1] >= errors[2] * (1 - 1e-9)
+    assert errors[1] < errors[0] * (1 - 1e-4)
+    assert errors[2] <= errors[1] * (1 + 1e-9)
 
 
 def test_weak_task_counts_as_much_as_strong_ones():
