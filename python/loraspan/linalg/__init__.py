@@ -2,5 +2,6 @@
 
 from loraspan.linalg.eig import top_eigenpairs
 from loraspan.linalg.roots import gram_root, orthonormalize
+from loraspan.linalg.svd import SVD
 
-__all__ = ["gram_root", "orthonormalize", "top_eigenpairs"]
+__all__ = ["SVD", "gram_root", "orthonormalize", "top_eigenpairs"]
