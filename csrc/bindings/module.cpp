@@ -115,6 +115,30 @@ void reconstruct(const Table& job_table, const std::vector<double>& scales, int 
   kernels.reconstruct(jobs.data(), static_cast<std::int64_t>(jobs.size()), threads);
 }
 
+void eigh(std::int64_t a, std::int64_t count, std::int64_t n, std::int64_t values, std::int64_t vectors, int threads,
+          const std::string& isa) {
+  const Kernels& kernels = kernels_named(isa);
+  const EighJob job{address<const double>(a), count, n, address<double>(values), address<double>(vectors)};
+  py::gil_scoped_release release;
+  kernels.eigh(job, threads);
+}
+
+void svd(std::int64_t a, std::int64_t count, std::int64_t m, std::int64_t n, std::int64_t u, std::int64_t s,
+         std::int64_t v, int threads, const std::string& isa) {
+  const Kernels& kernels = kernels_named(isa);
+  const SvdJob job{address<const double>(a), count, m, n, address<double>(u), address<double>(s), address<double>(v)};
+  py::gil_scoped_release release;
+  kernels.svd(job, threads);
+}
+
+void root(std::int64_t gram, std::int64_t count, std::int64_t n, std::int64_t r, std::int64_t inverse, int threads,
+          const std::string& isa) {
+  const Kernels& kernels = kernels_named(isa);
+  const RootJob job{address<const double>(gram), count, n, address<double>(r), address<double>(inverse)};
+  py::gil_scoped_release release;
+  kernels.root(job, threads);
+}
+
 double arithmetic(Arithmetic kind, std::int64_t repetitions, int threads, const std::string& isa) {
   const Kernels& kernels = kernels_named(isa);
   py::gil_scoped_release release;
@@ -149,6 +173,13 @@ PYBIND11_MODULE(_core, m) {
         py::arg("isa"));
   m.def("power", &power, py::arg("blocks"), py::arg("jobs"), py::arg("precision"), py::arg("threads"), py::arg("isa"));
   m.def("reconstruct", &reconstruct, py::arg("jobs"), py::arg("scales"), py::arg("threads"), py::arg("isa"));
+  // Contiguous float64 matrices, `count` of them one after another.
+  m.def("eigh", &eigh, py::arg("a"), py::arg("count"), py::arg("n"), py::arg("values"), py::arg("vectors"),
+        py::arg("threads"), py::arg("isa"));
+  m.def("svd", &svd, py::arg("a"), py::arg("count"), py::arg("m"), py::arg("n"), py::arg("u"), py::arg("s"),
+        py::arg("v"), py::arg("threads"), py::arg("isa"));
+  m.def("root", &root, py::arg("gram"), py::arg("count"), py::arg("n"), py::arg("r"), py::arg("inverse"),
+        py::arg("threads"), py::arg("isa"));
   // For benches: operations done by a loop of multiply-adds, and memory moved once.
   py::enum_<Arithmetic>(m, "Arithmetic")
       .value("f32", Arithmetic::f32)

@@ -35,6 +35,10 @@
 #include "sketch_power.inl"
 #include "reconstruct_place.inl"
 #include "reconstruct.inl"
+#include "dense.inl"
+#include "dense_eigh.inl"
+#include "dense_svd.inl"
+#include "dense_root.inl"
 #include "ceilings.inl"
 // clang-format on
 
@@ -42,7 +46,7 @@ namespace loraspan {
 namespace LORASPAN_ISA {
 
 extern const Kernels kernels;
-const Kernels kernels = {&gram, &combine, &sketch, &power, &reconstruct, &arithmetic, &traffic};
+const Kernels kernels = {&gram, &combine, &sketch, &power, &reconstruct, &eigh, &svd, &root, &arithmetic, &traffic};
 
 }  // namespace LORASPAN_ISA
 }  // namespace loraspan

@@ -11,7 +11,7 @@ import oracles
 from loraspan import _core, _native
 from loraspan._dispatch import Backend, choose
 from loraspan.errors import BackendError
-from loraspan.ops import combine, gram, power, reconstruct, sketch
+from loraspan.ops import combine, dense, gram, power, reconstruct, sketch
 from matrices import blocks, normal
 from oracles import F64
 
@@ -31,6 +31,18 @@ CALLS = {
     "sketch": lambda backend: sketch(X, 2, backend=backend),
     "power": lambda backend: power(X, Q, backend=backend),
     "reconstruct": lambda backend: reconstruct(X, X.T, backend=backend),
+    "eigh": lambda backend: dense.eigh(Q @ Q.T, backend=backend).vectors,
+    "svd": lambda backend: dense.svd(Q, backend=backend).u,
+    "gram_root": lambda backend: dense.gram_root(Q.T @ Q, backend=backend).r,
+}
+
+
+# the tables that lie with another operator's, by module and name
+TABLES = {
+    "power": ("sketch", "POWER_BACKENDS"),
+    "eigh": ("dense", "EIGH_BACKENDS"),
+    "svd": ("dense", "SVD_BACKENDS"),
+    "gram_root": ("dense", "ROOT_BACKENDS"),
 }
 
 
@@ -52,8 +64,8 @@ def must_run():
 
 def table(operator):
     # loraspan.ops.gram is the function; its module has the table
-    module = importlib.import_module("loraspan.ops." + {"power": "sketch"}.get(operator, operator))
-    return module.POWER_BACKENDS if operator == "power" else module.BACKENDS
+    room, name = TABLES.get(operator, (operator, "BACKENDS"))
+    return getattr(importlib.import_module(f"loraspan.ops.{room}"), name)
 
 
 @pytest.mark.parametrize("operator", CALLS)

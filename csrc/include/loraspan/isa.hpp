@@ -3,6 +3,7 @@
 
 #include "loraspan/ceilings.hpp"
 #include "loraspan/combine.hpp"
+#include "loraspan/dense.hpp"
 #include "loraspan/gram.hpp"
 #include "loraspan/reconstruct.hpp"
 #include "loraspan/sketch.hpp"
@@ -15,6 +16,9 @@ struct Kernels {
   SketchFn* sketch;
   PowerFn* power;
   ReconstructFn* reconstruct;
+  EighFn* eigh;
+  SvdFn* svd;
+  RootFn* root;
   ArithmeticFn* arithmetic;
   TrafficFn* traffic;
 };
