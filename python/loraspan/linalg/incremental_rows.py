@@ -1,0 +1,178 @@
+"""The rows that :class:`loraspan.linalg.IncrementalSVD` holds: appended, compressed when memory is full, merged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from loraspan.linalg.incremental_algebra import Mixing, keep_largest, mix_merged, mix_pending
+from loraspan.ops.gram import gram
+from loraspan.ops.reconstruct import Piece, reconstruct_many
+
+# Combinations with less than this share of the largest energy are rounding: (2^-22)^2, four units of float32. In
+# float64 a Gram cannot tell, so all that fit are kept.
+_FLOOR = {torch.float32: 2.0**-44, torch.float64: 0.0}
+# Compressing fewer rows at once costs more in calls than in arithmetic.
+_LEAST_BLOCK = 32
+
+
+class Compressed(NamedTuple):
+    """What stands for all rows so far: ``rows [m, D]``, their ``mean``, ``weight``, and the energy ``cut`` off."""
+
+    rows: Tensor
+    mean: Tensor | None
+    weight: float
+    cut: float
+
+
+class HeldRows:
+    """Few weighted rows whose Gram ``Z^T Z`` is the scatter of everything seen, less what was cut off.
+
+    Rows fill ``memory [capacity, D]`` from the front; when it is full, they are replaced by their ``count`` leading
+    orthogonal combinations. With ``center``, row 0 is ``shift - mean`` and the pending rows are less ``shift``: the
+    mean rounded to the dtype of the rows, so that nothing cancels and subtracting it is exact.
+
+    Attributes:
+        memory: see above; a row past ``filled`` means nothing.
+        held: rows left by the last compression; those behind them are pending.
+        filled: rows in use, row 0 among them.
+        weight: the sum of squared weights of what was seen before the pending rows.
+        cut: the energy that compression has cut off of that.
+        mean: ``[D]``, float64, of that; None without ``center``.
+        shift: ``[D]``; None without ``center``.
+    """
+
+    def __init__(self, like: Tensor, dtype: torch.dtype, *, count: int, forget: float) -> None:
+        self.count, self.forget = count, forget
+        self.memory = like.new_empty(capacity(count), like.shape[1], dtype=dtype)
+        self.first = self.held = self.filled = 0
+        self.weight = self.cut = 0.0
+        self.mean: Tensor | None = None
+        self.shift: Tensor | None = None
+
+    @property
+    def pending(self) -> int:
+        """How many rows have come since the last compression."""
+        return self.filled - self.first - self.held
+
+    @property
+    def rows(self) -> Tensor:
+        """The held rows and the pending ones behind them."""
+        return self.memory[self.first : self.filled]
+
+    @property
+    def kind(self) -> tuple[int, torch.dtype, torch.device]:
+        """Columns, dtype and device."""
+        return self.memory.shape[1], self.memory.dtype, self.memory.device
+
+    def center_on(self, mean: Tensor) -> None:
+        """Take ``mean [D]``, float64, for that of what is held; where nothing is, any row will do."""
+        self.mean, self.shift = mean, mean.to(self.memory.dtype)
+        self.memory[0] = self.shift.to(torch.float64) - mean
+        self.first = 1
+        self.filled = max(self.filled, 1)
+
+    def append(self, rows: Tensor) -> None:
+        """Copy ``rows [n, D]`` to the end, and compress whenever memory is full."""
+        start, count, size = 0, rows.shape[0], self.memory.shape[0]
+        while start < count:
+            step = min(count - start, size - self.filled)
+            piece = rows if step == count else rows[start : start + step]
+            place = self.memory[self.filled : self.filled + step]
+            if self.shift is None:
+                place.copy_(piece)
+            else:
+                torch.sub(piece, self.shift, out=place)
+            start += step
+            self.filled += step
+            if self.filled == size:
+                self.compress()
+
+    def compress(self) -> None:
+        """Replace held and pending rows by their leading combinations."""
+        if self.pending:
+            self._adopt(self._combine(self._mix(), in_place=True))
+
+    def compressed(self) -> Compressed:
+        """Give what :meth:`compress` would leave, and change nothing."""
+        if self.pending:
+            return self._combine(self._mix(), in_place=False)
+        return Compressed(self.rows, self.mean, self.weight, self.cut)
+
+    def merge(self, newer: HeldRows, seen: int) -> None:
+        """Take in a state of ``seen`` newer rows, which is left as it is."""
+        # before anything else, since it may be this one
+        theirs = newer.compressed()
+        self.compress()
+        older, end = self.held, self.filled + len(theirs.rows)
+        self.memory[self.filled : end] = theirs.rows
+        apart = None if self.mean is None or theirs.mean is None else theirs.mean - self.mean
+        if apart is not None:
+            self.memory[0] = apart
+        self.filled = end
+        mixing = mix_merged(
+            older,
+            end - self.first - older,
+            aged=self.forget**seen,
+            before=self.weight,
+            mass=theirs.weight,
+            center=apart is not None,
+        )
+        done = self._combine(mixing, in_place=True)
+        mean = None if self.mean is None or apart is None else self.mean + mixing.newer * apart
+        self._adopt(done._replace(mean=mean, cut=done.cut + theirs.cut))
+
+    def state(self) -> tuple[dict[str, int | float], dict[str, Tensor]]:
+        """Give numbers and tensors from which :meth:`restore` goes on with the same bits."""
+        tensors = {"rows": self.rows.clone()}
+        if self.mean is not None and self.shift is not None:
+            tensors |= {"mean": self.mean.clone()}
+        return {"held": self.held, "weight": self.weight, "discarded": self.cut}, tensors
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take what :meth:`state` gave, into a new object."""
+        if "mean" in state:
+            self.center_on(state["mean"].to(self.memory.device, copy=True))
+        self.held, self.filled = int(state["held"].item()), self.first + len(state["rows"])
+        self.weight, self.cut = state["weight"].item(), state["discarded"].item()
+        self.rows.copy_(state["rows"])
+
+    def _mix(self) -> Mixing:
+        return mix_pending(
+            self.held, self.pending, forget=self.forget, weight=self.weight, center=self.mean is not None
+        )
+
+    def _combine(self, mixing: Mixing, *, in_place: bool) -> Compressed:
+        x = self.memory[: self.filled]
+        weights, cut = keep_largest(gram(x, precision="f64"), mixing.t, self.count, _FLOOR[x.dtype])
+        # the mean of the pending rows comes with the rest, as one more row in front
+        front = 0 if mixing.share is None else 1
+        if mixing.share is not None:
+            weights = torch.cat([mixing.share.unsqueeze(0), weights])
+        start = self.first - front
+        out = self.memory[start : start + len(weights)] if in_place else x.new_empty(len(weights), x.shape[1])
+        # in place: a block of columns of all rows is read before anything is written to it
+        reconstruct_many([Piece(x.T, weights.to(x).T, out.T)])
+        mean = self.mean
+        if front and mean is not None and self.shift is not None:
+            mean = mean + mixing.newer * (out[0].to(torch.float64) + (self.shift.to(torch.float64) - mean))
+        return Compressed(out[front:], mean, mixing.before + mixing.mass, mixing.aged**2 * self.cut + cut)
+
+    def _adopt(self, done: Compressed) -> None:
+        self.held, self.weight, self.cut = len(done.rows), done.weight, done.cut
+        self.filled = self.first + self.held
+        if done.mean is not None:
+            self.center_on(done.mean)
+
+
+def capacity(count: int) -> int:
+    """Give the rows that memory has: those kept, twice as many new ones, and one for the mean.
+
+    Example:
+        >>> capacity(64)
+        193
+    """
+    return 1 + count + max(2 * count, _LEAST_BLOCK)
