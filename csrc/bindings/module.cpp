@@ -115,6 +115,15 @@ void reconstruct(const Table& job_table, const std::vector<double>& scales, int 
   kernels.reconstruct(jobs.data(), static_cast<std::int64_t>(jobs.size()), threads);
 }
 
+void squares(const Table& block_table, const Table& job_table, int threads, const std::string& isa) {
+  const Kernels& kernels = kernels_named(isa);
+  const auto blocks = read_blocks(block_table);
+  const auto jobs = read_jobs<SquaresJob>(
+      job_table, [&](auto field) { return SquaresJob{read_rows(blocks, field), address<double>(field(3))}; });
+  py::gil_scoped_release release;
+  kernels.squares(jobs.data(), static_cast<std::int64_t>(jobs.size()), threads);
+}
+
 void eigh(std::int64_t a, std::int64_t count, std::int64_t n, std::int64_t values, std::int64_t vectors, int threads,
           const std::string& isa) {
   const Kernels& kernels = kernels_named(isa);
@@ -173,6 +182,7 @@ PYBIND11_MODULE(_core, m) {
         py::arg("isa"));
   m.def("power", &power, py::arg("blocks"), py::arg("jobs"), py::arg("precision"), py::arg("threads"), py::arg("isa"));
   m.def("reconstruct", &reconstruct, py::arg("jobs"), py::arg("scales"), py::arg("threads"), py::arg("isa"));
+  m.def("squares", &squares, py::arg("blocks"), py::arg("jobs"), py::arg("threads"), py::arg("isa"));
   // Contiguous float64 matrices, `count` of them one after another.
   m.def("eigh", &eigh, py::arg("a"), py::arg("count"), py::arg("n"), py::arg("values"), py::arg("vectors"),
         py::arg("threads"), py::arg("isa"));

@@ -36,6 +36,7 @@
 #include "reconstruct_place.inl"
 #include "reconstruct.inl"
 #include "dense.inl"
+#include "squares.inl"
 #include "dense_eigh.inl"
 #include "dense_svd.inl"
 #include "dense_root.inl"
@@ -46,7 +47,8 @@ namespace loraspan {
 namespace LORASPAN_ISA {
 
 extern const Kernels kernels;
-const Kernels kernels = {&gram, &combine, &sketch, &power, &reconstruct, &eigh, &svd, &root, &arithmetic, &traffic};
+const Kernels kernels = {&gram, &combine, &sketch, &power,      &reconstruct, &squares,
+                         &eigh, &svd,     &root,   &arithmetic, &traffic};
 
 }  // namespace LORASPAN_ISA
 }  // namespace loraspan

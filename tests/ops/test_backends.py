@@ -11,7 +11,7 @@ import oracles
 from loraspan import _core, _native
 from loraspan._dispatch import Backend, choose
 from loraspan.errors import BackendError
-from loraspan.ops import combine, dense, gram, power, reconstruct, sketch
+from loraspan.ops import combine, dense, gram, power, reconstruct, sketch, squares
 from matrices import blocks, normal
 from oracles import F64
 
@@ -31,6 +31,7 @@ CALLS = {
     "sketch": lambda backend: sketch(X, 2, backend=backend),
     "power": lambda backend: power(X, Q, backend=backend),
     "reconstruct": lambda backend: reconstruct(X, X.T, backend=backend),
+    "squares": lambda backend: squares(X, backend=backend),
     "eigh": lambda backend: dense.eigh(Q @ Q.T, backend=backend).vectors,
     "svd": lambda backend: dense.svd(Q, backend=backend).u,
     "gram_root": lambda backend: dense.gram_root(Q.T @ Q, backend=backend).r,

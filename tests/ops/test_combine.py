@@ -185,6 +185,18 @@ def test_a_power_of_two_scales_exactly(backend, rows, d, k, kind, power, seed):
     assert torch.equal(scaled.vtv, plain.vtv * factor**2)
 
 
+@pytest.mark.parametrize("precision", ["f32", "f64"])
+def test_without_products_the_rest_is_the_same(backend, precision):
+    x, w = blocks(21, [5, 0, 30], 1300, "mixed"), normal(22, 35, 19)
+
+    full = combine(x, w, precision=precision, backend=backend)
+    lean = combine(x, w, precision=precision, products=False, backend=backend)
+
+    assert lean.xv.shape == (0, 19)
+    assert torch.equal(lean.v, full.v)
+    assert torch.equal(lean.vtv, full.vtv)
+
+
 def test_no_blocks_and_no_matrices(backend):
     v, xv, vtv = combine(RowBlocks([], columns=5), torch.empty(0, 2, dtype=F64), backend=backend)
     assert torch.equal(v, torch.zeros(5, 2))

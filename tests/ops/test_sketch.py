@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import oracles
 from loraspan.errors import ArgumentError, ShapeError
-from loraspan.ops import RowBlocks, power, sketch
+from loraspan.ops import RowBlocks, power, power_many, sketch, sketch_many
 from matrices import KINDS, LAYOUTS, blocks, normal, stored, swallowing
 from oracles import BF16, F32, F64
 
@@ -233,3 +233,16 @@ def test_a_sketch_that_cannot_be_is_refused(arguments, message):
 def test_a_power_step_that_cannot_be_is_refused(q, options, error, message):
     with pytest.raises(error, match=f"^power: {message}"):
         power(torch.ones(3, 4), q, **options)
+
+
+def test_a_batch_is_its_members(backend):
+    batch = [blocks(31, [5, 2], 700, "mixed"), blocks(32, [1], 33, "f16"), blocks(33, [40], 1500, "f32")]
+    qs = [normal(34, sum(len(b) for b in x), 3 + i) for i, x in enumerate(batch)]
+    widths = [4, 0, 130]
+
+    sketches = sketch_many(list(zip(batch, widths, strict=True)), seed=5, backend=backend)
+    powers = power_many(list(zip(batch, qs, strict=True)), backend=backend)
+
+    for x, q, width, y, z in zip(batch, qs, widths, sketches, powers, strict=True):
+        assert torch.equal(y, sketch(x, width, seed=5, backend=backend))
+        assert torch.equal(z, power(x, q, backend=backend))

@@ -13,7 +13,7 @@ struct CombineJob {
   std::int64_t v_row_stride;
   std::int64_t v_col_stride;
   Dtype v_dtype;
-  double* xv;   // [R, k] row-major, overwritten
+  double* xv;   // [R, k] row-major, overwritten; null where X V is not asked for
   double* vtv;  // [k, k] row-major, both triangles, overwritten
 };
 

@@ -7,6 +7,7 @@
 #include "loraspan/gram.hpp"
 #include "loraspan/reconstruct.hpp"
 #include "loraspan/sketch.hpp"
+#include "loraspan/squares.hpp"
 
 namespace loraspan {
 
@@ -16,6 +17,7 @@ struct Kernels {
   SketchFn* sketch;
   PowerFn* power;
   ReconstructFn* reconstruct;
+  SquaresFn* squares;
   EighFn* eigh;
   SvdFn* svd;
   RootFn* root;

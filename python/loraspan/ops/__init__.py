@@ -4,7 +4,8 @@ from loraspan.ops.blocks import RowBlocks
 from loraspan.ops.combine import Combined, combine, combine_many
 from loraspan.ops.gram import gram, gram_many
 from loraspan.ops.reconstruct import Piece, reconstruct, reconstruct_many
-from loraspan.ops.sketch import power, sketch
+from loraspan.ops.sketch import power, power_many, sketch, sketch_many
+from loraspan.ops.squares import squares
 
 __all__ = [
     "Combined",
@@ -15,7 +16,10 @@ __all__ = [
     "gram",
     "gram_many",
     "power",
+    "power_many",
     "reconstruct",
     "reconstruct_many",
     "sketch",
+    "sketch_many",
+    "squares",
 ]

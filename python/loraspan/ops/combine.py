@@ -31,6 +31,7 @@ def combine(
     *,
     dtype: torch.dtype = torch.float32,
     precision: str = "f32",
+    products: bool = True,
     backend: str | None = None,
 ) -> Combined:
     r"""Give ``V = X^T W`` rounded to ``dtype`` and, of the rounded ``V``, the products ``X V`` and ``V^T V``.
@@ -42,6 +43,7 @@ def combine(
         precision: ``"f32"`` rounds ``W`` to float32 and keeps the sums that make ``V`` in float32, and those of the
             products over at most 128 columns, which are then added in float64. ``"f64"`` keeps every product and sum
             in float64.
+        products: whether ``X V`` is wanted, which is nearly half of the work; without it ``xv`` is ``[0, k]``.
         backend: ``"cpu"`` (or one instruction set, such as ``"cpu:avx2"``) or ``"reference"``.
 
     Returns:
@@ -61,7 +63,7 @@ def combine(
         >>> v.T, xv, vtv
         (tensor([[1.5000, 2.0000]]), tensor([[12.5000]], dtype=torch.float64), tensor([[6.2500]], dtype=torch.float64))
     """
-    return combine_many([(x, w)], dtype=dtype, precision=precision, backend=backend)[0]
+    return combine_many([(x, w)], dtype=dtype, precision=precision, products=products, backend=backend)[0]
 
 
 def combine_many(
@@ -69,6 +71,7 @@ def combine_many(
     *,
     dtype: torch.dtype = torch.float32,
     precision: str = "f32",
+    products: bool = True,
     backend: str | None = None,
 ) -> list[Combined]:
     """Give :func:`combine` of every ``(x, w)`` of a batch, which may differ in all their sizes.
@@ -79,6 +82,7 @@ def combine_many(
         batch: pairs of a matrix and its weights, as :func:`combine` takes them.
         dtype: as for :func:`combine`.
         precision: as for :func:`combine`.
+        products: as for :func:`combine`.
         backend: as for :func:`combine`.
 
     Returns:
@@ -106,21 +110,24 @@ def combine_many(
                 f"combine: w needs one float64 row for each of the {x.shape[0]} rows of x; "
                 f"got {list(w.shape)} of {w.dtype}"
             )
-    return choose("combine", BACKENDS, backend, pairs).run(pairs, dtype, precision)
+    return choose("combine", BACKENDS, backend, pairs).run(pairs, dtype, precision, products)
 
 
-def _cpu(pairs: Sequence[tuple[RowBlocks, Tensor]], dtype: torch.dtype, precision: str, *, isa: str) -> list[Combined]:
+def _cpu(
+    pairs: Sequence[tuple[RowBlocks, Tensor]], dtype: torch.dtype, precision: str, products: bool, *, isa: str
+) -> list[Combined]:
     blocks, spans = block_table([x for x, _ in pairs])
     weights = [w.contiguous() for _, w in pairs]
     out = [
         Combined(
             torch.empty(x.columns, w.shape[1], dtype=dtype),
-            torch.empty(x.shape[0], w.shape[1], dtype=torch.float64),
+            torch.empty(x.shape[0] if products else 0, w.shape[1], dtype=torch.float64),
             torch.empty(w.shape[1], w.shape[1], dtype=torch.float64),
         )
         for x, w in pairs
     ]
     code = _native.DTYPE_CODES[dtype]
+    # torch says 0 for the address of an empty matrix too: there is nothing to write then
     jobs = [
         (*span, w.data_ptr(), w.shape[1], c.v.data_ptr(), w.shape[1], 1, code, c.xv.data_ptr(), c.vtv.data_ptr())
         for span, w, c in zip(spans, weights, out, strict=True)
@@ -130,25 +137,28 @@ def _cpu(pairs: Sequence[tuple[RowBlocks, Tensor]], dtype: torch.dtype, precisio
 
 
 @torch.no_grad()
-def reference(pairs: Sequence[tuple[RowBlocks, Tensor]], dtype: torch.dtype, precision: str) -> list[Combined]:
+def reference(
+    pairs: Sequence[tuple[RowBlocks, Tensor]], dtype: torch.dtype, precision: str, products: bool
+) -> list[Combined]:
     """Say it in torch, chunk by chunk of columns, on whatever device the blocks are."""
     wide = torch.float32 if precision == "f32" else torch.float64
-    return [_reference(x, w, dtype, wide) for x, w in pairs]
+    return [_reference(x, w, dtype, wide, products) for x, w in pairs]
 
 
-def _reference(x: RowBlocks, w: Tensor, dtype: torch.dtype, wide: torch.dtype) -> Combined:
+def _reference(x: RowBlocks, w: Tensor, dtype: torch.dtype, wide: torch.dtype, products: bool) -> Combined:
     rank = w.shape[1]
     device = x.device or w.device
     weights = w.to(wide).to(device)
     v = torch.empty(x.columns, rank, dtype=dtype, device=device)
-    xv = torch.zeros(x.shape[0], rank, dtype=torch.float64)
+    xv = torch.zeros(x.shape[0] if products else 0, rank, dtype=torch.float64)
     vtv = torch.zeros(rank, rank, dtype=torch.float64)
     for start in range(0, x.columns, _CHUNK):
         piece = slice(start, start + _CHUNK)
         chunk = wide_columns(x, piece, wide)
         v[piece] = narrow(chunk.T.contiguous() @ weights, dtype)
         rounded = v[piece].to(wide)
-        xv += (chunk @ rounded).to("cpu", torch.float64)
+        if products:
+            xv += (chunk @ rounded).to("cpu", torch.float64)
         vtv += (rounded.T.contiguous() @ rounded).to("cpu", torch.float64)
     return Combined(v, xv, torch.tril(vtv) + torch.tril(vtv, -1).T)
 

@@ -59,11 +59,45 @@ def sketch(
         Random signs as a range finder: Halko, Martinsson, Tropp, *Finding structure with randomness*, 2011,
         section 4.6. Philox: Salmon, Moraes, Dror, Shaw, *Parallel random numbers: as easy as 1, 2, 3*, 2011.
     """
-    if width < 0 or not 0 <= seed < _SEED_RANGE:
-        raise ArgumentError(f"sketch: width is at least 0 and seed in [0, 2^63); got width={width}, seed={seed}")
+    return sketch_many([(x, width)], seed=seed, precision=precision, backend=backend)[0]
+
+
+def sketch_many(
+    batch: Sequence[tuple[RowBlocks | Sequence[Tensor] | Tensor, int]],
+    *,
+    seed: int = 0,
+    precision: str = "f32",
+    backend: str | None = None,
+) -> list[Tensor]:
+    """Give :func:`sketch` of every ``(x, width)`` of a batch, which may differ in all their sizes.
+
+    Each result has the bits that its member gives alone.
+
+    Args:
+        batch: pairs of a matrix and a width, as :func:`sketch` takes them.
+        seed: as for :func:`sketch`, of all members.
+        precision: as for :func:`sketch`.
+        backend: as for :func:`sketch`.
+
+    Returns:
+        One float64 ``[R, width]`` per pair.
+
+    Raises:
+        ArgumentError: if a width, ``seed`` or ``precision`` is out of range.
+        ShapeError: if the blocks of a matrix do not fit together.
+        BackendError: if the named backend cannot run this call.
+
+    Example:
+        >>> import torch
+        >>> [tuple(y.shape) for y in sketch_many([(torch.ones(2, 3), 1), (torch.ones(1, 4), 2)])]
+        [(2, 1), (1, 2)]
+    """
     _check_precision("sketch", precision)
-    matrix = RowBlocks.of(x)
-    return choose("sketch", BACKENDS, backend, [matrix]).run(matrix, width, seed, precision)
+    for _, width in batch:
+        if width < 0 or not 0 <= seed < _SEED_RANGE:
+            raise ArgumentError(f"sketch: width is at least 0 and seed in [0, 2^63); got width={width}, seed={seed}")
+    pairs = [(RowBlocks.of(x), width) for x, width in batch]
+    return choose("sketch", BACKENDS, backend, pairs).run(pairs, seed, precision)
 
 
 def power(
@@ -92,14 +126,47 @@ def power(
         >>> power(torch.tensor([[3.0, 4.0]]), torch.tensor([[2.0]], dtype=torch.float64))
         tensor([[50.]], dtype=torch.float64)
     """
+    return power_many([(x, q)], precision=precision, backend=backend)[0]
+
+
+def power_many(
+    batch: Sequence[tuple[RowBlocks | Sequence[Tensor] | Tensor, Tensor]],
+    *,
+    precision: str = "f32",
+    backend: str | None = None,
+) -> list[Tensor]:
+    """Give :func:`power` of every ``(x, q)`` of a batch, which may differ in all their sizes.
+
+    Each result has the bits that its member gives alone.
+
+    Args:
+        batch: pairs of a matrix and a block, as :func:`power` takes them.
+        precision: as for :func:`power`.
+        backend: as for :func:`power`.
+
+    Returns:
+        One float64 ``[R, l]`` per pair.
+
+    Raises:
+        ShapeError: if a ``q`` does not fit its matrix.
+        ArgumentError: if ``precision`` is neither ``"f32"`` nor ``"f64"``.
+        BackendError: if the named backend cannot run this call.
+
+    Example:
+        >>> import torch
+        >>> batch = [(torch.ones(2, 3), torch.ones(2, 1).double()), (torch.ones(1, 4), torch.ones(1, 2).double())]
+        >>> [y.tolist() for y in power_many(batch)]
+        [[[6.0], [6.0]], [[4.0, 4.0]]]
+    """
     _check_precision("power", precision)
-    matrix = RowBlocks.of(x)
-    if q.ndim != 2 or q.shape[0] != matrix.shape[0] or q.dtype != torch.float64:
-        raise ShapeError(
-            f"power: q needs one float64 row for each of the {matrix.shape[0]} rows of x; "
-            f"got {list(q.shape)} of {q.dtype}"
-        )
-    return choose("power", POWER_BACKENDS, backend, [matrix]).run(matrix, q, precision)
+    pairs = [(RowBlocks.of(x), q) for x, q in batch]
+    for x, q in pairs:
+        if q.ndim != 2 or q.shape[0] != x.shape[0] or q.dtype != torch.float64:
+            raise ShapeError(
+                f"power: q needs one float64 row for each of the {x.shape[0]} rows of x; "
+                f"got {list(q.shape)} of {q.dtype}"
+            )
+    return choose("power", POWER_BACKENDS, backend, pairs).run(pairs, precision)
 
 
 def signs(rows: int, width: int, seed: int, start: int = 0) -> NDArray[np.float64]:
@@ -137,27 +204,32 @@ def _check_precision(operator: str, precision: str) -> None:
         raise ArgumentError(f"{operator}: precision is 'f32' or 'f64'; got {precision!r}")
 
 
-def _cpu(x: RowBlocks, width: int, seed: int, precision: str, *, isa: str) -> Tensor:
-    blocks, spans = block_table([x])
-    y = torch.empty(x.shape[0], width, dtype=torch.float64)
-    jobs = _native.table([(*spans[0], width, seed, y.data_ptr())], 6)
-    _core.sketch(blocks, jobs, _native.PRECISIONS[precision], _native.threads(), isa)
-    return y
+def _cpu(pairs: Sequence[tuple[RowBlocks, int]], seed: int, precision: str, *, isa: str) -> list[Tensor]:
+    blocks, spans = block_table([x for x, _ in pairs])
+    out = [torch.empty(x.shape[0], width, dtype=torch.float64) for x, width in pairs]
+    jobs = [(*span, y.shape[1], seed, y.data_ptr()) for span, y in zip(spans, out, strict=True)]
+    _core.sketch(blocks, _native.table(jobs, 6), _native.PRECISIONS[precision], _native.threads(), isa)
+    return out
 
 
-def _cpu_power(x: RowBlocks, q: Tensor, precision: str, *, isa: str) -> Tensor:
-    blocks, spans = block_table([x])
-    q = q.contiguous()
-    y = torch.empty_like(q)
-    jobs = _native.table([(*spans[0], q.data_ptr(), q.shape[1], y.data_ptr())], 6)
-    _core.power(blocks, jobs, _native.PRECISIONS[precision], _native.threads(), isa)
-    return y
+def _cpu_power(pairs: Sequence[tuple[RowBlocks, Tensor]], precision: str, *, isa: str) -> list[Tensor]:
+    blocks, spans = block_table([x for x, _ in pairs])
+    # held until the call: the table has their addresses only
+    weights = [q.contiguous() for _, q in pairs]
+    out = [torch.empty_like(q) for q in weights]
+    jobs = [(*span, q.data_ptr(), q.shape[1], y.data_ptr()) for span, q, y in zip(spans, weights, out, strict=True)]
+    _core.power(blocks, _native.table(jobs, 6), _native.PRECISIONS[precision], _native.threads(), isa)
+    return out
 
 
 @torch.no_grad()
-def reference(x: RowBlocks, width: int, seed: int, precision: str) -> Tensor:
+def reference(pairs: Sequence[tuple[RowBlocks, int]], seed: int, precision: str) -> list[Tensor]:
     """Say it in torch, chunk by chunk of columns, on whatever device the blocks are."""
     wide = torch.float32 if precision == "f32" else torch.float64
+    return [_reference(x, width, seed, wide) for x, width in pairs]
+
+
+def _reference(x: RowBlocks, width: int, seed: int, wide: torch.dtype) -> Tensor:
     total = torch.zeros(x.shape[0], width, dtype=torch.float64)
     for start in range(0, x.columns, _CHUNK):
         chunk = wide_columns(x, slice(start, start + _CHUNK), wide)
@@ -167,9 +239,13 @@ def reference(x: RowBlocks, width: int, seed: int, precision: str) -> Tensor:
 
 
 @torch.no_grad()
-def reference_power(x: RowBlocks, q: Tensor, precision: str) -> Tensor:
+def reference_power(pairs: Sequence[tuple[RowBlocks, Tensor]], precision: str) -> list[Tensor]:
     """Say it in torch, chunk by chunk of columns, on whatever device the blocks are."""
     wide = torch.float32 if precision == "f32" else torch.float64
+    return [_reference_power(x, q, wide) for x, q in pairs]
+
+
+def _reference_power(x: RowBlocks, q: Tensor, wide: torch.dtype) -> Tensor:
     total = torch.zeros(q.shape, dtype=torch.float64)
     weights = q.to(wide).to(x.device or q.device)
     for start in range(0, x.columns, _CHUNK):
@@ -178,11 +254,15 @@ def reference_power(x: RowBlocks, q: Tensor, precision: str) -> Tensor:
     return total
 
 
+def _refuses(pairs: Sequence[tuple[RowBlocks, object]]) -> str | None:
+    return refuses_device([x for x, _ in pairs])
+
+
 BACKENDS = (
-    *_native.backends(_cpu, refuses_device),
+    *_native.backends(_cpu, _refuses),
     Backend("reference", reference, lambda *_: None),
 )
 POWER_BACKENDS = (
-    *_native.backends(_cpu_power, refuses_device),
+    *_native.backends(_cpu_power, _refuses),
     Backend("reference", reference_power, lambda *_: None),
 )

@@ -1,0 +1,56 @@
+"""The sum of squares of every row of a matrix that lies in blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from loraspan import _core, _native
+from loraspan._dispatch import Backend, choose
+from loraspan.ops.blocks import RowBlocks, block_table, refuses_device
+
+
+def squares(x: RowBlocks | Sequence[Tensor] | Tensor, *, backend: str | None = None) -> Tensor:
+    r"""Give ``sum_j x_ij^2`` of every row ``i``, in one pass.
+
+    Args:
+        x: ``X [R, d]`` as row blocks, read where they lie; see :class:`RowBlocks`.
+        backend: ``"cpu"`` (or one instruction set, such as ``"cpu:avx2"``) or ``"reference"``.
+
+    Returns:
+        ``[R]``, float64; products and sums in float64, so within ``(d + 1) 2^-53`` of each exact sum, relatively. The
+        compiled kernels give the same bits for any number of threads.
+
+    Raises:
+        ShapeError: if the blocks do not fit together.
+        BackendError: if the named backend cannot run this call.
+
+    Example:
+        >>> import torch
+        >>> squares([torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2).half()])
+        tensor([25.,  0.], dtype=torch.float64)
+    """
+    matrix = RowBlocks.of(x)
+    return choose("squares", BACKENDS, backend, [matrix]).run(matrix)
+
+
+def _cpu(x: RowBlocks, *, isa: str) -> Tensor:
+    blocks, spans = block_table([x])
+    out = torch.empty(x.shape[0], dtype=torch.float64)
+    _core.squares(blocks, _native.table([(*spans[0], out.data_ptr())], 4), _native.threads(), isa)
+    return out
+
+
+@torch.no_grad()
+def reference(x: RowBlocks) -> Tensor:
+    """Say it in torch, block by block."""
+    rows = [b.cpu().to(torch.float64).square().sum(1) for b in x.blocks]
+    return torch.cat(rows) if rows else torch.zeros(0, dtype=torch.float64)
+
+
+BACKENDS = (
+    *_native.backends(_cpu, refuses_device),
+    Backend("reference", reference, lambda *_: None),
+)
