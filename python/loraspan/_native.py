@@ -55,3 +55,12 @@ def matrix_fields(matrix: Tensor | None) -> tuple[int, int, int, int]:
         return (0, 0, 0, 0)
     # torch says 0 for the address of an empty matrix, which is not "none"; nothing is read there
     return (matrix.data_ptr() or matrix.element_size(), matrix.stride(0), matrix.stride(1), DTYPE_CODES[matrix.dtype])
+
+
+def batch_fields(matrices: Tensor) -> NDArray[np.int64]:
+    """Give :func:`matrix_fields` of every member of ``[N, m, k]``, a row each."""
+    fields = np.empty((matrices.shape[0], 4), dtype=np.int64)
+    step = matrices.stride(0) * matrices.element_size()
+    fields[:, 0] = (matrices.data_ptr() or matrices.element_size()) + step * np.arange(matrices.shape[0])
+    fields[:, 1:] = *matrices.stride()[1:], DTYPE_CODES[matrices.dtype]
+    return fields

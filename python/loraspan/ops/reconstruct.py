@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from loraspan import _core, _native
@@ -78,13 +80,12 @@ def reconstruct(
     for size in batch:
         count *= size
     # not reshape(-1, ...): torch cannot infer a size when another one is 0
-    triples = zip(
-        basis.reshape(count, m, k), loadings.reshape(count, *loadings.shape[-2:]), out.view(count, m, n), strict=True
-    )
-    pieces = [Piece(b, l, o, scale) for b, l, o in triples]
-    # an empty batch is checked all the same
-    _check([*pieces, Piece(basis.new_empty(m, k), loadings.new_empty(loadings.shape[-2], n), out.new_empty(m, n))])
-    choose("reconstruct", BACKENDS, backend, pieces).run(pieces)
+    flat = basis.reshape(count, m, k), loadings.reshape(count, *loadings.shape[-2:]), out.view(count, m, n)
+    whole = Piece(*flat, scale)
+    # one member stands for all, and an empty batch is checked all the same
+    some = (t[0] if count else t.new_empty(t.shape[1:]) for t in flat)
+    _check([Piece(*some)])
+    choose("reconstruct", BACKENDS, backend, [whole]).run([whole])
     return out
 
 
@@ -133,15 +134,30 @@ def _check(pieces: Sequence[Piece]) -> None:
 
 
 def _cpu(pieces: Sequence[Piece], *, isa: str) -> None:
-    fields = _native.matrix_fields
-    jobs = [(*fields(b), *fields(l), *fields(o), b.shape[0], b.shape[1], o.shape[1]) for b, l, o, _ in pieces]
-    _core.reconstruct(_native.table(jobs, 15), [p.scale for p in pieces], _native.threads(), isa)
+    if len(pieces) == 1 and pieces[0].out.ndim == 3:
+        jobs, scales = _batch_jobs(pieces[0]), [pieces[0].scale] * pieces[0].out.shape[0]
+    else:
+        fields = _native.matrix_fields
+        rows = [(*fields(b), *fields(l), *fields(o), b.shape[0], b.shape[1], o.shape[1]) for b, l, o, _ in pieces]
+        jobs, scales = _native.table(rows, 15), [p.scale for p in pieces]
+    _core.reconstruct(jobs, scales, _native.threads(), isa)
+
+
+def _batch_jobs(whole: Piece) -> NDArray[np.int64]:
+    """Give the jobs of one piece of batches ``[N, ., .]``, without making a tensor of each member."""
+    sizes = np.asarray([[*whole.basis.shape[1:], whole.out.shape[2]]], dtype=np.int64)
+    tensors = [t for t in whole[:3] if isinstance(t, Tensor)]
+    return np.concatenate([*map(_native.batch_fields, tensors), sizes.repeat(whole.out.shape[0], 0)], axis=1)
 
 
 @torch.no_grad()
 def reference(pieces: Sequence[Piece]) -> None:
     """Say it in torch, on whatever device the tensors are (MPS among them)."""
     for basis, loadings, out, scale in pieces:
+        if out.ndim == 3 and loadings is not None:
+            # one by one: a batched product may round otherwise than that of a member alone
+            reference([Piece(*members, scale) for members in zip(basis, loadings, out, strict=True)])
+            continue
         dtypes = [t.dtype for t in (basis, loadings, out) if t is not None]
         wide = torch.float64 if torch.float64 in dtypes else torch.float32
         product = basis.to(wide) if loadings is None else basis.to(wide).contiguous() @ loadings.to(wide).contiguous()
