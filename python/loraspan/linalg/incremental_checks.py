@@ -68,7 +68,7 @@ def check_rows(method: str, rows: Tensor, like: Tensor | None) -> Tensor:
         raise ShapeError(f"IncrementalSVD.{method}: rows so far are on {like.device}; got rows on {rows.device}")
     if rows.shape[0]:
         _check_size(method, rows, held_dtype(rows) if like is None else like.dtype)
-    return rows.detach()
+    return rows.detach() if rows.requires_grad else rows
 
 
 def held_dtype(rows: Tensor) -> torch.dtype:

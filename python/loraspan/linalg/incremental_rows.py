@@ -16,7 +16,7 @@ from loraspan.ops.reconstruct import Piece, reconstruct_many
 # float64 a Gram cannot tell, so all that fit are kept.
 _FLOOR = {torch.float32: 2.0**-44, torch.float64: 0.0}
 # Compressing fewer rows at once costs more in calls than in arithmetic.
-_LEAST_BLOCK = 32
+_LEAST_BLOCK = 64
 
 
 class Compressed(NamedTuple):
@@ -117,7 +117,7 @@ class HeldRows:
             older,
             end - self.first - older,
             aged=self.forget**seen,
-            before=self.weight,
+            weight=self.weight,
             mass=theirs.weight,
             center=apart is not None,
         )
@@ -147,11 +147,11 @@ class HeldRows:
 
     def _combine(self, mixing: Mixing, *, in_place: bool) -> Compressed:
         x = self.memory[: self.filled]
-        weights, cut = keep_largest(gram(x, precision="f64"), mixing.t, self.count, _FLOOR[x.dtype])
+        weights, cut = keep_largest(gram(x, precision="f64"), mixing, self.count, _FLOOR[x.dtype])
         # the mean of the pending rows comes with the rest, as one more row in front
         front = 0 if mixing.share is None else 1
         if mixing.share is not None:
-            weights = torch.cat([mixing.share.unsqueeze(0), weights])
+            weights = torch.cat([torch.from_numpy(mixing.share).unsqueeze(0), weights])
         start = self.first - front
         out = self.memory[start : start + len(weights)] if in_place else x.new_empty(len(weights), x.shape[1])
         # in place: a block of columns of all rows is read before anything is written to it
