@@ -180,3 +180,22 @@ def test_no_blocks_and_no_matrices(backend):
 def test_what_does_not_fit_is_refused(x, options, error, message):
     with pytest.raises(error, match=message):
         gram(x, **options)
+
+
+@pytest.mark.parametrize(
+    "view", [lambda x: x, lambda x: x.mT, lambda x: x[:, 1:, 2:, ::3], lambda x: x[::2].expand(3, 3, 5, 70)]
+)
+def test_a_batched_tensor_is_its_members(backend, view):
+    """By one description of the whole batch, bit for bit what each matrix gives alone."""
+    batch = view(normal(0, 2, 3, 5, 70, dtype=oracles.F16))
+    together = gram(batch, precision="f64", backend=backend)
+    assert together.shape == (*batch.shape[:-1], batch.shape[-2])
+    for i in range(batch.shape[0]):
+        for j in range(batch.shape[1]):
+            assert torch.equal(together[i, j], gram(batch[i, j], precision="f64", backend=backend))
+
+
+def test_an_empty_batched_tensor(backend):
+    assert gram(torch.ones(0, 3, 4), backend=backend).shape == (0, 3, 3)
+    with pytest.raises(ShapeError, match="blocks are float16"):
+        gram(torch.ones(0, 3, 4, dtype=torch.int64), backend=backend)

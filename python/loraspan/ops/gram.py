@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,14 +22,15 @@ def gram(x: RowBlocks | Sequence[Tensor] | Tensor, *, precision: str = "f32", ba
     r"""Give ``G = X X^T`` in float64.
 
     Args:
-        x: ``X [R, d]`` as row blocks ``[r_i, d]``, read where they lie; see :class:`RowBlocks`.
+        x: ``X [R, d]`` as row blocks ``[r_i, d]``, read where they lie; see :class:`RowBlocks`. One tensor may have
+            leading dimensions, which are batch dimensions.
         precision: ``"f32"`` sums float32 products over at most 128 columns in float32 and adds those sums in float64;
             float64 blocks are rounded to float32 first. ``"f64"`` keeps every product and sum in float64.
         backend: ``"cpu"`` (or one instruction set, such as ``"cpu:avx2"``) or ``"reference"``. ``None`` takes the
             first that can.
 
     Returns:
-        ``[R, R]``, float64, exactly symmetric. The error of entry ``(i, j)`` is at most
+        ``[R, R]`` (``[..., R, R]`` for a batch), float64, exactly symmetric. The error of entry ``(i, j)`` is at most
         ``(128 + 2) u |x_i| . |x_j|`` with ``u = 2^-24`` for ``"f32"`` (in practice below ``3e-7 sqrt(G_ii G_jj)``
         from a few thousand columns on), and ``(d + 1) 2^-53 |x_i| . |x_j|`` for ``"f64"``, to first order in
         the roundoff and where no product leaves the normal range of float32 or float64. The compiled kernels give
@@ -47,7 +50,14 @@ def gram(x: RowBlocks | Sequence[Tensor] | Tensor, *, precision: str = "f32", ba
     Source:
         The bound: Higham, *Accuracy and Stability of Numerical Algorithms*, 2nd ed., section 3.1.
     """
-    return gram_many([x], precision=precision, backend=backend)[0]
+    if not isinstance(x, Tensor) or x.ndim <= 2:
+        return gram_many([x], precision=precision, backend=backend)[0]
+    _check_precision(precision)
+    *batch, rows, columns = x.shape
+    flat = x.reshape(math.prod(batch), rows, columns)
+    # one member stands for all, and an empty batch is checked all the same
+    RowBlocks([flat[0] if flat.shape[0] else flat.new_empty(rows, columns)])
+    return choose("gram", BATCH_BACKENDS, backend, flat).run(flat, precision).view(*batch, rows, rows)
 
 
 def gram_many(
@@ -75,10 +85,14 @@ def gram_many(
         >>> [g.shape[0] for g in gram_many([torch.ones(2, 3), torch.ones(1, 7)])]
         [2, 1]
     """
-    if precision not in _native.PRECISIONS:
-        raise ArgumentError(f"gram: precision is 'f32' or 'f64'; got {precision!r}")
+    _check_precision(precision)
     matrices = [RowBlocks.of(x) for x in batch]
     return choose("gram", BACKENDS, backend, matrices).run(matrices, precision)
+
+
+def _check_precision(precision: str) -> None:
+    if precision not in _native.PRECISIONS:
+        raise ArgumentError(f"gram: precision is 'f32' or 'f64'; got {precision!r}")
 
 
 def _cpu(matrices: Sequence[RowBlocks], precision: str, *, isa: str) -> list[Tensor]:
@@ -88,6 +102,17 @@ def _cpu(matrices: Sequence[RowBlocks], precision: str, *, isa: str) -> list[Ten
     memory = torch.empty(sum(sizes), dtype=torch.float64)
     out = [g.view(x.shape[0], x.shape[0]) for g, x in zip(torch.split(memory, sizes), matrices, strict=True)]
     jobs = _native.table([(*span, g.data_ptr()) for span, g in zip(spans, out, strict=True)], 4)
+    _core.gram(blocks, jobs, _native.PRECISIONS[precision], _native.threads(), isa)
+    return out
+
+
+def _cpu_batch(batch: Tensor, precision: str, *, isa: str) -> Tensor:
+    """Take ``[N, R, d]`` without making a tensor of each member."""
+    count, rows, columns = batch.shape
+    out = torch.empty(count, rows, rows, dtype=torch.float64)
+    blocks, jobs = np.empty((count, 5), dtype=np.int64), np.empty((count, 4), dtype=np.int64)
+    blocks[:, [0, 2, 3, 4]], blocks[:, 1] = _native.batch_fields(batch), rows
+    jobs[:, 0], jobs[:, 1], jobs[:, 2], jobs[:, 3] = np.arange(count), 1, columns, _native.batch_fields(out)[:, 0]
     _core.gram(blocks, jobs, _native.PRECISIONS[precision], _native.threads(), isa)
     return out
 
@@ -107,7 +132,20 @@ def _reference(x: RowBlocks, wide: torch.dtype) -> Tensor:
     return torch.tril(total) + torch.tril(total, -1).T
 
 
+def _reference_batch(batch: Tensor, precision: str) -> Tensor:
+    grams = reference([RowBlocks([x]) for x in batch], precision)
+    return torch.stack(grams) if grams else torch.empty(0, batch.shape[1], batch.shape[1], dtype=torch.float64)
+
+
+def _refuses_batch(batch: Tensor) -> str | None:
+    return refuses_device([RowBlocks([x]) for x in batch[:1]])
+
+
 BACKENDS = (
     *_native.backends(_cpu, refuses_device),
     Backend("reference", reference, lambda *_: None),
+)
+BATCH_BACKENDS = (
+    *_native.backends(_cpu_batch, _refuses_batch),
+    Backend("reference", _reference_batch, lambda *_: None),
 )
