@@ -11,14 +11,7 @@ from torch import Tensor
 from loraspan.errors import ArgumentError, MismatchError
 from loraspan.linalg.incremental_checks import check_basis, check_options, check_rows, check_state, held_dtype
 from loraspan.linalg.incremental_rows import HeldRows, capacity
-from loraspan.linalg.incremental_view import change_of_basis, leading, project
-
-
-class Rotation(NamedTuple):
-    """What :meth:`IncrementalSVD.rotation` gives: ``matrix [k, k_old]``, float64, and the largest share lost."""
-
-    matrix: Tensor
-    error: float
+from loraspan.linalg.incremental_view import Rotation, change_of_basis, leading, project
 
 
 class _View(NamedTuple):
@@ -33,28 +26,28 @@ class IncrementalSVD:
     r"""Follow the leading right singular vectors of rows that keep arriving, in the memory of a few rows.
 
     What is held is ``rank + buffer`` weighted rows ``Z`` whose Gram ``Z^T Z`` is the scatter of everything seen, less
-    what was cut off. New rows are copied behind them; once twice as many again have come, all are replaced by their
-    leading orthogonal combinations: one Gram in float64, a small eigendecomposition, one product. The held rows are
-    never assumed orthonormal, so nothing drifts, and since only the number of rows so far decides when they are
-    compressed, the sizes of the blocks that they come in change no bit.
+    what was cut off. New rows are copied behind them; once twice as many have come, all are replaced by their leading
+    orthogonal combinations: one Gram in float64, a small eigendecomposition, one product. The held rows are never
+    assumed orthonormal, so nothing drifts, and only the number of rows so far decides when they are compressed, so the
+    sizes of the blocks that they come in change no bit. Nor does reading results, or the number of threads.
 
-    Cost: about ``25 (rank + buffer) D`` operations per row, however many came before. Memory: ``3 (rank + buffer) + 1``
-    rows, and up to ``2 rank + buffer`` more while results are read, which are kept until the next change.
+    Cost: about ``8 (rank + buffer) D`` operations per row, over half of them in float64, however many came before.
+    Memory: ``3 (rank + buffer) + 1`` rows, at least 65 + rank + buffer, and ``rank`` more for results that were read.
 
     Guarantee. Let ``X`` be all rows so far, each times its weight (and less the mean, with ``center``), ``V`` the
-    basis. Every compression removes a positive semidefinite part, so ``X^T X = Z^T Z + P`` with ``P`` their sum, and
+    basis. Each compression takes away a positive semidefinite part, so ``X^T X = Z^T Z + P`` with ``P`` their sum:
 
-    .. math:: \|X - X V V^T\|_F^2 = \|Z - Z V V^T\|_F^2 + \mathrm{tr}((I - V V^T) P) \le discarded,
+    .. math:: \|X - X V V^T\|_F^2 = \|Z - Z V V^T\|_F^2 + tr((I - V V^T) P) \le discarded = \|Z - Z V V^T\|_F^2 + tr P.
 
-    where ``discarded`` is the tail of ``Z`` plus the trace of ``P``: never too small in exact arithmetic, and larger
-    than the least possible error by no more than the trace of ``P``. Also ``sum(s^2) + discarded`` is the energy of
-    ``X``. Rounding enters with each compression, as a few units of the dtype of ``Z`` times the norm of what is held,
-    into the root of ``discarded``; its own sum is good to ``1e-15`` of the energy.
+    So it is never less than the error, and the error exceeds the least possible one by no more than ``tr P``; the
+    energy of ``X`` is ``sum(s^2) + discarded``. That is in exact arithmetic: every compression rounds ``Z`` by a few
+    units of its dtype, which enters the root of the error like so much noise, and ``discarded`` itself is known to
+    ``1e-14`` of the energy of ``X``. Directions below ``2e-7`` of the largest singular value (held in float32) or
+    ``1e-8`` (float64; ``1e-15`` until the first compression) are lost in it.
 
-    Rows cannot be taken out again: what was cut off when they came is not known any more, so nothing could be put
-    back in its place, and subtracting them would leave the error of all later cuts behind. ``forget`` lets old rows
-    fade. Where exact removal is needed, keep the rows: a collection keeps every task's core, so that a task can be
-    dropped and the bases fitted again to those that remain.
+    Rows cannot be taken out again: what was cut off when they came is gone, so what is held is not theirs to subtract,
+    and every later cut would have been another. ``forget`` lets old rows fade. Where rows must go, keep what they came
+    from: a collection keeps each task, can drop one, and fits the bases to the rest again.
 
     Args:
         rank: how many singular vectors.
@@ -147,8 +140,8 @@ class IncrementalSVD:
             >>> one.seen, one.s
             (2, tensor([2., 1.], dtype=torch.float64))
         """
-        if not isinstance(other, IncrementalSVD) or other._options() != self._options():
-            got = other._options() if isinstance(other, IncrementalSVD) else type(other).__name__
+        got = other._options() if isinstance(other, IncrementalSVD) else type(other).__name__
+        if got != self._options():
             raise MismatchError(f"IncrementalSVD.merge: other needs the options of this, {self._options()}; got {got}")
         theirs = other._rows
         if theirs is None:
@@ -207,9 +200,7 @@ class IncrementalSVD:
             ``[n, k]``, of the dtype of :attr:`basis`; products and sums are kept in float64.
 
         Raises:
-            ShapeError: if ``rows`` are no matrix of the right columns and device.
-            NotFiniteError: if they hold a NaN or an infinity.
-            ArgumentError: if no row has been seen yet, or as for :meth:`update`.
+            ArgumentError: if no row has been seen yet; otherwise as for :meth:`update`.
 
         Example:
             >>> svd = IncrementalSVD(rank=1)
@@ -234,7 +225,7 @@ class IncrementalSVD:
             the errors add up at most; from the oldest basis straight to the present one it is exact.
 
         Raises:
-            ShapeError: if ``old_basis`` is no matrix of the right length and device.
+            ShapeError: if ``old_basis`` is no such matrix on the device of the rows.
             NotFiniteError: if it holds a NaN or an infinity.
             ArgumentError: if no row has been seen yet.
 
@@ -247,7 +238,7 @@ class IncrementalSVD:
             Rotation(matrix=tensor([[0.]], dtype=torch.float64), error=1.0)
         """
         components = self._view("rotation").components
-        return Rotation(*change_of_basis(components, check_basis(old_basis, components)))
+        return change_of_basis(components, check_basis(old_basis, components))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Give everything as tensors, options included, which ``safetensors.torch.save_file`` takes as they are.
@@ -276,9 +267,7 @@ class IncrementalSVD:
 
         Raises:
             MismatchError: if an option differs.
-            FormatError: if the state is not whole.
-            NotFiniteError: if it holds a NaN or an infinity.
-                After any of these everything is as it was.
+            FormatError, NotFiniteError: if the state is not whole. Everything is as it was after any of these.
 
         Example:
             >>> one, two = IncrementalSVD(rank=1), IncrementalSVD(rank=1)

@@ -27,6 +27,13 @@ class Leading(NamedTuple):
     tail: float
 
 
+class Rotation(NamedTuple):
+    """How loadings move to another basis: ``matrix [k, k_old]``, float64, and the largest share they lose."""
+
+    matrix: Tensor
+    error: float
+
+
 def leading(rows: Tensor, rank: int) -> Leading:
     """Give the leading right singular vectors of a few rows, nearly orthogonal to each other.
 
@@ -85,7 +92,7 @@ def project(rows: Tensor, components: Tensor, mean: Tensor | None) -> Tensor:
     return torch.cat(parts) if parts else torch.zeros(0, k, dtype=torch.float64)
 
 
-def change_of_basis(components: Tensor, old: Tensor) -> tuple[Tensor, float]:
+def change_of_basis(components: Tensor, old: Tensor) -> Rotation:
     """Give ``components @ old`` and the spectral norm of what ``old`` has outside the components.
 
     Args:
@@ -99,10 +106,11 @@ def change_of_basis(components: Tensor, old: Tensor) -> tuple[Tensor, float]:
     """
     k, count = components.shape[0], old.shape[1]
     if not count:
-        return torch.zeros(k, 0, dtype=torch.float64), 0.0
+        return Rotation(torch.zeros(k, 0, dtype=torch.float64), 0.0)
     matrix = gram([components, old.T], precision="f64")[:k, k:]
     # the rest itself: as a difference of norms it would be known to the root of a rounding only
     inside = torch.empty(count, old.shape[0], dtype=torch.float64, device=old.device)
     reconstruct_many([Piece(components.T, matrix.to(old.device), inside.T)])
     rest = old.T.to(torch.float64) - inside
-    return matrix.clone(), math.sqrt(max(0.0, float(eigh(gram(rest, precision="f64")).values[0])))
+    largest = float(eigh(gram(rest, precision="f64")).values[0])
+    return Rotation(matrix.clone(), math.sqrt(max(0.0, largest)))

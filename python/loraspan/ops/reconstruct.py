@@ -93,7 +93,8 @@ def reconstruct_many(pieces: Sequence[Piece], *, backend: str | None = None) -> 
     """Do many products of all sizes at once, each written once to its own place in its own dtype.
 
     Args:
-        pieces: see :class:`Piece`. No ``out`` may overlap another tensor of the call.
+        pieces: see :class:`Piece`. No ``out`` may overlap another tensor of the call; but where there is one piece, row
+            ``i`` of ``out`` may lie in row ``i`` of ``basis``, since rows are read before any of them is written.
         backend: as for :func:`reconstruct`.
 
     Raises:
