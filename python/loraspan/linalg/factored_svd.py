@@ -11,7 +11,8 @@ from torch import Tensor
 
 from loraspan._native import DTYPE_CODES
 from loraspan.errors import ArgumentError, ShapeError
-from loraspan.linalg.products import Product, decompose
+from loraspan.linalg.factors import Rows
+from loraspan.linalg.products import Products, decompose
 from loraspan.linalg.svd import SVD
 from loraspan.ops.blocks import RowBlocks
 
@@ -85,15 +86,20 @@ def factored_svd(
         return _batch("factored_svd", [b], [a], [_number("factored_svd", "scale", scale)], ("b", "a"), rank, backend)
     bs, as_ = _lists("factored_svd", b, a)
     scales = _numbers("factored_svd", "scale", scale, len(bs))
-    products = []
-    for i, (x, y, weight) in enumerate(zip(bs, as_, scales, strict=True)):
-        names = f"b[{i}]", f"a[{i}]"
-        _check_pair("factored_svd", x, y, names)
+    alike: dict[tuple[int, int, int, torch.dtype, torch.device], list[int]] = {}
+    for i, (x, y) in enumerate(zip(bs, as_, strict=True)):
+        _check_pair("factored_svd", x, y, (f"b[{i}]", f"a[{i}]"))
         if x.ndim != 2:
-            raise ShapeError(f"factored_svd: lists hold matrices; {names[0]} is {list(x.shape)}")
-        products.append(_product([x.mT], [y], [weight], names))
-    found = dict(item for group in decompose("factored_svd", products, rank, backend) for item in group.members())
-    return [found[i] for i in range(len(products))]
+            raise ShapeError(f"factored_svd: lists hold matrices; b[{i}] is {list(x.shape)}")
+        alike.setdefault((x.shape[1], x.shape[0], y.shape[1], _dtype([x, y]), x.device), []).append(i)
+    found: dict[int, SVD] = {}
+    for (r, n, d, dtype, _), which in alike.items():
+        left, right = [RowBlocks([bs[i].mT]) for i in which], [RowBlocks([as_[i]]) for i in which]
+        weights = torch.tensor([[scales[i]] * r for i in which], dtype=torch.float64)
+        named = [(f"{name}[{i}]", side[i]) for i in which for name, side in (("b", bs), ("a", as_))]
+        products = Products((len(which), r, n, d), left, right, weights, dtype, named)
+        found.update(zip(which, decompose("factored_svd", products, rank, backend).members(), strict=True))
+    return [found[i] for i in range(len(bs))]
 
 
 @torch.no_grad()
@@ -158,44 +164,41 @@ def _batch(
     backend: str | None,
 ) -> SVD:
     """Decompose the weighted sum of products, for every place of the batch dimensions."""
-    pairs = [names or (f"b[{i}]", f"a[{i}]") for i in range(len(bs))]
+    names_of = [names or (f"b[{i}]", f"a[{i}]") for i in range(len(bs))]
     *batch, n, _ = bs[0].shape if isinstance(bs[0], Tensor) else ()
-    for b, a, pair in zip(bs, as_, pairs, strict=True):
+    for b, a, pair in zip(bs, as_, names_of, strict=True):
         _check_pair(operator, b, a, pair)
         if b.shape[-2] != n or a.shape[-1] != as_[0].shape[-1] or list(b.shape[:-2]) != batch:
+            first = f"{names_of[0][0]} {list(bs[0].shape)} and {names_of[0][1]} {list(as_[0].shape)}"
             raise ShapeError(
-                f"{operator}: products of one shape can be added; {pairs[0][0]} {list(bs[0].shape)} and {pairs[0][1]} "
-                f"{list(as_[0].shape)} come with {pair[0]} {list(b.shape)} and {pair[1]} {list(a.shape)}"
+                f"{operator}: products need one shape to be added; got {pair[0]} {list(b.shape)} and {pair[1]} "
+                f"{list(a.shape)} beside {first}"
             )
-    count, d = math.prod(batch), as_[0].shape[-1]
+    d, count = as_[0].shape[-1], math.prod(batch)
     # not reshape(-1, ...): torch cannot infer a size when another one is 0
-    lefts = [b.reshape(count, *b.shape[-2:]).mT.unbind() for b in bs]
-    rights = [a.reshape(count, *a.shape[-2:]).unbind() for a in as_]
-    flat = [name for side in zip(*pairs, strict=True) for name in side]
-    products = [
-        _product(left, right, weights, [f"{name}[{i}]" for name in flat] if batch else flat)
-        for i, (left, right) in enumerate(zip(zip(*lefts, strict=True), zip(*rights, strict=True), strict=True))
+    left, right = (_rows([x.reshape(count, *x.shape[-2:]) for x in side]) for side in ([b.mT for b in bs], as_))
+    repeated = [w for w, a in zip(weights, as_, strict=True) for _ in range(a.shape[-2])]
+    named = [
+        pair for names, *tensors in zip(names_of, bs, as_, strict=True) for pair in zip(names, tensors, strict=True)
     ]
-    if not products:
-        width = min(n, d, sum(b.shape[-1] for b in bs), *([] if rank is None else [rank]))
-        u = bs[0].new_zeros(*batch, n, width, dtype=_dtype([*bs, *as_]))
-        return SVD(
-            u, u.new_zeros(*batch, width), u.new_zeros(*batch, width, d), u.new_zeros(batch, dtype=torch.float64)
-        )
-    (group,) = decompose(operator, products, rank, backend)
+    products = Products(
+        (count, len(repeated), n, d),
+        left,
+        right,
+        torch.tensor([repeated], dtype=torch.float64),
+        _dtype([*bs, *as_]),
+        named,
+    )
+    found = decompose(operator, products, rank, backend)
     if not batch:
-        return next(group.members())[1]
-    u, s, v, discarded = (x.reshape(*batch, *x.shape[1:]) for x in group[1:])
+        return found.members()[0]
+    u, s, v, discarded = (x.reshape(*batch, *x.shape[1:]) for x in found)
     return SVD(u.mT, s, v, discarded)
 
 
-def _product(
-    left: Sequence[Tensor], right: Sequence[Tensor], weights: Sequence[float], names: Sequence[str]
-) -> Product:
-    """Take blocks ``[r_i, n]`` and ``[r_i, d]`` and their weights."""
-    repeated = [w for w, block in zip(weights, right, strict=True) for _ in range(block.shape[0])]
-    numbers = torch.tensor(repeated, dtype=torch.float64)
-    return Product(RowBlocks(left), RowBlocks(right), numbers, _dtype([*left, *right]), names)
+def _rows(blocks: Sequence[Tensor]) -> Rows:
+    """Take blocks ``[N, r_i, d]`` of N matrices."""
+    return blocks[0] if len(blocks) == 1 else [RowBlocks(members) for members in zip(*blocks, strict=True)]
 
 
 def _dtype(factors: Sequence[Tensor]) -> torch.dtype:

@@ -1,9 +1,9 @@
-"""Orthonormal bases of the rows of many matrices that lie in blocks: Cholesky QR, in as many passes as each needs."""
+"""Orthonormal bases for the rows of many matrices of one size: Cholesky QR, in as many passes as each needs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -11,31 +11,46 @@ from torch import Tensor
 from loraspan.ops.blocks import RowBlocks
 from loraspan.ops.combine import combine_many
 from loraspan.ops.dense import gram_root
-from loraspan.ops.gram import gram_many
+from loraspan.ops.gram import gram, gram_many
 from loraspan.ops.reconstruct import Piece, reconstruct, reconstruct_many
+
+# N matrices [R, d]: one tensor, or a list of row blocks.
+Rows: TypeAlias = "Tensor | list[RowBlocks]"
 
 UNIT = 2.0**-53
 # The second pass restores what the first one lost; a third is for rows that depend on each other up to rounding.
 _PASSES = 3
-# As a share of the diagonal and times n^2: lifts every direction of a scaled Gram above the rank floor of gram_root.
+# As a share of the diagonal and times R^2: lifts every direction of a scaled Gram above the rank floor of gram_root.
 _SHIFT = 4e-15
 
 
-class Factor(NamedTuple):
-    """``X^T = (rows^T inverse) r``, ``rows^T inverse`` orthonormal (zero where rank lacks); ``norms`` of X's rows."""
+class Part(NamedTuple):
+    """Some ``members`` of a batch: their ``rows^T inverse`` are orthonormal, with zero columns where rank lacks."""
 
-    rows: RowBlocks
-    r: Tensor
+    members: list[int]
+    rows: Rows
     inverse: Tensor
+
+
+class Factors(NamedTuple):
+    """``X^T = Q r`` for N matrices ``X [R, d]``: ``r [N, R, R]``, the norms ``[N, R]`` of rows, and ``Q`` in parts."""
+
+    r: Tensor
     norms: Tensor
+    parts: list[Part]
 
-
-def alike(keys: Sequence[object]) -> list[list[int]]:
-    """Give the places of each value, in order."""
-    places: dict[object, list[int]] = {}
-    for i, key in enumerate(keys):
-        places.setdefault(key, []).append(i)
-    return list(places.values())
+    def vectors(self, coefficients: Tensor, dtype: torch.dtype, backend: str | None) -> Tensor:
+        """Give the columns of ``Q @ coefficients [N, R, k]`` as rows ``[N, k, d]``, rounded once to ``dtype``."""
+        formed = []
+        for members, rows, inverse in self.parts:
+            mine = coefficients if len(self.parts) == 1 else coefficients[members]
+            formed.append(form(rows, reconstruct(inverse, mine, backend=backend), dtype, backend))
+        if len(formed) == 1:
+            return formed[0]
+        out = formed[0].new_empty(coefficients.shape[0], *formed[0].shape[1:])
+        for part, vectors in zip(self.parts, formed, strict=True):
+            out[part.members] = vectors
+        return out
 
 
 def rounding_share(rows: int) -> float:
@@ -43,12 +58,34 @@ def rounding_share(rows: int) -> float:
     return 8 * rows * UNIT
 
 
-def orthonormal_factors(
-    rows: Sequence[RowBlocks], grams: Sequence[Tensor], limits: Sequence[float], backend: str | None
-) -> list[Factor]:
-    """Give an orthonormal basis and a root for every matrix, by Cholesky QR in as many passes as it needs.
+def grams(rows: Rows, backend: str | None) -> Tensor:
+    """Give ``X X^T [N, R, R]`` of every matrix, summed in float64."""
+    if isinstance(rows, Tensor):
+        return gram(rows, precision="f64", backend=backend)
+    return torch.stack(gram_many(rows, precision="f64", backend=backend))
 
-    A Gram squares the condition number: where the root that it gives is spread wider than ``limits``, the rows are
+
+def form(rows: Rows, weights: Tensor, dtype: torch.dtype, backend: str | None) -> Tensor:
+    """Give ``weights^T X [N, k, d]`` for ``weights [N, R, k]``, summed in float64 and rounded once to ``dtype``."""
+    if isinstance(rows, Tensor):
+        return reconstruct(weights.mT.to(rows.device), rows, dtype=dtype, backend=backend)
+    device = rows[0].device
+    out = torch.empty(len(rows), weights.shape[-1], rows[0].columns, dtype=dtype, device=device)
+    if len(rows[0].blocks) == 1:
+        places = zip(weights.mT.to(device), rows, out, strict=True)
+        reconstruct_many([Piece(w, x.blocks[0], place) for w, x, place in places], backend=backend)
+        return out
+    pairs = list(zip(rows, weights, strict=True))
+    sums = combine_many(pairs, dtype=dtype, precision="f64", products=False, backend=backend)
+    for place, combined in zip(out, sums, strict=True):
+        place.copy_(combined.v.mT)
+    return out
+
+
+def orthonormal_factors(rows: Rows, gram_: Tensor, limit: float, backend: str | None) -> Factors:
+    """Give orthonormal bases and roots of matrices whose Grams ``[N, R, R]`` are known.
+
+    A Gram squares the condition number: where the root that it gives is spread wider than ``limit``, the rows are
     multiplied by its inverse, in float64, and their own Gram corrects it. That leaves errors of the size of those of
     Householder QR, whatever the condition.
 
@@ -56,67 +93,49 @@ def orthonormal_factors(
         Yamamoto, Nakatsukasa, Yanagisawa, Fukaya, *Roundoff error analysis of the CholeskyQR2 algorithm*, 2015. The
         shift: Fukaya, Kannan, Nakatsukasa, Yamamoto, Yanagisawa, *Shifted Cholesky QR*, 2020.
     """
-    found: dict[int, Factor] = {}
-    now, todo = list(rows), list(range(len(rows)))
+    norms = gram_.diagonal(dim1=-2, dim2=-1).sqrt()
+    which = list(range(gram_.shape[0]))
+    r, inverse, spread = _root(gram_, backend)
+    found, parts = r, []
     for turn in range(_PASSES):
-        again: list[int] = []
-        for places in alike([g.shape[0] for g in grams]):
-            before = [found[todo[p]] for p in places] if turn else []
-            r, inverse, norms, spread = _root(torch.stack([grams[p] for p in places]), before, backend)
-            for j, p in enumerate(places):
-                found[todo[p]] = Factor(now[todo[p]], r[j], inverse[j], norms[j])
-                if spread[j] > limits[todo[p]]:
-                    again.append(todo[p])
-        if not again or turn == _PASSES - 1:
+        hard = [j for j, wide in enumerate(spread) if wide > limit and turn < _PASSES - 1]
+        easy = [j for j in range(len(which)) if j not in set(hard)]
+        if easy:
+            parts.append(Part([which[j] for j in easy], _pick(rows, easy), inverse[easy]))
+        if not hard:
             break
-        todo = sorted(again)
-        jobs = [(now[i], found[i].inverse, None) for i in todo]
-        for i, q in zip(todo, form(jobs, torch.float64, backend), strict=True):
-            now[i] = RowBlocks([q])
-        grams = gram_many([now[i] for i in todo], precision="f64", backend=backend)
-    return [found[i] for i in range(len(rows))]
+        which = [which[j] for j in hard]
+        rows = form(_pick(rows, hard), inverse[hard], torch.float64, backend)
+        now = _without_noise(grams(rows, backend), found[which], norms[which])
+        r, inverse, spread = _root(now, backend)
+        found[which] = reconstruct(r, found[which], backend=backend)
+    return Factors(found, norms, parts)
 
 
-def _root(gram: Tensor, before: Sequence[Factor], backend: str | None) -> tuple[Tensor, Tensor, Tensor, list[float]]:
-    """Take the roots of Grams ``[N, R, R]``; ``before`` are the factors whose inverses made the rows of these Grams.
+def _pick(rows: Rows, members: Sequence[int]) -> Rows:
+    """Give some of the matrices, without a copy."""
+    if len(members) == len(rows):
+        return rows
+    return [RowBlocks([rows[j]]) if isinstance(rows, Tensor) else rows[j] for j in members]
 
-    Gives ``r`` with what was found before in it, ``inverse``, the norms of the first rows, and the largest squared
-    entry of each inverse, once scaled.
+
+def _without_noise(gram_: Tensor, r: Tensor, norms: Tensor) -> Tensor:
+    """Set rows to zero that carry no more of what they were made from than its rounding: as rows of ``X`` scaled to 1.
+
+    ``gram_`` is that of rows made with the inverses of ``r``, ``norms`` are those of ``X``.
     """
-    size = gram.shape[-1]
-    norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()
-    if before:
-        earlier, norms = torch.stack([f.r for f in before]), torch.stack([f.norms for f in before])
-        # a row that carries no more of the first rows, scaled to one, than their rounding is noise
-        share = (earlier / torch.where(norms > 0, norms, 1).unsqueeze(-2)).square().sum(-1)
-        noise = gram.diagonal(dim1=-2, dim2=-1) * share <= rounding_share(size) ** 2
-        gram = gram.masked_fill(noise.unsqueeze(-1) | noise.unsqueeze(-2), 0)
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    root = gram_root(gram, backend=backend)
+    share = (r / torch.where(norms > 0, norms, 1).unsqueeze(-2)).square().sum(-1)
+    noise = gram_.diagonal(dim1=-2, dim2=-1) * share <= rounding_share(r.shape[-1]) ** 2
+    return gram_.masked_fill(noise.unsqueeze(-1) | noise.unsqueeze(-2), 0)
+
+
+def _root(gram_: Tensor, backend: str | None) -> tuple[Tensor, Tensor, list[float]]:
+    """Give roots and inverses of Grams ``[N, R, R]``, and the largest squared entry of each inverse, once scaled."""
+    r, inverse = gram_root(gram_, backend=backend)
+    diagonal = gram_.diagonal(dim1=-2, dim2=-1)
     # r @ inverse projects on what was found: where that is not every row that is not zero, a direction was lost
-    lost = (root.r * root.inverse.mT).sum((-2, -1)).round() < (diagonal > 0).sum(-1)
+    lost = (r * inverse.mT).sum((-2, -1)).round() < (diagonal > 0).sum(-1)
     if bool(lost.any()):
-        shifted = gram[lost] + torch.diag_embed(_SHIFT * size**2 * diagonal[lost])
-        root.r[lost], root.inverse[lost] = gram_root(shifted, backend=backend)
-    r = reconstruct(root.r, earlier, backend=backend) if before else root.r
-    return r, root.inverse, norms, (root.inverse.square() * diagonal.unsqueeze(-1)).amax((-2, -1)).tolist()
-
-
-def form(
-    jobs: Sequence[tuple[RowBlocks, Tensor, Tensor | None]], dtype: torch.dtype, backend: str | None
-) -> list[Tensor]:
-    """Give ``w^T X [k, d]`` for every ``X [R, d]``, ``w [R, k]``, in float64; written where the third says, if any."""
-    out, pieces, stacked = [], [], []
-    for x, w, place in jobs:
-        target = torch.empty(w.shape[1], x.columns, dtype=dtype, device=x.device) if place is None else place
-        out.append(target)
-        if len(x.blocks) == 1:
-            pieces.append(Piece(w.mT.to(target.device), x.blocks[0], target))
-        else:
-            stacked.append((x, w, target))
-    reconstruct_many(pieces, backend=backend)
-    pairs = [(x, w) for x, w, _ in stacked]
-    sums = combine_many(pairs, dtype=dtype, precision="f64", products=False, backend=backend)
-    for (_, _, target), combined in zip(stacked, sums, strict=True):
-        target.copy_(combined.v.mT)
-    return out
+        shifted = gram_[lost] + torch.diag_embed(_SHIFT * gram_.shape[-1] ** 2 * diagonal[lost])
+        r[lost], inverse[lost] = gram_root(shifted, backend=backend)
+    return r, inverse, (inverse.square() * diagonal.unsqueeze(-1)).amax((-2, -1)).tolist()

@@ -1,196 +1,166 @@
-"""The SVD of products ``left^T diag(weights) right`` that are never formed: many at once, of all sizes."""
+"""The SVD of products ``left^T diag(weights) right`` that are never formed: many of one size at once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from loraspan.errors import NotFiniteError
-from loraspan.linalg.factors import UNIT, Factor, alike, form, orthonormal_factors, rounding_share
+from loraspan.linalg.factors import UNIT, Rows, grams, orthonormal_factors, rounding_share
 from loraspan.linalg.svd import SVD, column_signs
 from loraspan.ops.blocks import RowBlocks
-from loraspan.ops.combine import combine
+from loraspan.ops.combine import combine_many
 from loraspan.ops.dense import svd
-from loraspan.ops.gram import gram_many
 from loraspan.ops.reconstruct import reconstruct
 
 
-class Product(NamedTuple):
-    """``left^T diag(weights) right``: ``left [R, n]`` and ``right [R, d]`` as row blocks, ``weights [R]`` in float64.
+class Products(NamedTuple):
+    """N products ``left^T diag(weights) right``: ``left`` N times ``[R, n]``, ``right`` N times ``[R, d]``.
 
-    ``dtype`` is that of the vectors to give, ``names`` are those of the blocks of ``left``, then of ``right``, and
-    singular values up to ``floor`` are rounding.
+    ``sizes`` are N, R, n and d; ``weights``, ``[N, R]`` or ``[1, R]``, are float64; ``dtype`` is that of the vectors to
+    give, ``named`` are the tensors that hold the factors with the names that the caller knows.
     """
 
-    left: RowBlocks
-    right: RowBlocks
+    sizes: tuple[int, int, int, int]
+    left: Rows
+    right: Rows
     weights: Tensor
     dtype: torch.dtype
-    names: Sequence[str]
-    floor: float = 0.0
-
-    @property
-    def sizes(self) -> tuple[int, int, int]:
-        """``R``, ``n`` and ``d``."""
-        return self.left.shape[0], self.left.columns, self.right.columns
+    named: Sequence[tuple[str, Tensor]]
 
 
-class Group(NamedTuple):
-    """Decompositions of products of equal sizes: vectors as rows, ``u [N, k, n]`` and ``v [N, k, d]``.
+class Triplets(NamedTuple):
+    """What :func:`decompose` gives: vectors as rows, ``u [N, k, n]`` and ``v [N, k, d]``; ``s`` and ``discarded``.
 
-    ``which`` says which products they are. A triplet that does not exist has ``s = 0`` and zero vectors.
+    A triplet that does not exist has ``s = 0`` and zero vectors.
     """
 
-    which: list[int]
     u: Tensor
     s: Tensor
     v: Tensor
     discarded: Tensor
 
-    def members(self) -> Iterator[tuple[int, SVD]]:
+    def members(self) -> list[SVD]:
         """Give each member with as many triplets as it has."""
-        counts = self.s.count_nonzero(-1).tolist()
-        for i, count, u, s, v, discarded in zip(self.which, counts, *self[1:], strict=True):
+        found = []
+        for count, u, s, v, discarded in zip(self.s.count_nonzero(-1).tolist(), *self, strict=True):
             if count < s.shape[0]:
                 # copies, so that what is cut off does not stay in memory
                 u, s, v = u[:count].clone(), s[:count].clone(), v[:count].clone()
-            yield i, SVD(u.mT, s, v, discarded)
+            found.append(SVD(u.mT, s, v, discarded))
+        return found
 
 
 class _Core(NamedTuple):
-    """What a group needs to form its vectors: ``u = left.rows^T w_left``, ``v = right.rows^T w_right``."""
+    """Singular vectors ``[N, R, k]`` of the small matrices, zero where a triplet does not exist."""
 
-    which: list[int]
-    left: list[RowBlocks]
-    right: list[RowBlocks]
-    w_left: Tensor
-    w_right: Tensor
+    u: Tensor
     s: Tensor
+    v: Tensor
     discarded: Tensor
 
 
-def decompose(operator: str, products: Sequence[Product], rank: int | None, backend: str | None) -> list[Group]:
-    r"""Give the leading triplets of every product, in groups of equal sizes and dtypes.
+def decompose(operator: str, products: Products, rank: int | None, backend: str | None) -> Triplets:
+    r"""Give the leading triplets of every product.
 
     With ``X^T = Q r`` for both sides, the SVD of the small ``r_left diag(weights) r_right^T`` gives that of the
     product. Where ``R`` exceeds ``n`` or ``d``, the product is no larger than its factors and is formed, in float64.
     """
-    small = {i: _no_larger(p, backend) for i, p in enumerate(products) if min(p.sizes)}
-    rows = [p.left for p in small.values()] + [p.right for p in small.values()]
-    grams = gram_many(rows, precision="f64", backend=backend)
-    for i, gram in zip((*small, *small), grams, strict=True):
-        if not bool(gram.diagonal().isfinite().all()):
-            _refuse(operator, products[i])
-    factors = orthonormal_factors(rows, grams, [_spread_limit(p) for p in small.values()] * 2, backend)
-    pairs = {i: (factors[j], factors[j + len(small)]) for j, i in enumerate(small)}
-    groups, cores = [], []
-    for which in alike([(*p.sizes, p.dtype) for p in products]):
-        if which[0] in small:
-            cores.append(_core(which, small, pairs, rank, backend))
-        else:
-            groups.append(_nothing(which, products[which[0]]))
-    for core in cores:
-        if not bool(core.s.isfinite().all()):
-            raise NotFiniteError(f"{operator}: singular values exceed {core.s.dtype}; pass float64 or a smaller scale")
-    return groups + _vectors(cores, backend)
+    count, rows, n, d = products.sizes
+    if not min(products.sizes):
+        return _nothing(products, rank)
+    floor = torch.zeros(count, dtype=torch.float64)
+    small = products
+    if rows > min(n, d):
+        small, floor = _formed(products, backend)
+    both = [grams(side, backend) for side in (small.left, small.right)]
+    if not all(bool(g.isfinite().all()) for g in both):
+        _refuse(operator, products)
+    limit = _spread_limit(products.dtype, small.sizes[1])
+    left, right = (
+        orthonormal_factors(side, g, limit, backend) for side, g in zip((small.left, small.right), both, strict=True)
+    )
+    size = (left.norms * right.norms * small.weights.abs()).sum(-1)
+    floor = torch.maximum(floor, rounding_share(small.sizes[1]) * size)
+    core = _core(
+        reconstruct(left.r * small.weights.unsqueeze(-2), right.r.mT, backend=backend),
+        floor,
+        rank,
+        products.dtype,
+        backend,
+    )
+    if not bool(core.s.isfinite().all()):
+        raise NotFiniteError(f"{operator}: singular values exceed {core.s.dtype}; pass float64 or a smaller scale")
+    u = left.vectors(core.u, products.dtype, backend)
+    signs = column_signs(u.mT).unsqueeze(-1)
+    u *= signs
+    v = right.vectors(core.v * signs.mT.to(core.v), products.dtype, backend)
+    return Triplets(u, core.s.to(u.device), v, core.discarded)
 
 
-def _refuse(operator: str, product: Product) -> None:
-    for name, block in zip(product.names, (*product.left.blocks, *product.right.blocks), strict=True):
-        if not bool(block.isfinite().all()):
-            raise NotFiniteError(f"{operator}: {name} holds a NaN or an infinity; find where it comes from")
-    names = ", ".join(product.names)
+def _nothing(products: Products, rank: int | None) -> Triplets:
+    count, rows, n, d = products.sizes
+    width = min(rows, n, d) if rank is None else min(rows, n, d, rank)
+    device = products.named[0][1].device
+    u, s, v = (
+        torch.zeros(count, *shape, dtype=products.dtype, device=device) for shape in ((width, n), (width,), (width, d))
+    )
+    return Triplets(u, s, v, torch.zeros(count, dtype=torch.float64))
+
+
+def _refuse(operator: str, products: Products) -> None:
+    for name, tensor in products.named:
+        bad = (~tensor.isfinite()).nonzero()
+        if len(bad):
+            place = f" at {bad[0].tolist()}"
+            raise NotFiniteError(f"{operator}: {name} holds a NaN or an infinity{place}; find where it comes from")
+    names = ", ".join(name for name, _ in products.named)
     raise NotFiniteError(f"{operator}: entries of {names} have squares beyond float64; divide by the largest of them")
 
 
-def _nothing(which: list[int], product: Product) -> Group:
-    _, n, d = product.sizes
-    u = torch.zeros(len(which), 0, n, dtype=product.dtype, device=product.left.device)
-    s, v = u.new_zeros(len(which), 0), u.new_zeros(len(which), 0, d)
-    return Group(which, u, s, v, torch.zeros(len(which), dtype=torch.float64))
-
-
-def _no_larger(product: Product, backend: str | None) -> Product:
-    """Give a product with ``R`` at most ``n`` and ``d``: the same, or one side formed and the other the identity."""
-    rows, n, d = product.sizes
-    if rows <= min(n, d):
-        return product
-    left, right = (torch.cat([b.to("cpu", torch.float64) for b in x.blocks]) for x in (product.left, product.right))
-    size = (left.norm(dim=1) * right.norm(dim=1) * product.weights.abs()).sum()
-    weighted = product.weights.unsqueeze(-1) * (left if n <= d else right)
-    long = product.right if n <= d else product.left
-    product_t = combine(long, weighted, dtype=torch.float64, precision="f64", products=False, backend=backend).v
-    formed = RowBlocks([product_t.mT])
-    identity = RowBlocks([torch.eye(min(n, d), dtype=torch.float64, device=formed.device)])
-    return product._replace(
-        left=identity if n <= d else formed,
-        right=formed if n <= d else identity,
-        weights=torch.ones(min(n, d), dtype=torch.float64),
-        floor=rounding_share(rows) * float(size),
+def _formed(products: Products, backend: str | None) -> tuple[Products, Tensor]:
+    """Give products of the same value with ``R = min(n, d)``, one side the identity, and what rounding may add."""
+    count, rows, n, d = products.sizes
+    sides = [[_blocks(side, i) for i in range(count)] for side in (products.left, products.right)]
+    wide = [torch.stack([torch.cat([b.to("cpu", torch.float64) for b in x.blocks]) for x in side]) for side in sides]
+    size = (wide[0].norm(dim=-1) * wide[1].norm(dim=-1) * products.weights.abs()).sum(-1)
+    weighted, long = products.weights.unsqueeze(-1) * wide[n > d], sides[n <= d]
+    pairs = list(zip(long, weighted, strict=True))
+    found = combine_many(pairs, dtype=torch.float64, precision="f64", products=False, backend=backend)
+    formed: Rows = [RowBlocks([combined.v.mT]) for combined in found]
+    width = min(n, d)
+    eye = torch.eye(width, dtype=torch.float64, device=found[0].v.device).expand(count, -1, -1)
+    small = products._replace(
+        sizes=(count, width, n, d),
+        left=eye if n <= d else formed,
+        right=formed if n <= d else eye,
+        weights=torch.ones(1, width, dtype=torch.float64),
     )
+    return small, rounding_share(rows) * size
 
 
-def _spread_limit(product: Product) -> float:
+def _blocks(rows: Rows, i: int) -> RowBlocks:
+    return RowBlocks([rows[i]]) if isinstance(rows, Tensor) else rows[i]
+
+
+def _spread_limit(dtype: torch.dtype, rows: int) -> float:
     """Say how large the squared entries of the inverse of a scaled root may be, for one pass over its Gram to do.
 
-    ``Q`` is off orthonormal by about ``R^2 spread 2^-53``; four units of roundoff of the dtype are allowed.
+    ``Q`` is off orthonormal by about ``R^2 spread 2^-53``; four units of roundoff of float32 are allowed.
     """
-    if product.dtype == torch.float64:
-        return 2.0
-    return max(2.0, 2.0**-22 / (product.left.shape[0] ** 2 * UNIT))
+    return 2.0 if dtype == torch.float64 else max(2.0, 2.0**-22 / (rows**2 * UNIT))
 
 
-def _core(
-    which: list[int],
-    products: Mapping[int, Product],
-    pairs: Mapping[int, tuple[Factor, Factor]],
-    rank: int | None,
-    backend: str | None,
-) -> _Core:
-    """Take the small SVDs of a group, and what is left of them above rounding and within ``rank``."""
-    left, right = ([pairs[i][side] for i in which] for side in (0, 1))
-    weights = torch.stack([products[i].weights for i in which])
-    sizes = torch.stack([f.norms for f in left]) * torch.stack([f.norms for f in right]) * weights.abs()
-    floor = rounding_share(weights.shape[-1]) * sizes.sum(-1)
-    floor = torch.maximum(floor, floor.new_tensor([products[i].floor for i in which])).unsqueeze(-1)
-    weighted = torch.stack([f.r for f in left]) * weights.unsqueeze(-2)
-    u, s, v = svd(reconstruct(weighted, torch.stack([f.r for f in right]).mT, backend=backend), backend=backend)
+def _core(product: Tensor, floor: Tensor, rank: int | None, dtype: torch.dtype, backend: str | None) -> _Core:
+    """Take the SVDs of ``[N, R, R]``, and of them what is above the floors ``[N]`` and within ``rank``."""
+    u, s, v = svd(product, backend=backend)
     width = s.shape[-1] if rank is None else min(rank, s.shape[-1])
-    kept = s[:, :width].to(products[which[0]].dtype)
-    present = (s[:, :width] > floor) & (kept > 0)
+    kept = s[:, :width].to(dtype)
+    present = (s[:, :width] > floor.unsqueeze(-1)) & (kept > 0)
     energy = s.square()
     energy[:, :width] *= ~present
-    w_left, w_right = (
-        reconstruct(torch.stack([f.inverse for f in side]), x[..., :width] * present.unsqueeze(-2), backend=backend)
-        for side, x in ((left, u), (right, v))
-    )
-    rows = [f.rows for f in left], [f.rows for f in right]
-    return _Core(which, *rows, w_left, w_right, kept * present, energy.sum(-1))
-
-
-def _vectors(cores: Sequence[_Core], backend: str | None) -> list[Group]:
-    """Form the vectors of all groups, in one call a side and dtype; the signs of ``u`` go into the weights of ``v``."""
-    groups: list[Group] = []
-    for dtype in dict.fromkeys(core.s.dtype for core in cores):
-        mine = [core for core in cores if core.s.dtype == dtype]
-        us = _form_batches([(c.left, c.w_left) for c in mine], dtype, backend)
-        for core, u in zip(mine, us, strict=True):
-            signs = column_signs(u.mT)
-            u *= signs.unsqueeze(-1)
-            core.w_right.mul_(signs.to("cpu", torch.float64).unsqueeze(-2))
-        vs = _form_batches([(c.right, c.w_right) for c in mine], dtype, backend)
-        groups += [Group(c.which, u, c.s.to(u.device), v, c.discarded) for c, u, v in zip(mine, us, vs, strict=True)]
-    return groups
-
-
-def _form_batches(
-    batches: Sequence[tuple[list[RowBlocks], Tensor]], dtype: torch.dtype, backend: str | None
-) -> list[Tensor]:
-    """Give ``w^T X [N, k, d]`` for every batch of ``X [R, d]`` and ``w [N, R, k]``."""
-    out = [torch.empty(len(xs), w.shape[-1], xs[0].columns, dtype=dtype, device=xs[0].device) for xs, w in batches]
-    jobs = [job for (xs, w), target in zip(batches, out, strict=True) for job in zip(xs, w, target, strict=True)]
-    form(jobs, dtype, backend)
-    return out
+    u, v = (x[..., :width] * present.unsqueeze(-2) for x in (u, v))
+    return _Core(u, kept * present, v, energy.sum(-1))
