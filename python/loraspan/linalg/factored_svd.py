@@ -165,9 +165,10 @@ def _batch(
 ) -> SVD:
     """Decompose the weighted sum of products, for every place of the batch dimensions."""
     names_of = [names or (f"b[{i}]", f"a[{i}]") for i in range(len(bs))]
-    *batch, n, _ = bs[0].shape if isinstance(bs[0], Tensor) else ()
     for b, a, pair in zip(bs, as_, names_of, strict=True):
         _check_pair(operator, b, a, pair)
+    *batch, n, _ = bs[0].shape
+    for b, a, pair in zip(bs, as_, names_of, strict=True):
         if b.shape[-2] != n or a.shape[-1] != as_[0].shape[-1] or list(b.shape[:-2]) != batch:
             first = f"{names_of[0][0]} {list(bs[0].shape)} and {names_of[0][1]} {list(as_[0].shape)}"
             raise ShapeError(
