@@ -15,7 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loraspan.ops.dense import eigh
+from loraspan.linalg.roots import gram_root
+from loraspan.ops.dense import eigh, svd
+from loraspan.ops.gram import gram as products
 
 Vector = NDArray[np.float64]
 
@@ -117,7 +119,7 @@ def _between(before: float, mass: float) -> float:
     return math.sqrt(before / (before + mass) * mass)
 
 
-def keep_largest(gram: Tensor, mixing: Mixing, count: int, floor: float) -> Kept:
+def keep_largest(gram: Tensor, mixing: Mixing, count: int, *, floor: float, resolved: float) -> Kept:
     """Give the at most ``count`` orthogonal combinations of the rows ``T X`` that hold the most energy.
 
     Args:
@@ -125,13 +127,16 @@ def keep_largest(gram: Tensor, mixing: Mixing, count: int, floor: float) -> Kept
         mixing: ``T``.
         count: how many combinations at most.
         floor: those with no more than this share of the largest energy are left out.
+        resolved: where the last of ``count`` has less than this share of the largest energy, nothing is cut and all
+            ``R`` combinations are given, since the Gram does not say which of the small ones hold more.
 
     Returns:
         See :class:`Kept`; ``weights`` are sorted by energy.
 
     Example:
         >>> mixing = mix_pending(0, 2, forget=1.0, weight=0.0, center=False)
-        >>> kept = keep_largest(torch.tensor([[4.0, 0.0], [0.0, 9.0]]).double(), mixing, 1, 0.0)
+        >>> gram = torch.tensor([[4.0, 0.0], [0.0, 9.0]]).double()
+        >>> kept = keep_largest(gram, mixing, 1, floor=0.0, resolved=0.0)
         >>> kept.weights.abs(), kept.cut
         (tensor([[0., 1.]], dtype=torch.float64), 4.0)
     """
@@ -143,9 +148,40 @@ def keep_largest(gram: Tensor, mixing: Mixing, count: int, floor: float) -> Kept
         mixed += crossed + crossed.T + (along * share).sum() * np.multiply.outer(spread, spread)
     values, vectors = eigh(torch.from_numpy(mixed))
     energies = values.clamp(min=0)
-    count = min(count, int((energies > floor * energies[0]).sum()))
+    if energies[min(count, len(energies)) - 1] < resolved * energies[0]:
+        count = len(energies)
+    else:
+        count = min(count, int((energies > floor * energies[0]).sum()))
     kept = vectors[:, :count].T.numpy()
     weights = kept * scale
     if spread is not None and share is not None:
         weights += np.multiply.outer((kept * spread).sum(axis=1), share)
     return Kept(torch.from_numpy(weights), float(energies[count:].sum()))
+
+
+class Values(NamedTuple):
+    """``s [m]``, descending, and ``v [m, m]``: the singular vectors of rows ``Y`` are ``Y^T v / s``."""
+
+    s: Tensor
+    v: Tensor
+
+
+def graded_values(rows: Tensor) -> Values:
+    """Give the singular values of rows that are nearly orthogonal or about as small as they can be combined.
+
+    They are those of the triangular root of the Gram of the rows scaled to unit norm, so small ones have the relative
+    accuracy of the rows, which those of the Gram itself lack.
+
+    Args:
+        rows: ``[m, D]``, float32 or float64.
+
+    Example:
+        >>> graded_values(torch.tensor([[3.0, 0.0], [0.0, 1e-9]]).double()).s
+        tensor([3.0000e+00, 1.0000e-09], dtype=torch.float64)
+
+    Source:
+        Demmel and Veselić, *Jacobi's method is more accurate than QR*, 1992: one-sided rotations keep the relative
+        accuracy of scaled columns.
+    """
+    _, s, v = svd(gram_root(products(rows, precision="f64")).r)
+    return Values(s, v)

@@ -66,9 +66,11 @@ def check_rows(method: str, rows: Tensor, like: Tensor | None) -> Tensor:
         raise ShapeError(f"IncrementalSVD.{method}: rows so far have {like.shape[1]} columns; got {rows.shape[1]}")
     if like is not None and rows.device != like.device:
         raise ShapeError(f"IncrementalSVD.{method}: rows so far are on {like.device}; got rows on {rows.device}")
+    if rows.requires_grad:
+        rows = rows.detach()
     if rows.shape[0]:
         _check_size(method, rows, held_dtype(rows) if like is None else like.dtype)
-    return rows.detach() if rows.requires_grad else rows
+    return rows
 
 
 def held_dtype(rows: Tensor) -> torch.dtype:

@@ -8,13 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loraspan.linalg.incremental_algebra import Mixing, keep_largest, mix_merged, mix_pending
+from loraspan.linalg.incremental_algebra import Mixing, graded_values, keep_largest, mix_merged, mix_pending
 from loraspan.ops.gram import gram
 from loraspan.ops.reconstruct import Piece, reconstruct_many
 
-# Combinations with less than this share of the largest energy are rounding: (2^-22)^2, four units of float32. In
-# float64 a Gram cannot tell, so all that fit are kept.
+# Combinations with less than this share of the largest energy are rounding: (2^-22)^2, four units of float32.
 _FLOOR = {torch.float32: 2.0**-44, torch.float64: 0.0}
+# Below this share a float64 Gram tells energies apart to fewer than 7 digits. In float32 the rows are no better.
+_RESOLVED = {torch.float32: 0.0, torch.float64: 1e-9}
 # Compressing fewer rows at once costs more in calls than in arithmetic.
 _LEAST_BLOCK = 64
 
@@ -147,25 +148,38 @@ class HeldRows:
 
     def _combine(self, mixing: Mixing, *, in_place: bool) -> Compressed:
         x = self.memory[: self.filled]
-        weights, cut = keep_largest(gram(x, precision="f64"), mixing, self.count, _FLOOR[x.dtype])
+        floor, resolved = _FLOOR[x.dtype], _RESOLVED[x.dtype]
+        weights, cut = keep_largest(gram(x, precision="f64"), mixing, self.count, floor=floor, resolved=resolved)
         # the mean of the pending rows comes with the rest, as one more row in front
         front = 0 if mixing.share is None else 1
         if mixing.share is not None:
             weights = torch.cat([torch.from_numpy(mixing.share).unsqueeze(0), weights])
-        start = self.first - front
-        out = self.memory[start : start + len(weights)] if in_place else x.new_empty(len(weights), x.shape[1])
-        # in place: a block of columns of all rows is read before anything is written to it
-        reconstruct_many([Piece(x.T, weights.to(x).T, out.T)])
-        mean = self.mean
+        room = self.memory[self.first - front :] if in_place else None
+        out = _combined(weights, x, room if len(weights) <= front + self.count else None)
+        mean, kept = self.mean, out[front:]
         if front and mean is not None and self.shift is not None:
             mean = mean + mixing.newer * (out[0].to(torch.float64) + (self.shift.to(torch.float64) - mean))
-        return Compressed(out[front:], mean, mixing.before + mixing.mass, mixing.aged**2 * self.cut + cut)
+        if len(kept) > self.count:
+            # all combinations, now so nearly orthogonal that the small ones can be told apart
+            s, v = graded_values(kept)
+            count = min(self.count, int((s > 0).sum()))
+            cut = float(s[count:].square().sum())
+            kept = _combined(v[:, :count].T, kept, self.memory[self.first :] if in_place else None)
+        return Compressed(kept, mean, mixing.before + mixing.mass, mixing.aged**2 * self.cut + cut)
 
     def _adopt(self, done: Compressed) -> None:
         self.held, self.weight, self.cut = len(done.rows), done.weight, done.cut
         self.filled = self.first + self.held
         if done.mean is not None:
             self.center_on(done.mean)
+
+
+def _combined(weights: Tensor, x: Tensor, room: Tensor | None) -> Tensor:
+    """Give ``weights @ x``, in the first rows of ``room`` if there is one."""
+    out = x.new_empty(len(weights), x.shape[1]) if room is None else room[: len(weights)]
+    # `room` may be `x`: a block of columns of all rows is read before any of it is written
+    reconstruct_many([Piece(x.T, weights.to(x).T, out.T)])
+    return out
 
 
 def capacity(count: int) -> int:

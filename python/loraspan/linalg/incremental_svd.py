@@ -41,9 +41,9 @@ class IncrementalSVD:
 
     So it is never less than the error, and the error exceeds the least possible one by no more than ``tr P``; the
     energy of ``X`` is ``sum(s^2) + discarded``. That is in exact arithmetic: every compression rounds ``Z`` by a few
-    units of its dtype, which enters the root of the error like so much noise, and ``discarded`` itself is known to
-    ``1e-14`` of the energy of ``X``. Directions below ``2e-7`` of the largest singular value (held in float32) or
-    ``1e-8`` (float64; ``1e-15`` until the first compression) are lost in it.
+    units of its dtype, which enters the root of the error like so much noise, and directions below ``2e-7`` (float32)
+    or ``1e-14`` (float64) of the largest singular value are lost in it. ``discarded`` is known to ``1e-14`` of the
+    energy of ``X``.
 
     Rows cannot be taken out again: what was cut off when they came is gone, so what is held is not theirs to subtract,
     and every later cut would have been another. ``forget`` lets old rows fade. Where rows must go, keep what they came

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loraspan.linalg.roots import gram_root
-from loraspan.ops.dense import eigh, svd
+from loraspan.linalg.incremental_algebra import graded_values
+from loraspan.ops.dense import eigh
 from loraspan.ops.gram import gram, gram_many
 from loraspan.ops.reconstruct import Piece, reconstruct_many
 
@@ -37,9 +37,6 @@ class Rotation(NamedTuple):
 def leading(rows: Tensor, rank: int) -> Leading:
     """Give the leading right singular vectors of a few rows, nearly orthogonal to each other.
 
-    The singular values are those of the triangular root of the Gram of the rows scaled to unit norm, so small ones
-    have the relative accuracy of the rows, which those of the Gram itself lack.
-
     Args:
         rows: ``[m, D]``, float32 or float64.
         rank: how many at most; fewer where the others are rounding.
@@ -51,14 +48,10 @@ def leading(rows: Tensor, rank: int) -> Leading:
         >>> components, s, tail = leading(torch.tensor([[-6.0, -8.0], [4.0, -3.0]]), 1)
         >>> components, s, round(tail, 6)
         (tensor([[0.6000, 0.8000]]), tensor([10.], dtype=torch.float64), 25.0)
-
-    Source:
-        Demmel and Veselić, *Jacobi's method is more accurate than QR*, 1992: one-sided rotations keep the relative
-        accuracy of scaled columns.
     """
     if not len(rows):
         return Leading(rows, torch.zeros(0, dtype=torch.float64), 0.0)
-    _, s, v = svd(gram_root(gram(rows, precision="f64")).r)
+    s, v = graded_values(rows)
     largest = float(s[0])
     k = min(rank, int((s > _FLOOR[rows.dtype] * largest).sum()))
     components = rows.new_empty(k, rows.shape[1])
