@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from loraspan.ops import gram, reconstruct
 from loraspan.ops.dense import Root, gram_root
 
 __all__ = ["Root", "gram_root", "orthonormalize"]
@@ -29,5 +30,5 @@ def orthonormalize(block: Tensor) -> Tensor:
         Yamamoto, Nakatsukasa, Yanagisawa, Fukaya, *Roundoff error analysis of the CholeskyQR2 algorithm*, 2015.
     """
     for _ in range(2):
-        block = block @ gram_root(block.T @ block).inverse
+        block = reconstruct(block, gram_root(gram([block.T], precision="f64")).inverse)
     return block

@@ -1,4 +1,8 @@
-"""Eigenvectors, singular vectors and roots of many small float64 matrices at once."""
+"""Eigenvectors, singular vectors and roots of many small float64 matrices at once.
+
+The compiled kernels take matrices of up to 512 columns, one thread to each, and give a member of a batch the bits that
+it has alone, for any number of threads. Larger ones go to LAPACK, whose threads may show in the last bits.
+"""
 
 from __future__ import annotations
 
@@ -35,6 +39,8 @@ class Root(NamedTuple):
     inverse: Tensor
 
 
+# Past so many columns the blocked methods of LAPACK are faster than one thread a matrix.
+_LARGEST = 512
 # A pivot of the scaled Gram below this goes to the eigendecomposition, which tells small from absent.
 _PIVOT_FLOOR = 1e-10
 # Eigenvalues of the scaled Gram below this, times its size, are rounding.
@@ -190,7 +196,11 @@ def reference_root(gram: Tensor) -> Root:
 
 
 def _refuses(a: Tensor) -> str | None:
-    return None if a.device.type == "cpu" else f"it reads CPU memory, and the matrices are on {a.device}"
+    if a.device.type != "cpu":
+        return f"it reads CPU memory, and the matrices are on {a.device}"
+    if a.shape[-1] > _LARGEST:
+        return f"it is made for small matrices, and LAPACK is faster past {_LARGEST} columns; these have {a.shape[-1]}"
+    return None
 
 
 EIGH_BACKENDS = (*_native.backends(_eigh, _refuses), Backend("reference", reference_eigh, lambda *_: None))

@@ -1,0 +1,72 @@
+"""Leading left vectors of a matrix with many rows, from a few random projections of it."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from loraspan.linalg.roots import orthonormalize
+from loraspan.linalg.svd import SVD
+from loraspan.linalg.svd_by_gram import FAST_FLOOR
+from loraspan.linalg.svd_range import Job, Range, check_total, nothing, power_of_two, project, suits_float32
+from loraspan.ops import gram, power, reconstruct, sketch, squares
+from loraspan.ops.dense import eigh
+
+# What a search for an error starts with, and doubles.
+_FIRST_WIDTH = 32
+
+
+def svd_by_sketch(job: Job, oversample: int, power_iterations: int, seed: int, backend: str | None) -> SVD:
+    """Give the truncated decomposition; the projection widens until the goal is met.
+
+    Sums in float32, and once more in float64 where the result shows that those do not carry far enough.
+    """
+    total = float(squares(job.x, backend=backend).sum())
+    check_total(job, total)
+    if total == 0 or job.goal.rank == 0:
+        return nothing(job, total)
+    precision = "f32" if suits_float32(job, total) else "f64"
+    limit = min(job.x.shape)
+    width = min(limit, (_FIRST_WIDTH if job.goal.rank is None else job.goal.rank) + oversample)
+    while True:
+        w = _range_of(job, width, precision, total, power_iterations, seed, backend)
+        found = project([job], [Range(w, precision, power_of_two(total), total)], backend)[0]
+        left = float(found.discarded)
+        if precision == "f32" and _is_beyond_float32(found.s, left, total, len(found.s) == limit):
+            precision = "f64"
+        elif job.goal.rank is None and left > job.goal.loss * total and width < limit:
+            width = min(limit, 2 * width)
+        else:
+            return found
+
+
+def _is_beyond_float32(s: Tensor, left: float, total: float, is_full: bool) -> bool:
+    present = s[s > 0]
+    small = len(present) > 0 and float(present[-1]) < math.sqrt(FAST_FLOOR) * float(present[0])
+    return small or (left < FAST_FLOOR * total and not is_full)
+
+
+def _range_of(
+    job: Job, width: int, precision: str, total: float, power_iterations: int, seed: int, backend: str | None
+) -> Tensor:
+    """Give orthonormal columns that hold nearly all that ``width`` columns can."""
+    scale = power_of_two(total)
+    y = sketch(job.x, width, seed=seed, precision=precision, backend=backend) * scale
+    for _ in range(power_iterations):
+        q = orthonormalize(y)
+        # scaled on both sides, so that float32 holds whatever lies between
+        y = power(job.x, q * scale, precision=precision, backend=backend) * scale
+    if power_iterations:
+        y = _along_vectors(q, y)
+    w = orthonormalize(y)
+    return w[:, w.abs().amax(0) > 0]
+
+
+def _along_vectors(q: Tensor, y: Tensor) -> Tensor:
+    """Turn ``y = X X^T q`` so that its columns lie near the singular vectors of ``X``, the largest first.
+
+    Their lengths then are graded, and orthonormalizing them loses no small one among large ones.
+    """
+    cross = gram([q.T, y.T], precision="f64")[: q.shape[1], q.shape[1] :]
+    return reconstruct(y, eigh((cross + cross.T) / 2).vectors)
