@@ -143,9 +143,10 @@ def test_an_empty_batch(shape, size):
 def test_a_batch_is_its_members(n, r, d, seed, dtype):
     """In tensors and in lists, well and ill conditioned members side by side, to the last bit."""
     b, a = normal(seed, 2, 3, n, r, dtype=dtype), normal(seed + 1, 2, 3, r, d, dtype=dtype)
+    b[0, 0] = 0
     b[0, 1, :, 0] *= 1e-3
-    b[1, 1, :, -1] = b[1, 1, :, 0]
-    b[1, 2] = 0
+    # this one takes one pass more than the others
+    b[1, 1, :, -1] = b[1, 1, :, 0] * 0.7 + b[1, 1, :, 1 % r] * 0.3
     together = factored_svd(b, a, scale=SCALE)
     listed = factored_svd([*b.flatten(0, 1), b[0, 0]], [*a.flatten(0, 1), a[0, 0]], scale=SCALE)
     for i in range(6):
@@ -217,7 +218,12 @@ def test_what_the_dtype_cannot_hold():
     b, a = factors(9, 30, 5, 20, F32)
     with pytest.raises(NotFiniteError, match=r"factored_svd: singular values exceed torch.float32; pass float64"):
         factored_svd(b * 1e30, a * 1e30)
-    assert factored_svd(b * 1e-30, a * 1e-30).rank == 0
+    tiny = factored_svd((b * 1e-30)[None], (a * 1e-30)[None])
+    assert tiny.rank.tolist() == [0]
+    assert not tiny.u.any()
+    # what float32 cannot hold is counted all the same
+    _, product = exact([b * 1e-30], [a * 1e-30], [1.0])
+    assert abs(float(tiny.discarded) / (product**2).sum() - 1) <= 1e-12
     with pytest.raises(NotFiniteError, match="factored_svd: entries of b, a have squares beyond float64"):
         factored_svd(b.double() * 1e200, a)
 
@@ -225,11 +231,8 @@ def test_what_the_dtype_cannot_hold():
 def test_a_second_pass_only_where_it_is_needed(monkeypatch):
     formed = []
     honest = loraspan.linalg.factors.form
-    monkeypatch.setattr(
-        loraspan.linalg.factors,
-        "form",
-        lambda rows, *rest: formed.append(len(rows)) or honest(rows, *rest),
-    )
+    spy = lambda rows, *rest: formed.append(len(rows)) or honest(rows, *rest)  # noqa: E731
+    monkeypatch.setattr(loraspan.linalg.factors, "form", spy)
     b, a = normal(1, 5, 60, 4, dtype=F32), normal(2, 5, 4, 50, dtype=F32)
     factored_svd(b, a)
     assert formed == [5, 5]
@@ -261,7 +264,6 @@ def test_is_not_tracked_by_autograd():
         (torch.ones(3, 2), torch.ones(2, 4, dtype=torch.int32), {}, ShapeError, "a is a dense tensor.*int32"),
         (torch.ones(3, 2).to_sparse(), torch.ones(2, 4), {}, ShapeError, "b is a dense tensor.*sparse"),
         (torch.ones(3, 2), torch.ones(2, 4), {"rank": 0}, ArgumentError, "rank is a whole number of at least 1.*got 0"),
-        (torch.ones(3, 2), torch.ones(2, 4), {"rank": 2.0}, ArgumentError, "rank is a whole number"),
         (
             torch.ones(3, 2),
             torch.ones(2, 4),
@@ -296,5 +298,5 @@ def test_what_is_not_finite_is_named(bad, size, backend):
     a[1, 0, 2] = bad
     with pytest.raises(NotFiniteError, match=r"factored_svd: a holds a NaN or an infinity at \[1, 0, 2\]"):
         factored_svd(b, a, backend=backend)
-    with pytest.raises(NotFiniteError, match=r"factored_svd: a\[1\] holds a NaN or an infinity at \[0, 2\]"):
+    with pytest.raises(NotFiniteError, match=r"a\[1\] holds a NaN or an infinity at \[0, 2\]"):
         factored_svd(list(b), list(a), backend=backend)

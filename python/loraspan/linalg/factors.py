@@ -18,7 +18,8 @@ from loraspan.ops.reconstruct import Piece, reconstruct, reconstruct_many
 Rows: TypeAlias = "Tensor | list[RowBlocks]"
 
 UNIT = 2.0**-53
-# The second pass restores what the first one lost; a third is for rows that depend on each other up to rounding.
+# The second pass restores what the first one lost. Rows that depend on each other up to rounding come out of it as
+# noise; the third makes that orthogonal to the others, of which it then says nothing.
 _PASSES = 3
 # As a share of the diagonal and times R^2: lifts every direction of a scaled Gram above the rank floor of gram_root.
 _SHIFT = 4e-15
@@ -106,8 +107,7 @@ def orthonormal_factors(rows: Rows, gram_: Tensor, limit: float, backend: str | 
             break
         which = [which[j] for j in hard]
         rows = form(_pick(rows, hard), inverse[hard], torch.float64, backend)
-        now = _without_noise(grams(rows, backend), found[which], norms[which])
-        r, inverse, spread = _root(now, backend)
+        r, inverse, spread = _root(grams(rows, backend), backend)
         found[which] = reconstruct(r, found[which], backend=backend)
     return Factors(found, norms, parts)
 
@@ -117,16 +117,6 @@ def _pick(rows: Rows, members: Sequence[int]) -> Rows:
     if len(members) == len(rows):
         return rows
     return [RowBlocks([rows[j]]) if isinstance(rows, Tensor) else rows[j] for j in members]
-
-
-def _without_noise(gram_: Tensor, r: Tensor, norms: Tensor) -> Tensor:
-    """Set rows to zero that carry no more of what they were made from than its rounding: as rows of ``X`` scaled to 1.
-
-    ``gram_`` is that of rows made with the inverses of ``r``, ``norms`` are those of ``X``.
-    """
-    share = (r / torch.where(norms > 0, norms, 1).unsqueeze(-2)).square().sum(-1)
-    noise = gram_.diagonal(dim1=-2, dim2=-1) * share <= rounding_share(r.shape[-1]) ** 2
-    return gram_.masked_fill(noise.unsqueeze(-1) | noise.unsqueeze(-2), 0)
 
 
 def _root(gram_: Tensor, backend: str | None) -> tuple[Tensor, Tensor, list[float]]:
