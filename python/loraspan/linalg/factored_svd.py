@@ -44,7 +44,7 @@ def factored_svd(
     Args:
         b: ``[..., n, r]``, float16, bfloat16, float32 or float64, with any strides; or a list of matrices of all sizes.
         a: ``[..., r, d]``, with the batch dimensions and the device of ``b``; its dtype may differ. Or a list.
-        rank: keep at most so many triplets, at least 1. ``None`` keeps all.
+        rank: keep at most so many triplets. ``None`` keeps all.
         scale: a factor without unit, ``alpha / r`` for a LoRA adapter; of either sign. For lists, also one per pair.
         backend: ``"cpu"`` (or one instruction set, such as ``"cpu:avx2"``) or ``"reference"``.
 
@@ -121,7 +121,7 @@ def merged_svd(
         a: matrices ``[..., r_i, d]`` of one ``d``, one for each of ``b``; leading dimensions, equal for all, are batch
             dimensions, such as one adapter's layers of equal shape.
         weights: one finite number each, of either sign; ``None`` is 1 for all.
-        rank: keep at most so many triplets, at least 1. ``None`` keeps all.
+        rank: keep at most so many triplets. ``None`` keeps all.
         backend: as for :func:`factored_svd`.
 
     Returns:
@@ -225,8 +225,8 @@ def _check_pair(operator: str, b: Tensor, a: Tensor, names: tuple[str, str]) -> 
 
 
 def _check_rank(operator: str, rank: int | None) -> None:
-    if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
-        raise ArgumentError(f"{operator}: rank is a whole number of at least 1, or None for all; got {rank!r}")
+    if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 0):
+        raise ArgumentError(f"{operator}: rank is a whole number of at least 0, or None for all; got {rank!r}")
 
 
 def _lists(operator: str, b: object, a: object) -> tuple[list[Tensor], list[Tensor]]:
