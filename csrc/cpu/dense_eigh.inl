@@ -4,8 +4,9 @@ namespace loraspan {
 namespace LORASPAN_ISA {
 
 constexpr int kQlSteps = 60;  // for one eigenvalue; three are usual
-// Entries of T below this are nothing beside the rounding of a matrix whose largest entry is near 1.
-constexpr double kAbsent = kRoundoff * kRoundoff;
+// Entries of T below this are nothing beside the rounding of a matrix whose largest entry is near 1. To ask for more
+// would keep the steps stirring in what rounding left at the end of the spectrum.
+constexpr double kAbsent = kRoundoff / 4;
 
 // The work of one matrix: a, reflectors and vectors [n, stride]; d, e, w, next [stride]; rotations [2, stride].
 struct EighWork {
@@ -45,7 +46,7 @@ inline double make_reflection(const double* row, std::int64_t k, const EighWork&
   const double rest = dot(v, v, first, s.stride);
   e = alpha;
   v[k + 1] = 1;
-  if (rest <= kAbsent * kAbsent) {
+  if (rest <= kRoundoff * kRoundoff * kRoundoff * kRoundoff) {
     for (std::int64_t i = k + 2; i < s.n; ++i) v[i] = 0;
     return 0;
   }

@@ -16,7 +16,7 @@ from loraspan.linalg.svd import SVD
 from loraspan.linalg.svd_by_gram import gram_ranges
 from loraspan.linalg.svd_by_sketch import svd_by_sketch
 from loraspan.linalg.svd_range import Goal, Job, nothing, project
-from loraspan.ops import RowBlocks
+from loraspan.ops import RowBlocks, squares
 
 # Up to so many rows the Gram is taken whatever the counts say: it is exact, and small work costs more in calls.
 _GRAM_ROWS = 256
@@ -230,7 +230,9 @@ class _Solver:
         found: dict[int, SVD] = {}
         by_rows: dict[int, list[int]] = {}
         for i, job in enumerate(jobs):
-            if self._takes_gram(job):
+            if 0 in job.x.shape or job.goal.rank == 0:
+                found[i] = nothing(job, float(squares(job.x, backend=self.backend).sum()))
+            elif self._takes_gram(job):
                 by_rows.setdefault(job.x.shape[0], []).append(i)
             else:
                 found[i] = svd_by_sketch(job, self.oversample, self.power_iterations, self.seed, self.backend)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,35 +38,54 @@ def _attempt(jobs: Sequence[Job], chosen: Sequence[bool], precision: str, backen
     if not places:
         return found
     grams = gram_many([jobs[i].x for i in places], precision=precision, backend=backend)
-    values, vectors = eigh(torch.stack(grams))
-    for i, gram, value, vector in zip(places, grams, values.clamp(min=0), vectors, strict=True):
-        total = float(gram.diagonal().sum())
+    stacked = torch.stack(grams)
+    totals = stacked.diagonal(dim1=1, dim2=2).sum(1).tolist()
+    values, vectors = eigh(stacked)
+    spectra = _spectra([jobs[i] for i in places], values.clamp(min=0))
+    for i, total, vector, spectrum in zip(places, totals, vectors, spectra, strict=True):
         if precision == "f64":
             check_total(jobs[i], total)
-            found[i] = _double_range(jobs[i], value, vector, total)
-        elif suits_float32(jobs[i], total):
-            found[i] = _fast_range(jobs[i], value, vector, total)
+            found[i] = _double_range(jobs[i], vector, spectrum, total)
+        elif suits_float32(jobs[i], total) and spectrum.carries_float32(total, len(vector)):
+            found[i] = Range(vector[:, : spectrum.wanted], "f32", power_of_two(total), total, spectrum.left)
     return found
 
 
-def _wanted(job: Job, values: Tensor) -> int:
-    return min(job.goal.count(values, float(values.sum())), *job.x.shape)
+class _Spectrum(NamedTuple):
+    """What decides: how many are wanted, how many of those exist, the first and the last of them, and what is left."""
+
+    wanted: int
+    present: int
+    first: float
+    last: float
+    left: float
+    left_of_present: float
+
+    def carries_float32(self, total: float, count: int) -> bool:
+        """Say whether the error of a float32 Gram is far below all that matters here."""
+        return self.last >= FAST_FLOOR * self.first and (self.wanted == count or self.left >= FAST_FLOOR * total)
 
 
-def _fast_range(job: Job, values: Tensor, vectors: Tensor, total: float) -> Range | None:
-    wanted = _wanted(job, values)
-    left = float(values[wanted:].sum())
-    if wanted and float(values[wanted - 1]) < FAST_FLOOR * float(values[0]):
-        return None
-    if wanted < len(values) and left < FAST_FLOOR * total:
-        return None
-    return Range(vectors[:, :wanted], "f32", power_of_two(total), total, left)
+def _spectra(jobs: Sequence[Job], values: Tensor) -> list[_Spectrum]:
+    """Read the eigenvalues ``[b, R]``, descending, of all matrices at once."""
+    # from the smallest up, so that a small rest is not a difference of large sums
+    rests = torch.cat([values.flip(1).cumsum(1).flip(1), values.new_zeros(len(values), 1)], 1)
+    most = [min(job.x.shape) for job in jobs]
+    wanted = [min(pair) for pair in zip(jobs[0].goal.counts(values, rests[:, 0]), most, strict=True)]
+    floors = torch.tensor([job.smallest**2 for job in jobs], dtype=torch.float64) * values[:, 0]
+    present = (values > floors.unsqueeze(1)).sum(1).tolist()
+    present = [min(pair) for pair in zip(wanted, present, strict=True)]
+    rows = torch.arange(len(values))
+    last = values[rows, torch.tensor(wanted).clamp(min=1) - 1].tolist()
+    left, left_of_present = (rests[rows, torch.tensor(counts)].tolist() for counts in (wanted, present))
+    return [
+        _Spectrum(*parts)
+        for parts in zip(wanted, present, values[:, 0].tolist(), last, left, left_of_present, strict=True)
+    ]
 
 
-def _double_range(job: Job, values: Tensor, vectors: Tensor, total: float) -> Range:
-    wanted = _wanted(job, values)
+def _double_range(job: Job, vectors: Tensor, spectrum: _Spectrum, total: float) -> Range:
     scale = power_of_two(total)
-    if job.is_double and wanted and float(values[wanted - 1]) < GRADED_FLOOR * float(values[0]):
+    if job.is_double and spectrum.wanted and spectrum.last < GRADED_FLOOR * spectrum.first:
         return Range(vectors, "f64", scale, total, 0.0)
-    present = int((values[:wanted] > job.smallest**2 * values[:1]).sum())
-    return Range(vectors[:, :present], "f64", scale, total, float(values[present:].sum()))
+    return Range(vectors[:, : spectrum.present], "f64", scale, total, spectrum.left_of_present)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from loraspan.linalg.roots import orthonormalize
@@ -11,6 +12,7 @@ from loraspan.linalg.svd import SVD
 from loraspan.linalg.svd_by_gram import FAST_FLOOR
 from loraspan.linalg.svd_range import Job, Range, check_total, nothing, power_of_two, project, suits_float32
 from loraspan.ops import gram, power, reconstruct, sketch, squares
+from loraspan.ops.blocks import wide_columns
 from loraspan.ops.dense import eigh
 
 # What a search for an error starts with, and doubles.
@@ -51,6 +53,11 @@ def _range_of(
     job: Job, width: int, precision: str, total: float, power_iterations: int, seed: int, backend: str | None
 ) -> Tensor:
     """Give orthonormal columns that hold nearly all that ``width`` columns can."""
+    rows, columns = job.x.shape
+    if width >= rows:
+        return torch.eye(rows, dtype=torch.float64)
+    if width >= columns:
+        return _present(orthonormalize(wide_columns(job.x, slice(None), torch.float64) * power_of_two(total)))
     scale = power_of_two(total)
     y = sketch(job.x, width, seed=seed, precision=precision, backend=backend) * scale
     for _ in range(power_iterations):
@@ -59,7 +66,11 @@ def _range_of(
         y = power(job.x, q * scale, precision=precision, backend=backend) * scale
     if power_iterations:
         y = _along_vectors(q, y)
-    w = orthonormalize(y)
+    return _present(orthonormalize(y))
+
+
+def _present(w: Tensor) -> Tensor:
+    """Leave out the zero columns that stand for dependent ones."""
     return w[:, w.abs().amax(0) > 0]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -23,13 +24,15 @@ class Goal:
     rank: int | None
     loss: float = 0.0
 
-    def count(self, energies: Tensor, total: float) -> int:
-        """Say how many of ``energies``, descending, are wanted: all of them if they do not suffice."""
+    def counts(self, energies: Tensor, totals: Tensor) -> list[int]:
+        """Say how many of ``energies [b, l]``, descending, each of ``b`` matrices wants: all if they do not suffice."""
+        count, most = energies.shape
         if self.rank is not None:
-            return min(self.rank, len(energies))
-        left = total - torch.cat([energies.new_zeros(1), energies.cumsum(0)])
-        enough = (left <= self.loss * total).nonzero()
-        return int(enough[0]) if len(enough) else len(energies)
+            return [min(self.rank, most)] * count
+        left = totals.unsqueeze(1) - torch.cat([energies.new_zeros(count, 1), energies.cumsum(1)], 1)
+        short = (left > self.loss * totals.unsqueeze(1)).to(torch.int64).cumprod(1)
+        found: list[int] = short.sum(1).clamp(max=most).tolist()
+        return found
 
 
 @dataclass(frozen=True)
@@ -42,12 +45,12 @@ class Job:
     flipped: bool = False  # X is the transpose of what the caller gave
     places: tuple[Tensor, Tensor] | None = None  # of u [R, k] and v [d, k]
 
-    @property
+    @cached_property
     def is_double(self) -> bool:
         """Whether a block is float64: then so are results and sums."""
         return any(b.dtype == torch.float64 for b in self.x.blocks)
 
-    @property
+    @cached_property
     def smallest(self) -> float:
         """The share of the largest singular value up to which one is rounding and counts as absent."""
         return 4 * math.sqrt(min(self.x.shape)) * 2.0**-53 if self.is_double else 4 * 2.0**-24
@@ -105,19 +108,32 @@ def project(jobs: Sequence[Job], ranges: Sequence[Range], backend: str | None) -
     inner = svd(root.r.mT)
     left = reconstruct(torch.stack([r.w for r in ranges]), inner.u)
     right = reconstruct(root.inverse, inner.v)
-    found, pieces = [], []
-    for i, (job, r) in enumerate(zip(jobs, ranges, strict=True)):
-        s = inner.s[i] / r.scale
-        keep = min(job.goal.count(s.square(), r.total), int((s > job.smallest * s[:1]).sum()))
+    signs = column_signs(left).unsqueeze(-2)
+    left, right = left * signs, (right * signs).to(dtype)
+    s = inner.s / torch.tensor([r.scale for r in ranges], dtype=torch.float64).unsqueeze(1)
+    pieces, found = [], []
+    for i, (job, keep, rest) in enumerate(zip(jobs, *_kept(jobs, ranges, s), strict=True)):
         u, v = places = job.places or _new_places(job, keep)
-        signs = column_signs(left[i, :, :keep])
-        pieces.append(Piece(left[i, :, :keep] * signs, None, u[:, :keep]))
-        pieces.append(Piece(bases[i], (right[i, :, :keep] * signs).to(dtype), v[:, :keep]))
-        kept = s[:keep].square().sum()
-        rest = r.total - kept if r.left is None else r.left + s[keep:].square().sum()
-        found.append(_result(s[:keep], places, rest.clamp(min=0)))
+        pieces.append(Piece(left[i, :, :keep], None, u[:, :keep]))
+        pieces.append(Piece(bases[i], right[i, :, :keep], v[:, :keep]))
+        found.append(_result(s[i, :keep], places, rest))
     reconstruct_many(pieces)
     return [_turned(job, svd_) for job, svd_ in zip(jobs, found, strict=True)]
+
+
+def _kept(jobs: Sequence[Job], ranges: Sequence[Range], s: Tensor) -> tuple[list[int], Tensor]:
+    """Say how many of ``s [b, l]`` each matrix keeps, and the energy that this leaves out."""
+    energies = s.square()
+    totals = torch.tensor([r.total for r in ranges], dtype=torch.float64)
+    smallest = torch.tensor([job.smallest for job in jobs], dtype=torch.float64)
+    present = (s > (smallest * s[:, 0]).unsqueeze(1)).sum(1).tolist()
+    # the goal is one for all jobs of a call
+    keep = [min(pair) for pair in zip(jobs[0].goal.counts(energies, totals), present, strict=True)]
+    kept = torch.arange(s.shape[1]) < torch.tensor(keep).unsqueeze(1)
+    known = torch.tensor([math.nan if r.left is None else r.left for r in ranges], dtype=torch.float64)
+    as_difference = totals - (energies * kept).sum(1)
+    rest = torch.where(known.isnan(), as_difference, known + (energies * ~kept).sum(1))
+    return keep, rest.clamp(min=0)
 
 
 def _orthonormal(blocks: list[Tensor], grams: Tensor, precision: str) -> tuple[list[Tensor], Root]:
@@ -152,11 +168,12 @@ def _new_places(job: Job, keep: int) -> tuple[Tensor, Tensor]:
 def _result(s: Tensor, places: tuple[Tensor, Tensor], discarded: Tensor) -> SVD:
     """Put the parts together; what a place has beyond ``s`` is zero."""
     u, v = places
-    u[:, len(s) :] = 0
-    v[:, len(s) :] = 0
-    padded = torch.zeros(u.shape[1], dtype=u.dtype)
-    padded[: len(s)] = s
-    return SVD(u, padded, v.mT, discarded)
+    keep, places_held = s.shape[0], u.shape[1]
+    if keep < places_held:
+        u[:, keep:] = 0
+        v[:, keep:] = 0
+        s = torch.cat([s, s.new_zeros(places_held - keep)])
+    return SVD(u, s.to(u.dtype), v.mT, discarded)
 
 
 def _turned(job: Job, found: SVD) -> SVD:
