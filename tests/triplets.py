@@ -56,8 +56,8 @@ def judge(found, bs, as_, weights, rank=None):
     truth = np.linalg.svd(product, compute_uv=False)
     truth = np.append(truth, 0.0)
     unit, floor = UNIT_ROUNDOFF[dtype], rounding_floor(bs, as_, weights)
-    # once for ours and once for the error that numpy's own decomposition makes
-    slack = 2 * floor + max(n, d) * UNIT_ROUNDOFF[F64] * truth[0]
+    # an eighth more where numpy has nothing wider than float64, and what its own decomposition rounds
+    slack = 9 / 8 * floor + max(n, d) * UNIT_ROUNDOFF[F64] * truth[0]
     assert (s > 0).all()
     assert (np.diff(s) <= 0).all()
     assert (np.abs(s - truth[:k]) <= unit * truth[:k] + slack).all()

@@ -78,8 +78,8 @@ def factored_svd(
         [1, 0]
 
     Source:
-        Björck, *Numerical Methods in Matrix Computations*, 2015, section 2.2.5 (an SVD by way of two QR
-        factorizations); how the factorizations are taken: :mod:`loraspan.linalg.products`.
+        Truncation by way of two QR factorizations: Grasedyck, Hackbusch, *Construction and arithmetics of H-matrices*,
+        Computing 70, 2003. How the factorizations are taken: :mod:`loraspan.linalg.factors`.
     """
     _check_rank("factored_svd", rank)
     if isinstance(b, Tensor) and isinstance(a, Tensor):
@@ -144,7 +144,7 @@ def merged_svd(
         0
 
     Source:
-        As for :func:`factored_svd`. The dense way: ``add_weighted_adapter(combination_type="svd")`` of PEFT.
+        As for :func:`factored_svd`, where sums of low-rank matrices are rounded so. The dense way: ``add_weighted_adapter(combination_type="svd")`` of PEFT.
     """
     _check_rank("merged_svd", rank)
     bs, as_ = _lists("merged_svd", b, a)
