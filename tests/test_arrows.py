@@ -38,6 +38,8 @@ MAY_IMPORT = {
 }
 # the rest of the dependencies is small, or torch
 HEAVY = {"sklearn", "matplotlib", "peft", "transformers", "huggingface_hub", "triton", "scipy", "pandas", "mlx", "vllm"}
+# an estimator has to subclass scikit-learn's, and nobody imports this file who does not want that
+ADAPTERS = {PACKAGE / "compat" / "sklearn.py": {"sklearn"}}
 
 FILES = sorted([*PACKAGE.rglob("*.py"), *TRITON.rglob("*.py")])
 
@@ -126,7 +128,8 @@ def test_imports_point_one_way(path):
     "path", [p for p in FILES if not p.is_relative_to(TRITON)], ids=lambda p: str(p.relative_to(ROOT))
 )
 def test_heavy_libraries_are_imported_where_they_are_used(path):
-    assert not heavy_at_the_top(path.read_text())
+    own = ADAPTERS.get(path, set())
+    assert not [found for found in heavy_at_the_top(path.read_text()) if found.split(": ")[1].split(".")[0] not in own]
 
 
 def test_the_files_are_found():

@@ -142,6 +142,16 @@ def test_small_singular_values_are_resolved_below_the_floor_of_a_gram():
     assert np.abs(to_numpy(svd.s) / s - 1)[:10].max() <= 1e-4
 
 
+def test_what_is_cut_below_the_floor_of_a_gram_is_counted():
+    """The energy of the tail is 1e-12 of the first, of which a Gram would say less than three digits."""
+    rng = np.random.default_rng(13)
+    x = rng.standard_normal((600, 40)) * np.where(np.arange(40) < 4, 1.0, 1e-6)
+    svd = follow(x, 4, buffer=2)
+    outside = streams.energy_outside(x, to_numpy(svd.basis))
+    assert outside <= svd.discarded * (1 + 1e-6)
+    assert svd.discarded <= 1.1 * outside
+
+
 def test_signs_are_fixed():
     svd = follow(torch.from_numpy(np.random.default_rng(7).standard_normal((300, 40))), 6)
     assert (svd.basis.gather(0, svd.basis.abs().argmax(0, keepdim=True)) > 0).all()
