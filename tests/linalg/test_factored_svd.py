@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import loraspan.linalg.factors
-from loraspan.errors import ArgumentError, BackendError, NotFiniteError, ShapeError
+from loraspan.errors import NotFiniteError
 from loraspan.linalg import SVD, factored_svd
 from matrices import LAYOUTS, normal, stored
 from oracles import BF16, DTYPES, F16, F32, F64, UNIT_ROUNDOFF, to_numpy
@@ -231,7 +231,11 @@ def test_what_the_dtype_cannot_hold():
 def test_a_second_pass_only_where_it_is_needed(monkeypatch):
     formed = []
     honest = loraspan.linalg.factors.form
-    spy = lambda rows, *rest: formed.append(len(rows)) or honest(rows, *rest)  # noqa: E731
+
+    def spy(rows, *rest):
+        formed.append(len(rows))
+        return honest(rows, *rest)
+
     monkeypatch.setattr(loraspan.linalg.factors, "form", spy)
     b, a = normal(1, 5, 60, 4, dtype=F32), normal(2, 5, 4, 50, dtype=F32)
     factored_svd(b, a)
@@ -246,57 +250,3 @@ def test_a_second_pass_only_where_it_is_needed(monkeypatch):
 def test_is_not_tracked_by_autograd():
     b, a = (x.requires_grad_() for x in factors(1, 6, 2, 5, F32))
     assert not any(x.requires_grad for x in factored_svd(b, a))
-
-
-@pytest.mark.parametrize(
-    ("b", "a", "options", "error", "message"),
-    [
-        (
-            torch.ones(3, 2),
-            torch.ones(3, 4),
-            {},
-            ShapeError,
-            r"b \[..., n, r\] and a .* one r .*got \[3, 2\] and \[3, 4",
-        ),
-        (torch.ones(2, 3, 2), torch.ones(3, 2, 4), {}, ShapeError, "the same batch dimensions"),
-        (torch.ones(3), torch.ones(3), {}, ShapeError, r"b \[..., n, r\]"),
-        (torch.ones(3, 2, dtype=torch.complex64), torch.ones(2, 4), {}, ShapeError, "b is a dense tensor.*complex64"),
-        (torch.ones(3, 2), torch.ones(2, 4, dtype=torch.int32), {}, ShapeError, "a is a dense tensor.*int32"),
-        (torch.ones(3, 2).to_sparse(), torch.ones(2, 4), {}, ShapeError, "b is a dense tensor.*sparse"),
-        (torch.ones(3, 2), torch.ones(2, 4), {"rank": -1}, ArgumentError, "rank is a whole number of at least 0.*got -1"),
-        (
-            torch.ones(3, 2),
-            torch.ones(2, 4),
-            {"scale": float("nan")},
-            ArgumentError,
-            "scale is a finite number; got nan",
-        ),
-        (torch.ones(3, 2), torch.ones(2, 4), {"scale": [1.0]}, ArgumentError, "scale is a finite number"),
-        (torch.ones(3, 2), torch.ones(2, 4), {"backend": "fpga"}, BackendError, "no backend 'fpga'"),
-        (torch.ones(3, 2), [torch.ones(2, 4)], {}, ArgumentError, "b and a are lists of tensors; b is Tensor"),
-        ([torch.ones(3, 2)], [], {}, ArgumentError, "as many matrices; got 1 and 0"),
-        ([torch.ones(1, 3, 2)], [torch.ones(1, 2, 4)], {}, ShapeError, r"lists hold matrices; b\[0\] is \[1, 3, 2\]"),
-        ([torch.ones(3, 2)], [np.ones((2, 4))], {}, ArgumentError, r"a\[0\] is a tensor; got ndarray"),
-        (
-            [torch.ones(3, 2)],
-            [torch.ones(2, 4)],
-            {"scale": [1.0, 2.0]},
-            ArgumentError,
-            "scale is one number .* 1 pairs",
-        ),
-    ],
-)
-def test_what_does_not_fit_is_refused(b, a, options, error, message):
-    with pytest.raises(error, match=f"factored_svd: .*{message}" if "backend" not in options else message):
-        factored_svd(b, a, **options)
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("size", [(6, 2, 5), (2, 6, 5)], ids=str)
-def test_what_is_not_finite_is_named(bad, size, backend):
-    b, a = (x.expand(3, -1, -1).clone() for x in factors(0, *size, F16))
-    a[1, 0, 2] = bad
-    with pytest.raises(NotFiniteError, match=r"factored_svd: a holds a NaN or an infinity at \[1, 0, 2\]"):
-        factored_svd(b, a, backend=backend)
-    with pytest.raises(NotFiniteError, match=r"a\[1\] holds a NaN or an infinity at \[0, 2\]"):
-        factored_svd(list(b), list(a), backend=backend)
