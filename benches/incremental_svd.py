@@ -195,9 +195,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--block", type=int, default=64)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument(
-        "--errors-up-to", type=int, default=2048, metavar="ROWS", help="check errors up to so many rows"
-    )
+    parser.add_argument("--check-up-to", type=int, default=2048, metavar="ROWS", help="more rows go without errors")
     cache = Path.home() / ".cache" / "loraspan-bench" / "incremental"
     parser.add_argument("--cache", type=Path, default=cache, help=f"where the peer is installed ({cache})")
     parser.add_argument("--json", metavar="FILE", help="write JSON lines here too")

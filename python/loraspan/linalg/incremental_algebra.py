@@ -8,8 +8,7 @@ one order.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +20,6 @@ from loraspan.ops.dense import eigh, svd
 from loraspan.ops.gram import gram as products
 
 Vector = NDArray[np.float64]
-Pair = TypeVar("Pair", bound=tuple[Tensor, Tensor])
 
 
 class Mixing(NamedTuple):
@@ -148,7 +146,9 @@ def keep_largest(gram: Tensor, mixing: Mixing, count: int, *, floor: float, reso
         along = (g * share).sum(axis=1)
         crossed = np.multiply.outer(spread, scale * along)
         mixed += crossed + crossed.T + (along * share).sum() * np.multiply.outer(spread, spread)
-    values, vectors = or_lapack(eigh, torch.from_numpy(mixed))
+    values, vectors = eigh(torch.from_numpy(mixed))
+    # of what is finite; without it, nothing would be kept and nobody told
+    assert values.isfinite().all()
     energies = values.clamp(min=0)
     if energies[min(count, len(energies)) - 1] < resolved * energies[0]:
         count = len(energies)
@@ -185,21 +185,6 @@ def graded_values(rows: Tensor) -> Values:
         Demmel and Veselić, *Jacobi's method is more accurate than QR*, 1992: one-sided rotations keep the relative
         accuracy of scaled columns.
     """
-    root = or_lapack(gram_root, products(rows, precision="f64"))
-    _, s, v = svd(root.r)
+    _, s, v = svd(gram_root(products(rows, precision="f64")).r)
+    assert s.isfinite().all()
     return Values(s, v)
-
-
-def or_lapack(decompose: Callable[..., Pair], matrix: Tensor) -> Pair:
-    """Decompose; by LAPACK where the compiled steps do not converge, which a large null space can bring about.
-
-    Args:
-        decompose: an operator with ``backend=`` that gives NaN where it fails.
-        matrix: what it takes.
-
-    Example:
-        >>> or_lapack(eigh, torch.eye(1, dtype=torch.float64)).values
-        tensor([1.], dtype=torch.float64)
-    """
-    result = decompose(matrix)
-    return result if bool(result[0].isfinite().all()) else decompose(matrix, backend="reference")

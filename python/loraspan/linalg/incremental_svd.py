@@ -66,10 +66,10 @@ class IncrementalSVD:
     Example:
         >>> import torch
         >>> svd = IncrementalSVD(rank=1)
-        >>> svd.update(torch.tensor([[3.0, 0.0, 4.0]]))
-        >>> svd.update(torch.tensor([[3.0, 0.0, 4.0], [0.0, 1.0, 0.0]]))
+        >>> svd.update(torch.tensor([[3.0, 4.0]]))
+        >>> svd.update(torch.tensor([[3.0, 4.0], [0.8, -0.6]]))
         >>> svd.basis.T, svd.s, round(svd.discarded, 6)
-        (tensor([[0.6000, 0.0000, 0.8000]]), tensor([7.0711], dtype=torch.float64), 1.0)
+        (tensor([[0.6000, 0.8000]]), tensor([7.0711], dtype=torch.float64), 1.0)
 
     Source:
         Merging and truncating: Brand, *Fast low-rank modifications of the thin singular value decomposition*, 2006;

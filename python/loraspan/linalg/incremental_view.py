@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loraspan.linalg.incremental_algebra import graded_values, or_lapack
+from loraspan.linalg.incremental_algebra import graded_values
 from loraspan.ops.dense import eigh
 from loraspan.ops.gram import gram, gram_many
 from loraspan.ops.reconstruct import Piece, reconstruct_many
@@ -105,5 +105,5 @@ def change_of_basis(components: Tensor, old: Tensor) -> Rotation:
     inside = torch.empty(count, old.shape[0], dtype=torch.float64, device=old.device)
     reconstruct_many([Piece(components.T, matrix.to(old.device), inside.T)])
     rest = old.T.to(torch.float64) - inside
-    largest = float(or_lapack(eigh, gram(rest, precision="f64")).values[0])
+    largest = float(eigh(gram(rest, precision="f64")).values[0])
     return Rotation(matrix.clone(), math.sqrt(max(0.0, largest)))
