@@ -83,8 +83,8 @@ def reconstruct(
     flat = basis.reshape(count, m, k), loadings.reshape(count, *loadings.shape[-2:]), out.view(count, m, n)
     whole = Piece(*flat, scale)
     # one member stands for all, and an empty batch is checked all the same
-    some = (t[0] if count else t.new_empty(t.shape[1:]) for t in flat)
-    _check([Piece(*some)])
+    first, weights, target = (t[0] if count else t.new_empty(t.shape[1:]) for t in flat)
+    _check([Piece(first, weights, target)])
     choose("reconstruct", BACKENDS, backend, [whole]).run([whole])
     return out
 
