@@ -54,7 +54,11 @@ inline bool orthogonalize_columns(const SvdWork& s) {
   return false;
 }
 
-// Turns the columns by the eigenvectors of their Gram: they come out orthogonal but for its rounding.
+// Cosines below this leave few rotations to be made, and small ones.
+constexpr double kNearlyOrthogonal = 1e-2;
+
+// Turns the columns, unless they are nearly orthogonal, by the eigenvectors of their Gram: then they are but for its
+// rounding.
 inline bool turn_columns(const SvdWork& s) {
   const EighWork e = eigh_work(s.n, scratch<double>(Use::basis, eigh_work_size(s.n)));
   double* turned = scratch<double>(Use::tile, s.n * s.stride);
@@ -63,6 +67,13 @@ inline bool turn_columns(const SvdWork& s) {
     for (std::int64_t j = 0; j <= i; ++j)
       e.a[i * e.stride + j] = e.a[j * e.stride + i] =
           dot(s.columns + i * s.stride, s.columns + j * s.stride, 0, s.stride);
+  bool turn = false;
+  for (std::int64_t i = 0; i < s.n; ++i)
+    for (std::int64_t j = 0; j < i; ++j) {
+      const double g = e.a[i * e.stride + j];
+      turn |= g * g > kNearlyOrthogonal * kNearlyOrthogonal * e.a[i * e.stride + i] * e.a[j * e.stride + j];
+    }
+  if (!turn) return true;
   if (!eigh_rows(e)) return false;
   fill(turned, s.n * s.stride, 0);
   for (std::int64_t j = 0; j < s.n; ++j) {

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from sklearn.utils.extmath import randomized_svd as scikit_learns
 from spectra import SPECTRA, assert_decomposes, expected_range_error, with_values
 
@@ -19,6 +20,7 @@ from loraspan.ops import RowBlocks
 from matrices import normal, stored
 from oracles import BF16, F16, F32, F64, UNIT_ROUNDOFF, to_numpy
 
+ADAPTERS = Path(__file__).parents[2] / "examples" / "adapters"
 # sizes whose shorter side goes through its Gram, and sizes that are sketched
 BY_GRAM = [(200, 120), (60, 900)]
 BY_SKETCH = [(600, 700), (1100, 520)]
@@ -371,3 +373,24 @@ def test_what_is_not_finite_is_named(m, n, value):
 def test_gradients_are_not_followed():
     x = torch.ones(3, 4, requires_grad=True)
     assert not any(t.requires_grad for t in randomized_svd(x, 2))
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("family", ["own-seed", "shared-seed"])
+@pytest.mark.parametrize("rank", [4, 16, 60, 200])
+def test_stacks_of_trained_adapters(family, rank, dtype):
+    """All factors of a layer under each other, as a compression sees them; ranks to past the numerical one."""
+    stacks = {}
+    for path in sorted(ADAPTERS.glob(f"*{family}*/adapter_model.safetensors")):
+        for name, tensor in load_file(path).items():
+            if ".lora_A." in name:
+                stacks.setdefault(name, []).append(tensor.to(dtype))
+    assert len(stacks) >= 2
+    found = randomized_svd([RowBlocks(blocks) for blocks in stacks.values()], rank)
+    for blocks, one in zip(stacks.values(), found, strict=True):
+        x = torch.cat(blocks)
+        left, s, right, true = assert_decomposes(x, one, rank, 0.0, dtype)
+        assert np.abs(s - true[: len(s)]).max() <= {F32: 1e-6, F64: 1e-12}[dtype] * true[0]
+        a, b, c = scikit_learns(x.numpy(), min(rank, *x.shape), random_state=0)
+        ours = np.linalg.norm(to_numpy(x) - (left * s) @ right)
+        assert ours <= 1.02 * np.linalg.norm(to_numpy(x) - (a * b) @ c) + 1e-6 * np.linalg.norm(true)

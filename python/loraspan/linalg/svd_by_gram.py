@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from loraspan.linalg.roots import orthonormalize
 from loraspan.linalg.svd_range import Job, Range, check_total, power_of_two, suits_float32
 from loraspan.ops import gram_many
 from loraspan.ops.dense import eigh
@@ -86,6 +87,10 @@ def _spectra(jobs: Sequence[Job], values: Tensor) -> list[_Spectrum]:
 
 def _double_range(job: Job, vectors: Tensor, spectrum: _Spectrum, total: float) -> Range:
     scale = power_of_two(total)
+    left = spectrum.left_of_present
     if job.is_double and spectrum.wanted and spectrum.last < GRADED_FLOOR * spectrum.first:
-        return Range(vectors, "f64", scale, total, 0.0)
-    return Range(vectors[:, : spectrum.present], "f64", scale, total, spectrum.left_of_present)
+        left = 0.0
+    else:
+        vectors = vectors[:, : spectrum.present]
+    # eigenvectors are orthonormal to some tens of units, which would all show in the singular values
+    return Range(orthonormalize(vectors), "f64", scale, total, left)
