@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from loraspan.ops.blocks import RowBlocks
 from loraspan.ops.combine import combine_many
-from loraspan.ops.dense import gram_root
+from loraspan.ops.dense import Root, eigh, gram_root
 from loraspan.ops.gram import gram, gram_many
 from loraspan.ops.reconstruct import Piece, reconstruct, reconstruct_many
 
@@ -21,8 +22,6 @@ UNIT = 2.0**-53
 # The second pass restores what the first one lost. Rows that depend on each other up to rounding come out of it as
 # noise; the third makes that orthogonal to the others, of which it then says nothing.
 _PASSES = 3
-# As a share of the diagonal and times R^2: lifts every direction of a scaled Gram above the rank floor of gram_root.
-_SHIFT = 4e-15
 
 
 class Part(NamedTuple):
@@ -91,24 +90,27 @@ def orthonormal_factors(rows: Rows, gram_: Tensor, limit: float, backend: str | 
     Householder QR, whatever the condition.
 
     Source:
-        Yamamoto, Nakatsukasa, Yanagisawa, Fukaya, *Roundoff error analysis of the CholeskyQR2 algorithm*, 2015. The
-        shift: Fukaya, Kannan, Nakatsukasa, Yamamoto, Yanagisawa, *Shifted Cholesky QR*, 2020.
+        Yamamoto, Nakatsukasa, Yanagisawa, Fukaya, *Roundoff error analysis of the CholeskyQR2 algorithm*, 2015. By
+        eigenvectors: Stathopoulos, Wu, *A block orthogonalization procedure with constant synchronization
+        requirements*, 2002 (SVQB), which sets small eigenvalues to their rounding too.
     """
     norms = gram_.diagonal(dim1=-2, dim2=-1).sqrt()
-    which = list(range(gram_.shape[0]))
-    r, inverse, spread = _root(gram_, backend)
-    found, parts = r, []
+    found, parts = torch.empty_like(gram_), []
+    which, before = list(range(gram_.shape[0])), None
     for turn in range(_PASSES):
+        r, inverse, spread = _root(gram_, backend)
         hard = [j for j, wide in enumerate(spread) if wide > limit and turn < _PASSES - 1]
         easy = [j for j in range(len(which)) if j not in set(hard)]
         if easy:
-            parts.append(Part([which[j] for j in easy], _pick(rows, easy), inverse[easy]))
+            members = [which[j] for j in easy]
+            parts.append(Part(members, _pick(rows, easy), inverse[easy]))
+            found[members] = r[easy] if before is None else reconstruct(r[easy], before[easy], backend=backend)
         if not hard:
             break
-        which = [which[j] for j in hard]
-        rows = form(_pick(rows, hard), inverse[hard], torch.float64, backend)
-        r, inverse, spread = _root(grams(rows, backend), backend)
-        found[which] = reconstruct(r, found[which], backend=backend)
+        r, inverse = _graded_root(gram_[hard], backend)
+        before = r if before is None else reconstruct(r, before[hard], backend=backend)
+        which, rows = [which[j] for j in hard], form(_pick(rows, hard), inverse, torch.float64, backend)
+        gram_ = grams(rows, backend)
     return Factors(found, norms, parts)
 
 
@@ -120,12 +122,26 @@ def _pick(rows: Rows, members: Sequence[int]) -> Rows:
 
 
 def _root(gram_: Tensor, backend: str | None) -> tuple[Tensor, Tensor, list[float]]:
-    """Give roots and inverses of Grams ``[N, R, R]``, and the largest squared entry of each inverse, once scaled."""
+    """Give roots and inverses of Grams ``[N, R, R]``, and the largest squared entry of each inverse, once scaled.
+
+    That is infinite where a direction was taken for absent.
+    """
     r, inverse = gram_root(gram_, backend=backend)
     diagonal = gram_.diagonal(dim1=-2, dim2=-1)
-    # r @ inverse projects on what was found: where that is not every row that is not zero, a direction was lost
+    # r @ inverse projects on what was found
     lost = (r * inverse.mT).sum((-2, -1)).round() < (diagonal > 0).sum(-1)
-    if bool(lost.any()):
-        shifted = gram_[lost] + torch.diag_embed(_SHIFT * gram_.shape[-1] ** 2 * diagonal[lost])
-        r[lost], inverse[lost] = gram_root(shifted, backend=backend)
-    return r, inverse, (inverse.square() * diagonal.unsqueeze(-1)).amax((-2, -1)).tolist()
+    spread = (inverse.square() * diagonal.unsqueeze(-1)).amax((-2, -1))
+    return r, inverse, spread.masked_fill(lost, math.inf).tolist()
+
+
+def _graded_root(gram_: Tensor, backend: str | None) -> Root:
+    """Give roots by eigenvectors that keep every direction, those below the rounding of the Gram as if they were at it.
+
+    Multiplying rows by such an inverse, and that by the root, loses no digits, which holds for no triangular root: its
+    inverse mixes large entries that cancel.
+    """
+    scale = gram_.diagonal(dim1=-2, dim2=-1).sqrt().unsqueeze(-1)
+    safe = torch.where(scale > 0, scale, 1)
+    values, vectors = eigh(gram_ / safe / safe.mT, backend=backend)
+    root = values.maximum(gram_.shape[-1] * 2 * UNIT * values[:, :1]).sqrt().unsqueeze(-2)
+    return Root(root.mT * vectors.mT * scale.mT, vectors / root / safe)
