@@ -1,5 +1,7 @@
 """Small dense matrices: eigenvectors, singular vectors and roots, judged by what is determined and against LAPACK."""
 
+import ctypes
+
 import numpy as np
 import pytest
 import torch
@@ -133,6 +135,14 @@ def test_root_of_a_deficient_gram(backend, n):
     assert (q @ (q.mT @ b) - b).abs().max() <= 1e6 * n * U
 
 
+def test_a_wide_matrix_is_its_transpose(backend):
+    a = normal(11, 2, 5, 9)
+    u, s, v = dense.svd(a, backend=backend)
+    assert [tuple(t.shape) for t in (u, s, v)] == [(2, 5, 5), (2, 5), (2, 9, 5)]
+    for ours, theirs in zip((v, s, u), dense.svd(a.mT, backend=backend), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 @given(n=st.integers(1, 40), count=st.integers(1, 5), threads=st.integers(1, 4), seed=st.integers(0, 2**32 - 1))
 def test_a_batch_is_its_members(on_threads, n, count, threads, seed):
     a = normal(seed, count, n, n)
@@ -169,7 +179,29 @@ def test_sizes_of_nothing_and_strides(backend, call):
 def test_refusals():
     with pytest.raises(ShapeError, match=r"eigh: a is \[..., n, n\] of float64; got \[2, 3\] of torch.float64"):
         dense.eigh(torch.zeros(2, 3, dtype=F64))
-    with pytest.raises(ShapeError, match=r"svd: a is \[..., m, n\] of float64 with m >= n; got \[2, 3\]"):
-        dense.svd(torch.zeros(2, 3, dtype=F64))
+    with pytest.raises(ShapeError, match=r"svd: a is \[..., m, n\] of float64; got \[3\]"):
+        dense.svd(torch.zeros(3, dtype=F64))
     with pytest.raises(ShapeError, match=r"gram_root: gram is .* of torch.float32"):
         dense.gram_root(torch.zeros(2, 2, dtype=F32))
+
+
+@pytest.mark.parametrize(("call", "kernel"), [(dense.eigh, "eigh"), (dense.svd, "svd")])
+@pytest.mark.parametrize("batch", [(), (3,), (2, 2)])
+def test_an_iteration_that_does_not_end_goes_to_lapack(monkeypatch, call, kernel, batch):
+    a = normal(12, *batch, 6, 6)
+    a = a @ a.mT
+    honest = getattr(dense._core, kernel)
+
+    # where the second result begins, and how many numbers of it a member has
+    place, width = {"eigh": (2, 36), "svd": (3, 6)}[kernel]
+
+    def fails_on_the_last(address, count, *rest):
+        honest(address, count, *rest)
+        numbers = (ctypes.c_double * (width * count)).from_address(rest[place])
+        numbers[-width:] = [float("nan")] * width
+
+    expected = call(a)
+    monkeypatch.setattr(dense._core, kernel, fails_on_the_last)
+
+    for got, want in zip(call(a), expected, strict=True):
+        assert torch.allclose(got.abs(), want.abs(), atol=1e-10)

@@ -11,6 +11,7 @@ from loraspan.collection.assemble import Part
 from loraspan.collection.stack import Stack
 from loraspan.linalg.roots import gram_root
 from loraspan.ops import combine
+from loraspan.ops.dense import eigh
 
 # How far from orthonormal a stored basis may be, beyond what its dtype's rounding does: it is mended above this.
 _ORTHOGONALITY = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -108,8 +109,7 @@ def _canonical(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     root = gram_root(b.mT @ b)
     inner = root.r @ (a.mT @ a) @ root.r.mT
-    values, vectors = torch.linalg.eigh((inner + inner.mT) / 2)
-    values, vectors = values.flip(-1), vectors.flip(-1)
+    values, vectors = eigh((inner + inner.mT) / 2)
     present = (values > _RANK_FLOOR**2 * values[:, :1]) & (values > 0)
     return b @ (root.inverse @ vectors), a @ (root.r.mT @ vectors), present
 

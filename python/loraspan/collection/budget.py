@@ -13,6 +13,7 @@ from loraspan.collection.factors import Canonical
 from loraspan.collection.layout import basis_bytes, columns_bytes
 from loraspan.collection.private import columns_within
 from loraspan.linalg.roots import gram_root
+from loraspan.ops.dense import eigh
 
 # Share of the squared budget set aside for what rounding the stored numbers adds.
 _SLACK = 0.1
@@ -192,5 +193,4 @@ def product_spectrum(left: Tensor, right: Tensor) -> Tensor:
     """Give the singular values of ``F_left F_right^T`` from the Grams of its factors, ``[T, q]``, descending."""
     root = gram_root(left).r
     inner = root @ right @ root.mT
-    values: Tensor = torch.linalg.eigvalsh((inner + inner.mT) / 2)
-    return values.flip(-1).clamp(min=0).sqrt()
+    return eigh((inner + inner.mT) / 2).values.clamp(min=0).sqrt()

@@ -14,6 +14,7 @@ from loraspan.collection.stack import Stack, pad_square
 from loraspan.errors import MismatchError, NotFiniteError
 from loraspan.linalg.roots import gram_root
 from loraspan.ops import gram_many
+from loraspan.ops.dense import svd
 
 # Singular values of dW below this share of the largest are rounding of the Grams.
 _RANK_FLOOR = 1e-8
@@ -73,10 +74,10 @@ class SlotFactors:
     def canonical(self) -> Canonical:
         """Give the balanced singular value decomposition of every ``dW_i``, in coordinates of its factors."""
         up, down = gram_root(self.gram_up), gram_root(self.gram_down)
-        u, s, vh = torch.linalg.svd(self.scales[:, None, None] * up.r @ down.r.mT)
+        u, s, v = svd(self.scales[:, None, None] * up.r @ down.r.mT)
         present = s > _RANK_FLOOR * s[:, :1]
         root = torch.where(present, s, 0.0).sqrt().unsqueeze(-2)
-        return Canonical(up.inverse @ u * root, down.inverse @ vh.mT * root, torch.where(present, s, 0.0))
+        return Canonical(up.inverse @ u * root, down.inverse @ v * root, torch.where(present, s, 0.0))
 
 
 def read_factors(adapters: Sequence[Adapter]) -> list[SlotFactors]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from loraspan.collection.assemble import Part
 from loraspan.linalg.roots import gram_root
 from loraspan.ops import combine_many
+from loraspan.ops.dense import svd
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,8 @@ class Residual:
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
         """Give left coordinates ``[T, ., q]``, singular values ``[T, q]``, right coordinates; unit vectors in space."""
         left, right = gram_root(self.left.gram), gram_root(self.right.gram)
-        u, s, vh = torch.linalg.svd(left.r @ self.z @ right.r.mT, full_matrices=False)
-        return left.inverse @ u, s, right.inverse @ vh.mT
+        u, s, v = svd(left.r @ self.z @ right.r.mT)
+        return left.inverse @ u, s, right.inverse @ v
 
 
 def columns_within(s: Tensor, allowed: Tensor) -> Tensor:

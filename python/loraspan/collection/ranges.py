@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from loraspan.collection.stack import Stack
 from loraspan.linalg.eig import top_eigenpairs
 from loraspan.linalg.roots import orthonormalize
 from loraspan.ops import gram, power, sketch
+from loraspan.ops.dense import eigh
 
 # Energies below this share of the largest are rounding: a Gram squares the condition number (float32 sums flushed to
 # float64 resolve 3e-4 sigma_1, float64 sums 1e-8 sigma_1).
@@ -73,6 +73,5 @@ def _by_sketch(stack: Stack, width: int, precision: str, seed: int) -> tuple[Ten
         image = power(stack.x, stack.weigh_transposed(q), precision=precision)
         block = stack.weigh(image)
     inner = q.T @ block
-    values, vectors = torch.linalg.eigh((inner + inner.T) / 2)
-    values, vectors = values.flip(0), vectors.flip(1)
+    values, vectors = eigh((inner + inner.T) / 2)
     return values, q @ vectors, image @ vectors

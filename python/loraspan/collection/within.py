@@ -25,6 +25,7 @@ from loraspan.collection.private import (
 from loraspan.collection.ranges import Range, find_range
 from loraspan.collection.stack import Stack
 from loraspan.linalg.roots import gram_root
+from loraspan.ops.dense import svd
 
 _FIRST_WIDTH = 64
 # Above this budget float32 ranges lose nothing that counts; the stored columns are measured in float64 all the same.
@@ -171,13 +172,13 @@ class _SlotFitter:
         root = gram_root(basis.gram)
         bare = far.bare_frame()
         far_root = gram_root(bare.gram)
-        u, s, vh = torch.linalg.svd(far_root.r @ (seen @ root.inverse), full_matrices=False)
+        u, s, v = svd(far_root.r @ (seen @ root.inverse))
         inside = seen @ root.inverse @ root.inverse.T @ seen.mT
         rest = product_spectrum(bare.gram, near.bare_frame().gram - inside)
         price = [column_bytes(form, self._slot.shape, basis.v.shape[1], self._dtype) for form in (plan.form, "pp")]
         counts, _ = one_sided_counts(s, rest, self._allowed, *price)
         ends, ends_seen, ends_gram = stored_ends(bare, far_root.inverse @ u, counts, self._dtype)
-        loadings = unit(root.inverse @ vh.mT).to(self._dtype)  # [T, k, q]
+        loadings = unit(root.inverse @ v).to(self._dtype)  # [T, k, q]
         kept = torch.arange(s.shape[1]) < counts[:, None]
         y = loadings.double() * kept.unsqueeze(-2)
         weights = best_weights(ends_gram * (y.mT @ basis.gram @ y), (ends_seen * (seen @ y)).sum(-2), kept)

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from loraspan.linalg.roots import orthonormalize
+from loraspan.ops import reconstruct
+from loraspan.ops.dense import eigh
 from loraspan.ops.sketch import signs
 
 # Below this size, or where more than an eighth is wanted, LAPACK's full decomposition is faster.
@@ -41,8 +43,8 @@ def top_eigenpairs(gram: Tensor, count: int, *, tolerance: float = 1e-12) -> tup
     n = gram.shape[0]
     count = min(count, n)
     if n <= _FULL_SIZE or count * _FULL_SHARE > n:
-        values, vectors = torch.linalg.eigh(gram)
-        values, vectors = values.flip(0)[:count], vectors.flip(1)[:, :count]
+        values, vectors = eigh(gram)
+        values, vectors = values[:count], vectors[:, :count]
     else:
         values, vectors = _block_iteration(gram, count, tolerance)
     return values.clamp(min=0), _fix_signs(vectors)
@@ -53,15 +55,14 @@ def _block_iteration(gram: Tensor, count: int, tolerance: float) -> tuple[Tensor
     before = torch.zeros(count, dtype=gram.dtype)
     for _ in range(_MAX_STEPS):
         # two products between orthonormalizations: float64 stands the squared spread of the spectrum
-        q = orthonormalize(gram @ (gram @ block))
-        image = gram @ q
-        values, inner = torch.linalg.eigh(q.T @ image)
-        values, inner = values.flip(0), inner.flip(1)
-        block = image @ inner
+        q = orthonormalize(reconstruct(gram, reconstruct(gram, block)))
+        image = reconstruct(gram, q)
+        values, inner = eigh(reconstruct(q.T, image))
+        block = reconstruct(image, inner)
         if (values[:count] - before).abs().max() <= tolerance * values[0].abs():
             break
         before = values[:count]
-    return values[:count], (q @ inner)[:, :count]
+    return values[:count], reconstruct(q, inner[:, :count])
 
 
 def _fix_signs(vectors: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ it has alone, for any number of threads. Larger ones go to LAPACK, whose threads
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ class Eigen(NamedTuple):
 
 
 class Svd(NamedTuple):
-    """What :func:`svd` gives: ``u [..., m, n]``, ``s [..., n]``, descending, and ``v [..., n, n]``."""
+    """What :func:`svd` gives: ``u [..., m, q]``, ``s [..., q]``, descending, and ``v [..., n, q]``."""
 
     u: Tensor
     s: Tensor
@@ -38,6 +39,8 @@ class Root(NamedTuple):
     r: Tensor
     inverse: Tensor
 
+
+T = TypeVar("T", Eigen, Svd)
 
 # Past so many columns the blocked methods of LAPACK are faster than one thread a matrix.
 _LARGEST = 512
@@ -75,18 +78,19 @@ def eigh(a: Tensor, *, backend: str | None = None) -> Eigen:
 
 
 def svd(a: Tensor, *, backend: str | None = None) -> Svd:
-    r"""Give ``a = u diag(s) v^T``, the thin singular value decomposition of matrices no wider than tall.
+    r"""Give ``a = u diag(s) v^T``, the thin singular value decomposition.
 
     Args:
-        a: ``[..., m, n]``, float64, ``m >= n``.
+        a: ``[..., m, n]``, float64.
         backend: ``"cpu"`` (or one instruction set, such as ``"cpu:avx2"``) or ``"reference"``.
 
     Returns:
-        ``u [..., m, n]``, ``s [..., n]``, descending, and ``v [..., n, n]``; columns of ``u`` where ``s`` is 0 are
-        zero or unit vectors. A member has the bits that it has alone, for any number of threads.
+        ``u [..., m, q]``, ``s [..., q]``, descending, and ``v [..., n, q]``, ``q = min(m, n)``. Where ``s`` is 0, the
+        vector on the longer side is zero or a unit vector. A member has the bits that it has alone, for any number of
+        threads.
 
     Raises:
-        ShapeError: if ``a`` is not float64 or has fewer rows than columns.
+        ShapeError: if ``a`` is not a float64 matrix.
         BackendError: if the named backend cannot run this call.
 
     Example:
@@ -95,8 +99,11 @@ def svd(a: Tensor, *, backend: str | None = None) -> Svd:
         >>> s
         tensor([3., 2.], dtype=torch.float64)
     """
-    if a.ndim < 2 or a.shape[-2] < a.shape[-1] or a.dtype != torch.float64:
-        raise ShapeError(f"svd: a is [..., m, n] of float64 with m >= n; got {list(a.shape)} of {a.dtype}")
+    if a.ndim < 2 or a.dtype != torch.float64:
+        raise ShapeError(f"svd: a is [..., m, n] of float64; got {list(a.shape)} of {a.dtype}")
+    if a.shape[-2] < a.shape[-1]:
+        v, s, u = svd(a.mT, backend=backend)
+        return Svd(u, s, v)
     return choose("svd", SVD_BACKENDS, backend, a).run(a)
 
 
@@ -133,7 +140,7 @@ def _eigh(a: Tensor, *, isa: str) -> Eigen:
     a = a.detach().contiguous()
     values, vectors = a.new_empty(a.shape[:-1]), torch.empty_like(a)
     _core.eigh(a.data_ptr(), _count(a), a.shape[-1], values.data_ptr(), vectors.data_ptr(), _native.threads(), isa)
-    return Eigen(values, vectors)
+    return _completed(a, Eigen(values, vectors), reference_eigh)
 
 
 def _svd(a: Tensor, *, isa: str) -> Svd:
@@ -142,7 +149,17 @@ def _svd(a: Tensor, *, isa: str) -> Svd:
     u, s, v = torch.empty_like(a), a.new_empty(*batch, n), a.new_empty(*batch, n, n)
     places = u.data_ptr(), s.data_ptr(), v.data_ptr()
     _core.svd(a.data_ptr(), _count(a), m, n, *places, _native.threads(), isa)
-    return Svd(u, s, v)
+    return _completed(a, Svd(u, s, v), reference_svd)
+
+
+def _completed(a: Tensor, found: T, otherwise: Callable[[Tensor], T]) -> T:
+    """Do with LAPACK the finite members whose iteration did not end; none is known, but a NaN must not pass for one."""
+    failed = found[1].isnan().flatten(max(0, a.ndim - 2)).any(-1) if a.shape[-1] else a.new_zeros(0, dtype=torch.bool)
+    if failed.any():
+        failed &= a.isfinite().flatten(max(0, a.ndim - 2)).all(-1)
+        for place, part in zip(found, otherwise(a[failed]), strict=True):
+            place[failed] = part
+    return found
 
 
 def _root(gram: Tensor, *, isa: str) -> Root:
