@@ -52,7 +52,7 @@ class IncrementalSVD:
     Args:
         rank: how many singular vectors.
         buffer: directions held beyond ``rank``. With ``rank`` of them, the default (at least 8), the error on slowly
-            decaying spectra is within 1e-4 of the least; with 0 about 1e-2.
+            decaying spectra is within 1e-4 of the least; with 0 it may be 1e-2.
         forget: in ``(0, 1]``. A row that ``a`` rows have followed has the weight ``forget^a``, its energy the square
             of that. 1 keeps all.
         center: subtract the mean of all rows so far, weighted by ``forget^(2 a)``, which minimises the scatter.
@@ -112,7 +112,7 @@ class IncrementalSVD:
         if not rows.shape[0]:
             return
         if state is None:
-            state = self._rows = self._new_rows(rows, held_dtype(rows))
+            state = self._rows = HeldRows(rows, held_dtype(rows), count=self.rank + self.buffer, forget=self.forget)
             if self.center:
                 # as good as the mean of the first block, and known from the first row on
                 state.center_on(rows[0].to(state.memory.dtype).to(torch.float64))
@@ -169,7 +169,7 @@ class IncrementalSVD:
 
     @property
     def s(self) -> Tensor:
-        """The singular values ``[k]`` of the weighted rows, descending, float64; never above the true ones."""
+        """The singular values ``[k]`` of the weighted rows, descending, float64; but for rounding never too large."""
         return self._view("s").s
 
     @property
@@ -241,10 +241,7 @@ class IncrementalSVD:
         return change_of_basis(components, check_basis(old_basis, components))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Give everything as tensors, options included, which ``safetensors.torch.save_file`` takes as they are.
-
-        Returns:
-            Copies; :meth:`load_state_dict` brings back an object that goes on with the same bits.
+        """Give copies of everything as tensors, options included, which ``safetensors.torch.save_file`` takes.
 
         Example:
             >>> svd = IncrementalSVD(rank=1)
@@ -252,11 +249,8 @@ class IncrementalSVD:
             >>> sorted(svd.state_dict())
             ['buffer', 'center', 'discarded', 'forget', 'held', 'rank', 'rows', 'seen', 'weight']
         """
-        numbers = self._options() | {"seen": self.seen}
-        tensors: dict[str, Tensor] = {}
-        if self._rows is not None:
-            own_numbers, tensors = self._rows.state()
-            numbers |= own_numbers
+        numbers, tensors = ({}, {}) if self._rows is None else self._rows.state()
+        numbers |= self._options() | {"seen": self.seen}
         return {name: _scalar(value) for name, value in numbers.items()} | tensors
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -267,7 +261,8 @@ class IncrementalSVD:
 
         Raises:
             MismatchError: if an option differs.
-            FormatError, NotFiniteError: if the state is not whole. Everything is as it was after any of these.
+            FormatError, NotFiniteError: if the state is not whole.
+                Everything is as it was after any of these.
 
         Example:
             >>> one, two = IncrementalSVD(rank=1), IncrementalSVD(rank=1)
@@ -280,14 +275,12 @@ class IncrementalSVD:
         self.seen = int(state["seen"].item())
         self._cached = self._rows = None
         if self.seen:
-            self._rows = self._new_rows(state["rows"], state["rows"].dtype)
+            like = state["rows"]
+            self._rows = HeldRows(like, like.dtype, count=self.rank + self.buffer, forget=self.forget)
             self._rows.restore(state)
 
     def _options(self) -> dict[str, int | float | bool]:
         return {"rank": self.rank, "buffer": self.buffer, "forget": self.forget, "center": self.center}
-
-    def _new_rows(self, like: Tensor, dtype: torch.dtype) -> HeldRows:
-        return HeldRows(like, dtype, count=self.rank + self.buffer, forget=self.forget)
 
     def _view(self, name: str) -> _View:
         if self._rows is None:
