@@ -159,6 +159,17 @@ def test_a_batch_is_its_members(n, r, d, seed, dtype):
     assert same_triplets(listed[0], listed[6])
 
 
+def test_members_take_as_many_passes_as_they_need():
+    """Those that need none, two and three more than the first, in turns."""
+    rng = np.random.default_rng(8)
+    gauges = [gauge(rng, 12, condition) for condition in (1e4, 1e13, 1.0, 1e4, 1e13)]
+    b = torch.from_numpy(np.stack([rng.standard_normal((90, 12)) @ g for g, _ in gauges]))
+    a = torch.from_numpy(np.stack([inverse @ rng.standard_normal((12, 70)) for _, inverse in gauges]))
+    for found, x, y in zip(factored_svd(list(b), list(a)), b, a, strict=True):
+        judge(found, [x], [y], [1.0])
+        assert same_triplets(found, factored_svd(x, y))
+
+
 def test_a_ragged_list_is_its_members():
     pairs = [factors(i, *size, dtype) for i, (size, dtype) in enumerate(zip(SIZES, 3 * DTYPES, strict=False))]
     scales = [0.1 * (i + 1) for i in range(len(pairs))]
