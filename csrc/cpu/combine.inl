@@ -5,14 +5,13 @@ namespace LORASPAN_ISA {
 
 struct CombineShape {
   std::int64_t rows, k;
-  std::int64_t padded_rows;   // rows up to whole tiles
-  std::int64_t vectors;       // of T that hold k entries
-  std::int64_t width;         // k up to whole vectors: the row stride of the sums
-  std::int64_t padded_k;      // k up to whole tiles: the rows of V^T V
-  std::int64_t product_rows;  // of X V in the sums: padded_rows, or 0 where it is not asked for
+  std::int64_t padded_rows;  // rows up to whole tiles
+  std::int64_t vectors;      // of T that hold k entries
+  std::int64_t width;        // k up to whole vectors: the row stride of the sums
+  std::int64_t padded_k;     // k up to whole tiles: the rows of V^T V
   std::int64_t slab_width;
 
-  std::int64_t sums() const { return (product_rows + padded_k) * width; }
+  std::int64_t sums() const { return (padded_rows + padded_k) * width; }
 };
 
 template <typename T>
@@ -26,7 +25,6 @@ inline CombineShape combine_shape(const CombineJob& job) {
           vectors,
           vectors * L,
           round_up(vectors * L, M > L ? M : L),
-          job.xv ? round_up(rows, M) : 0,
           slab_columns(job.x.columns, least, 32)};
 }
 
@@ -138,12 +136,12 @@ inline void combine_chunk(const CombineJob& job, const CombineShape& s, const T*
     for_tile_groups(s.vectors, [&](std::int64_t j, auto size) {
       basis_tile<T, M, decltype(size)::value>(job, s, strips, stride, weights, c0, c, n, j, basis);
     });
-  for (std::int64_t i = 0; i < s.product_rows; i += M)
+  for (std::int64_t i = 0; i < s.padded_rows; i += M)
     for_tile_groups(s.vectors, [&](std::int64_t j, auto size) {
       product_tile<T, M, decltype(size)::value, true>(strips + i * L, stride, basis + j * kFlush * L, n,
                                                       sums + i * s.width + j * L, s.width);
     });
-  double* vtv = sums + s.product_rows * s.width;
+  double* vtv = sums + s.padded_rows * s.width;
   for (std::int64_t i = 0; i < s.padded_k; i += M)
     for_tile_groups(min_of(s.vectors, (i + M - 1) / L + 1), [&](std::int64_t j, auto size) {
       product_tile<T, M, decltype(size)::value, false>(basis + i / L * kFlush * L + i % L, kFlush * L,
@@ -178,32 +176,11 @@ inline void finish_combine(const CombineJob& job, std::int64_t slabs, const doub
     for (std::int64_t slab = 1; slab < slabs; ++slab) sum += sums[slab * s.sums() + at];
     return sum;
   };
-  for (std::int64_t i = s.rows * part / parts; job.xv && i < s.rows * (part + 1) / parts; ++i)
+  for (std::int64_t i = s.rows * part / parts; i < s.rows * (part + 1) / parts; ++i)
     for (std::int64_t j = 0; j < s.k; ++j) job.xv[i * s.k + j] = total(i * s.width + j);
   for (std::int64_t i = s.k * part / parts; i < s.k * (part + 1) / parts; ++i)
     for (std::int64_t j = 0; j <= i; ++j)
-      job.vtv[i * s.k + j] = job.vtv[j * s.k + i] = total((s.product_rows + i) * s.width + j);
-}
-
-template <typename T>
-inline void combine_all(const CombineJob* jobs, std::int64_t count, int threads) {
-  run_slabs(
-      count, threads,
-      [&](std::int64_t job) {
-        const CombineShape s = combine_shape<T>(jobs[job]);
-        return Slabs{slabs_of(jobs[job].x.columns, s.slab_width), s.sums(), 0, nullptr};
-      },
-      [&](std::int64_t job, std::int64_t slab, double* sums) { combine_slab<T>(jobs[job], slab, sums); },
-      [&](std::int64_t job, std::int64_t slabs, const double* sums, std::int64_t part, std::int64_t parts) {
-        finish_combine<T>(jobs[job], slabs, sums, part, parts);
-      });
-}
-
-void combine(const CombineJob* jobs, std::int64_t count, Precision precision, int threads) {
-  if (precision == Precision::f32)
-    combine_all<float>(jobs, count, threads);
-  else
-    combine_all<double>(jobs, count, threads);
+      job.vtv[i * s.k + j] = job.vtv[j * s.k + i] = total((s.padded_rows + i) * s.width + j);
 }
 
 }  // namespace LORASPAN_ISA

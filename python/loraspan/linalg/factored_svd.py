@@ -144,7 +144,8 @@ def merged_svd(
         0
 
     Source:
-        As for :func:`factored_svd`, where sums of low-rank matrices are rounded so. The dense way: ``add_weighted_adapter(combination_type="svd")`` of PEFT.
+        As for :func:`factored_svd`, where sums of low-rank matrices are rounded so. The dense way:
+        ``add_weighted_adapter(combination_type="svd")`` of PEFT.
     """
     _check_rank("merged_svd", rank)
     bs, as_ = _lists("merged_svd", b, a)

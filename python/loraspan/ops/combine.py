@@ -47,7 +47,8 @@ def combine(
         backend: ``"cpu"`` (or one instruction set, such as ``"cpu:avx2"``) or ``"reference"``.
 
     Returns:
-        ``v [d, k]`` (row-major), ``xv [R, k]`` and ``vtv [k, k]`` (float64, exactly symmetric). Before its rounding an
+        ``v [d, k]`` (row-major; column-major without ``products``), ``xv [R, k]`` and ``vtv [k, k]`` (float64,
+        exactly symmetric). Before its rounding an
         entry of ``V`` is within ``(R + 2) u |X|^T |W|`` of the exact one, ``u = 2^-24`` or ``2^-53``; the products
         with the rounded ``V`` have the bounds of :func:`loraspan.ops.gram`. The compiled kernels give the same bits
         for any number of threads.
@@ -118,18 +119,25 @@ def _cpu(
 ) -> list[Combined]:
     blocks, spans = block_table([x for x, _ in pairs])
     weights = [w.contiguous() for _, w in pairs]
+
+    def basis(d: int, k: int) -> Tensor:
+        # without products the kernel makes V column after column
+        return torch.empty(d, k, dtype=dtype) if products else torch.empty(k, d, dtype=dtype).T
+
     out = [
         Combined(
-            torch.empty(x.columns, w.shape[1], dtype=dtype),
+            # without products the kernel makes V column after column
+            torch.empty(x.columns, w.shape[1], dtype=dtype)
+            if products
+            else torch.empty(w.shape[1], x.columns, dtype=dtype).T,
             torch.empty(x.shape[0] if products else 0, w.shape[1], dtype=torch.float64),
             torch.empty(w.shape[1], w.shape[1], dtype=torch.float64),
         )
         for x, w in pairs
     ]
     code = _native.DTYPE_CODES[dtype]
-    # torch says 0 for the address of an empty matrix too: there is nothing to write then
     jobs = [
-        (*span, w.data_ptr(), w.shape[1], c.v.data_ptr(), w.shape[1], 1, code, c.xv.data_ptr(), c.vtv.data_ptr())
+        (*span, w.data_ptr(), w.shape[1], c.v.data_ptr(), *c.v.stride(), code, c.xv.data_ptr(), c.vtv.data_ptr())
         for span, w, c in zip(spans, weights, out, strict=True)
     ]
     _core.combine(blocks, _native.table(jobs, 11), _native.PRECISIONS[precision], _native.threads(), isa)
