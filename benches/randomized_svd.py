@@ -34,7 +34,7 @@ from roofline import Ceilings, measure
 # what is checked and, for scikit-learn, timed
 SAMPLE = 4
 # the defaults of randomized_svd that decide how much a sketch computes
-OVERSAMPLE, POWER_ITERATIONS = 16, 2
+OVERSAMPLE, POWER_ITERATIONS = 32, 1
 
 
 class Case(NamedTuple):

@@ -240,3 +240,21 @@ def test_no_blocks_and_no_matrices(backend):
 def test_what_does_not_fit_is_refused(w, options, error, message):
     with pytest.raises(error, match=f"^combine: {message}"):
         combine(torch.ones(3, 4), w, **options)
+
+
+@pytest.mark.parametrize("products", [True, False])
+@pytest.mark.parametrize("layout", ["row-major", "column-major", "strided"])
+def test_writes_a_basis_where_it_is_told(backend, layout, products):
+    x, w = blocks(23, [20, 11], 700, "mixed"), weights(23, 31, 9)
+    place = stored(torch.zeros(700, 9), layout)
+
+    [found, made] = combine_many([(x, w), (x, w)], products=products, out=[place, None], backend=backend)
+
+    assert found.v.data_ptr() == place.data_ptr()
+    assert oracles.same_bits(place, made.v)
+    assert oracles.same_bits(found.vtv, made.vtv)
+
+
+def test_a_place_that_does_not_fit_is_refused():
+    with pytest.raises(ShapeError, match=r"out needs to be \[4, 1\] of torch.float32; got \[4, 2\] of torch.float32"):
+        combine_many([(torch.ones(2, 4), torch.ones(2, 1).double())], out=[torch.zeros(4, 2)])

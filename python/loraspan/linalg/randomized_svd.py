@@ -15,7 +15,7 @@ from loraspan.errors import ArgumentError, ShapeError
 from loraspan.linalg.svd import SVD
 from loraspan.linalg.svd_by_gram import gram_ranges
 from loraspan.linalg.svd_by_sketch import svd_by_sketch
-from loraspan.linalg.svd_range import Goal, Job, nothing, project
+from loraspan.linalg.svd_range import Goal, Job, nothing, project, project_vectors
 from loraspan.ops import RowBlocks, squares
 
 # Up to so many rows the Gram is taken whatever the counts say: it is exact, and small work costs more in calls.
@@ -23,7 +23,7 @@ _GRAM_ROWS = 256
 # An eigendecomposition of R rows takes as long as this many operations of a pass, times R^3.
 _EIGH_COST = 60
 # Matrices are taken in groups of about so many bytes: the second pass over a group finds it in the last cache.
-_GROUP_BYTES = 16 << 20
+_GROUP_BYTES = 64 << 20
 
 Matrix = Tensor | RowBlocks
 
@@ -35,8 +35,8 @@ def randomized_svd(
     *,
     energy: float | None = None,
     tolerance: float | None = None,
-    oversample: int = 16,
-    power_iterations: int = 2,
+    oversample: int | None = None,
+    power_iterations: int = 1,
     seed: int = 0,
     center: bool = False,
     backend: str | None = None,
@@ -50,8 +50,8 @@ def randomized_svd(
     *,
     energy: float | None = None,
     tolerance: float | None = None,
-    oversample: int = 16,
-    power_iterations: int = 2,
+    oversample: int | None = None,
+    power_iterations: int = 1,
     seed: int = 0,
     center: bool = False,
     backend: str | None = None,
@@ -64,8 +64,8 @@ def randomized_svd(
     *,
     energy: float | None = None,
     tolerance: float | None = None,
-    oversample: int = 16,
-    power_iterations: int = 2,
+    oversample: int | None = None,
+    power_iterations: int = 1,
     seed: int = 0,
     center: bool = False,
     backend: str | None = None,
@@ -82,7 +82,7 @@ def randomized_svd(
         rank: how many triplets, at most. Exactly one of ``rank``, ``energy`` and ``tolerance`` is given.
         energy: as few triplets as hold this share of ``|x|_F^2``, in (0, 1].
         tolerance: as few triplets as leave ``|x - u diag(s) vh|_F <= tolerance |x|_F``, in [0, 1).
-        oversample: columns of the projection beyond ``rank``.
+        oversample: columns of the projection beyond ``rank``; 32 or half of ``rank``, if that is more, by default.
         power_iterations: products with ``x x^T`` that refine it; more for spectra that decay slowly.
         seed: of the projection, in ``[0, 2^63)``.
         center: take the mean of the rows off first (principal components). This forms ``x - mean``.
@@ -117,6 +117,8 @@ def randomized_svd(
         10.10 for the error. Random signs: section 4.6 there.
     """
     goal = _goal(rank, energy, tolerance)
+    if oversample is None:
+        oversample = max(32, (rank or 0) // 2)
     if oversample < 0 or power_iterations < 0 or not 0 <= seed < 2**63:
         raise ArgumentError(
             f"randomized_svd: oversample and power_iterations are at least 0 and seed lies in [0, 2^63); "
@@ -188,7 +190,7 @@ def _batched(x: Tensor, goal: Goal, center: bool, solve: _Solver) -> SVD:
         rank = min(goal.rank, m, n)
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         short, long = sorted((m, n))
-        small, large = torch.empty(count, short, rank, dtype=dtype), torch.empty(count, long, rank, dtype=dtype)
+        small, large = torch.empty(count, short, rank, dtype=dtype), torch.empty(count, rank, long, dtype=dtype).mT
         jobs = [replace(job, places=(small[i], large[i])) for i, job in enumerate(jobs)]
         found = solve(jobs)
         u, v = (large, small) if m > n else (small, large)
@@ -198,7 +200,8 @@ def _batched(x: Tensor, goal: Goal, center: bool, solve: _Solver) -> SVD:
         u, v = (_stack([part(f) for f in found], size, rank, x.dtype) for part, size in ((_u, m), (_v, n)))
     s = _stack([f.s.unsqueeze(0) for f in found], 1, rank, x.dtype)[:, 0]
     discarded = torch.tensor([float(f.discarded) for f in found], dtype=torch.float64)
-    return SVD(u.view(*batch, m, rank), s.view(*batch, rank), v.view(*batch, n, rank).mT, discarded.view(batch))
+    vh = v.mT.reshape(*batch, rank, n)
+    return SVD(u.reshape(*batch, m, rank), s.view(*batch, rank), vh, discarded.view(batch))
 
 
 def _u(found: SVD) -> Tensor:
@@ -255,14 +258,15 @@ class _Solver:
     def _by_gram(self, jobs: Sequence[Job]) -> list[SVD]:
         ranges = gram_ranges(jobs, self.backend)
         found: list[SVD | None] = [None] * len(jobs)
-        alike: dict[tuple[int, str], list[int]] = {}
+        alike: dict[tuple[int, str, bool], list[int]] = {}
         for i, (job, range_) in enumerate(zip(jobs, ranges, strict=True)):
             if range_.w.shape[1]:
-                alike.setdefault((range_.w.shape[1], range_.precision), []).append(i)
+                alike.setdefault((range_.w.shape[1], range_.precision, range_.s is None), []).append(i)
             else:
                 found[i] = nothing(job, range_.total)
         for members in alike.values():
-            results = project([jobs[i] for i in members], [ranges[i] for i in members], self.backend)
+            way = project if ranges[members[0]].s is None else project_vectors
+            results = way([jobs[i] for i in members], [ranges[i] for i in members], self.backend)
             for i, result in zip(members, results, strict=True):
                 found[i] = result
         return [f for f in found if f is not None]

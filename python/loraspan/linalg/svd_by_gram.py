@@ -42,13 +42,15 @@ def _attempt(jobs: Sequence[Job], chosen: Sequence[bool], precision: str, backen
     stacked = torch.stack(grams)
     totals = stacked.diagonal(dim1=1, dim2=2).sum(1).tolist()
     values, vectors = eigh(stacked)
-    spectra = _spectra([jobs[i] for i in places], values.clamp(min=0))
-    for i, total, vector, spectrum in zip(places, totals, vectors, spectra, strict=True):
+    values = values.clamp(min=0)
+    spectra = _spectra([jobs[i] for i in places], values)
+    for i, total, value, vector, spectrum in zip(places, totals, values, vectors, spectra, strict=True):
         if precision == "f64":
             check_total(jobs[i], total)
             found[i] = _double_range(jobs[i], vector, spectrum, total)
         elif suits_float32(jobs[i], total) and spectrum.carries_float32(total, len(vector)):
-            found[i] = Range(vector[:, : spectrum.wanted], "f32", power_of_two(total), total, spectrum.left)
+            s = value[: spectrum.wanted].sqrt()
+            found[i] = Range(vector[:, : spectrum.wanted], "f32", power_of_two(total), total, spectrum.left, s)
     return found
 
 

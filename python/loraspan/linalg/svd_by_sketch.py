@@ -11,7 +11,7 @@ from loraspan.linalg.roots import orthonormalize
 from loraspan.linalg.svd import SVD
 from loraspan.linalg.svd_by_gram import FAST_FLOOR
 from loraspan.linalg.svd_range import Job, Range, check_total, nothing, power_of_two, project, suits_float32
-from loraspan.ops import gram, power, reconstruct, sketch, squares
+from loraspan.ops import power, reconstruct, sketch, squares
 from loraspan.ops.blocks import wide_columns
 from loraspan.ops.dense import eigh
 
@@ -79,5 +79,5 @@ def _along_vectors(q: Tensor, y: Tensor) -> Tensor:
 
     Their lengths then are graded, and orthonormalizing them loses no small one among large ones.
     """
-    cross = gram([q.T, y.T], precision="f64")[: q.shape[1], q.shape[1] :]
+    cross = reconstruct(q.T, y)
     return reconstruct(y, eigh((cross + cross.T) / 2).vectors)

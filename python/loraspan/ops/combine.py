@@ -73,6 +73,7 @@ def combine_many(
     dtype: torch.dtype = torch.float32,
     precision: str = "f32",
     products: bool = True,
+    out: Sequence[Tensor | None] | None = None,
     backend: str | None = None,
 ) -> list[Combined]:
     """Give :func:`combine` of every ``(x, w)`` of a batch, which may differ in all their sizes.
@@ -84,6 +85,7 @@ def combine_many(
         dtype: as for :func:`combine`.
         precision: as for :func:`combine`.
         products: as for :func:`combine`.
+        out: places for each ``v [d, k]``, of ``dtype`` and any strides; None for those that are to be made.
         backend: as for :func:`combine`.
 
     Returns:
@@ -111,11 +113,24 @@ def combine_many(
                 f"combine: w needs one float64 row for each of the {x.shape[0]} rows of x; "
                 f"got {list(w.shape)} of {w.dtype}"
             )
-    return choose("combine", BACKENDS, backend, pairs).run(pairs, dtype, precision, products)
+    places = [None] * len(pairs) if out is None else list(out)
+    for (x, w), place in zip(pairs, places, strict=True):
+        if place is not None and (place.shape != (x.columns, w.shape[1]) or place.dtype != dtype):
+            raise ShapeError(
+                f"combine: out needs to be [{x.columns}, {w.shape[1]}] of {dtype}; "
+                f"got {list(place.shape)} of {place.dtype}"
+            )
+    return choose("combine", BACKENDS, backend, pairs).run(pairs, dtype, precision, products, places)
 
 
 def _cpu(
-    pairs: Sequence[tuple[RowBlocks, Tensor]], dtype: torch.dtype, precision: str, products: bool, *, isa: str
+    pairs: Sequence[tuple[RowBlocks, Tensor]],
+    dtype: torch.dtype,
+    precision: str,
+    products: bool,
+    places: Sequence[Tensor | None],
+    *,
+    isa: str,
 ) -> list[Combined]:
     blocks, spans = block_table([x for x, _ in pairs])
     weights = [w.contiguous() for _, w in pairs]
@@ -126,14 +141,11 @@ def _cpu(
 
     out = [
         Combined(
-            # without products the kernel makes V column after column
-            torch.empty(x.columns, w.shape[1], dtype=dtype)
-            if products
-            else torch.empty(w.shape[1], x.columns, dtype=dtype).T,
+            basis(x.columns, w.shape[1]) if place is None else place,
             torch.empty(x.shape[0] if products else 0, w.shape[1], dtype=torch.float64),
             torch.empty(w.shape[1], w.shape[1], dtype=torch.float64),
         )
-        for x, w in pairs
+        for (x, w), place in zip(pairs, places, strict=True)
     ]
     code = _native.DTYPE_CODES[dtype]
     jobs = [
@@ -146,11 +158,19 @@ def _cpu(
 
 @torch.no_grad()
 def reference(
-    pairs: Sequence[tuple[RowBlocks, Tensor]], dtype: torch.dtype, precision: str, products: bool
+    pairs: Sequence[tuple[RowBlocks, Tensor]],
+    dtype: torch.dtype,
+    precision: str,
+    products: bool,
+    places: Sequence[Tensor | None],
 ) -> list[Combined]:
     """Say it in torch, chunk by chunk of columns, on whatever device the blocks are."""
     wide = torch.float32 if precision == "f32" else torch.float64
-    return [_reference(x, w, dtype, wide, products) for x, w in pairs]
+    found = [_reference(x, w, dtype, wide, products) for x, w in pairs]
+    return [
+        one if place is None else Combined(place.copy_(one.v), one.xv, one.vtv)
+        for one, place in zip(found, places, strict=True)
+    ]
 
 
 def _reference(x: RowBlocks, w: Tensor, dtype: torch.dtype, wide: torch.dtype, products: bool) -> Combined:
