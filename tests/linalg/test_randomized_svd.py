@@ -394,3 +394,27 @@ def test_stacks_of_trained_adapters(family, rank, dtype):
         a, b, c = scikit_learns(x.numpy(), min(rank, *x.shape), random_state=0)
         ours = np.linalg.norm(to_numpy(x) - (left * s) @ right)
         assert ours <= 1.02 * np.linalg.norm(to_numpy(x) - (a * b) @ c) + 1e-6 * np.linalg.norm(true)
+
+
+def test_vectors_that_a_float32_gram_cannot_tell_apart_are_told_apart():
+    """Many close values behind one that is 70 times larger: the error of the Gram is a part of theirs."""
+    values = torch.cat([torch.ones(1, dtype=F64), torch.linspace(0.016, 0.0125, 90, dtype=F64)])
+    x = with_values(91, 3000, values, 22).to(F32)
+
+    found = randomized_svd(x, 45)
+
+    _, s, _, true = assert_decomposes(x, found, 45, 0.0, F32)
+    assert np.abs(s - true[:45]).max() <= 1e-6
+
+
+@pytest.mark.parametrize("rank", [20, 40, 55])
+def test_graded_values_keep_their_digits_and_so_does_the_rest(rank):
+    x = with_values(60, 500, torch.logspace(0, -10, 60, dtype=F64), 23)
+
+    found = randomized_svd(x, rank)
+
+    _, s, _, true = assert_decomposes(x, found, rank, 0.0, F64)
+    assert found.rank == rank
+    assert np.abs(s - true[:rank]).max() <= 1e-14
+    # a sum of what is left out, not a difference to the whole
+    assert float(found.discarded) == pytest.approx(np.square(true[rank:]).sum(), rel=1e-4, abs=0)
