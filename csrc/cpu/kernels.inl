@@ -22,6 +22,7 @@
 
 #include "load.inl"
 #include "simd.inl"
+#include "entries.inl"
 #include "scratch.inl"
 #include "transpose.inl"
 #include "pack.inl"

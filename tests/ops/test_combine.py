@@ -255,6 +255,14 @@ def test_writes_a_basis_where_it_is_told(backend, layout, products):
     assert oracles.same_bits(found.vtv, made.vtv)
 
 
-def test_a_place_that_does_not_fit_is_refused():
-    with pytest.raises(ShapeError, match=r"out needs to be \[4, 1\] of torch.float32; got \[4, 2\] of torch.float32"):
-        combine_many([(torch.ones(2, 4), torch.ones(2, 1).double())], out=[torch.zeros(4, 2)])
+@pytest.mark.parametrize(
+    ("place", "got"),
+    [
+        (torch.zeros(4, 2), r"\[4, 2\] of torch.float32 on cpu"),
+        (torch.zeros(4, 1, dtype=F64), r"\[4, 1\] of torch.float64 on cpu"),
+        (torch.zeros(4, 1, device="meta"), r"\[4, 1\] of torch.float32 on meta"),
+    ],
+)
+def test_a_place_that_does_not_fit_is_refused(place, got):
+    with pytest.raises(ShapeError, match=rf"out needs to be \[4, 1\] of torch.float32 on cpu; got {got}"):
+        combine_many([(torch.ones(2, 4), torch.ones(2, 1).double())], out=[place])

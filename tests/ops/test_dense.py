@@ -205,3 +205,11 @@ def test_an_iteration_that_does_not_end_goes_to_lapack(monkeypatch, call, kernel
 
     for got, want in zip(call(a), expected, strict=True):
         assert torch.allclose(got.abs(), want.abs(), atol=1e-10)
+
+
+@pytest.mark.parametrize("call", [dense.eigh, dense.svd, dense.gram_root])
+def test_a_named_backend_hands_large_matrices_to_lapack(backend, call):
+    a = normal(13, 520, 513)
+    a = a if call is dense.svd else a.T @ a
+    for got, want in zip(call(a, backend=backend), call(a, backend="reference"), strict=True):
+        assert torch.allclose(got, want, rtol=1e-9, atol=1e-9)

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from loraspan.linalg.roots import orthonormalize
+from loraspan.linalg.svd import column_signs
 from loraspan.ops import reconstruct
 from loraspan.ops.dense import eigh
 from loraspan.ops.sketch import signs
 
-# Below this size, or where more than an eighth is wanted, LAPACK's full decomposition is faster.
+# Below this size, or where more than an eighth is wanted, a full decomposition is faster.
 _FULL_SIZE = 256
 _FULL_SHARE = 8
 _OVERSAMPLE = 16
@@ -47,7 +48,7 @@ def top_eigenpairs(gram: Tensor, count: int, *, tolerance: float = 1e-12) -> tup
         values, vectors = values[:count], vectors[:, :count]
     else:
         values, vectors = _block_iteration(gram, count, tolerance)
-    return values.clamp(min=0), _fix_signs(vectors)
+    return values.clamp(min=0), vectors * column_signs(vectors)
 
 
 def _block_iteration(gram: Tensor, count: int, tolerance: float) -> tuple[Tensor, Tensor]:
@@ -63,10 +64,3 @@ def _block_iteration(gram: Tensor, count: int, tolerance: float) -> tuple[Tensor
             break
         before = values[:count]
     return values[:count], reconstruct(q, inner[:, :count])
-
-
-def _fix_signs(vectors: Tensor) -> Tensor:
-    if not vectors.numel():
-        return vectors
-    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
-    return vectors * torch.where(largest < 0, -1.0, 1.0)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from loraspan.linalg.incremental_algebra import graded_values
+from loraspan.linalg.svd import column_signs
 from loraspan.ops.dense import eigh
 from loraspan.ops.gram import gram, gram_many
 from loraspan.ops.reconstruct import Piece, reconstruct_many
@@ -59,8 +60,7 @@ def leading(rows: Tensor, rank: int) -> Leading:
         # the factor 1 / largest apart: with it, weights of tiny rows would leave float32
         weights = v[:, :k] * (largest / s[:k])
         reconstruct_many([Piece(rows.T, weights.to(rows), components.T, scale=1 / largest)])
-        peaks = components.gather(1, components.abs().argmax(1, keepdim=True))
-        components *= torch.where(peaks < 0, -1.0, 1.0).to(rows.dtype)
+        components *= column_signs(components.T).unsqueeze(1)
     return Leading(components, s[:k], float(s[k:].square().sum()))
 
 

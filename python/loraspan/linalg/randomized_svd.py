@@ -22,7 +22,7 @@ from loraspan.ops import RowBlocks, squares
 _GRAM_ROWS = 256
 # An eigendecomposition of R rows takes as long as this many operations of a pass, times R^3.
 _EIGH_COST = 60
-# Matrices are taken in groups of about so many bytes: the second pass over a group finds it in the last cache.
+# Matrices are taken in groups of about so many bytes, which share the cost of the calls and bound their memory.
 _GROUP_BYTES = 64 << 20
 
 Matrix = Tensor | RowBlocks
@@ -58,6 +58,7 @@ def randomized_svd(
 ) -> list[SVD]: ...
 
 
+@torch.no_grad()
 def randomized_svd(
     x: Matrix | Sequence[Matrix],
     rank: int | None = None,
@@ -73,7 +74,7 @@ def randomized_svd(
     r"""Give the leading singular triplets: ``x ~ u diag(s) vh``.
 
     Matrices whose shorter side is short are decomposed exactly, through the Gram of that side; the others through a
-    random projection refined by power iterations. Entries are read where they lie, in two to four passes: nothing of
+    random projection refined by power iterations. Entries are read where they lie, in a few passes: nothing of
     the size of ``x`` is allocated, so a memory-mapped matrix may be larger than memory.
 
     Args:
@@ -153,14 +154,10 @@ def _goal(rank: int | None, energy: float | None, tolerance: float | None) -> Go
 
 def _job(name: str, x: Matrix, goal: Goal, center: bool) -> Job:
     if isinstance(x, RowBlocks):
-        if center:
-            mean = sum(b.sum(0, dtype=torch.float64) for b in x.blocks) / max(1, x.shape[0])
-            x = RowBlocks([_centered(b, mean) for b in x.blocks], x.columns)
-        return Job(name, x, goal)
+        return Job(name, RowBlocks(_centered(x.blocks), x.columns) if center else x, goal)
     _check(name, x)
-    x = x.detach()
     if center:
-        x = _centered(x, x.mean(0, dtype=torch.float64) if len(x) else 0.0)
+        [x] = _centered([x])
     flipped = x.shape[0] > x.shape[1]
     return Job(name, RowBlocks([x.T if flipped else x]), goal, flipped)
 
@@ -174,9 +171,10 @@ def _check(name: str, x: Tensor) -> None:
         )
 
 
-def _centered(x: Tensor, mean: Tensor | float) -> Tensor:
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return (x - mean).to(dtype) if isinstance(mean, Tensor) else x.to(dtype)
+def _centered(blocks: Sequence[Tensor]) -> list[Tensor]:
+    """Take the mean of all rows off, summed and subtracted in float64."""
+    mean = sum(b.sum(0, dtype=torch.float64) for b in blocks) / max(1, sum(len(b) for b in blocks))
+    return [(b - mean).to(torch.float64 if b.dtype == torch.float64 else torch.float32) for b in blocks]
 
 
 def _batched(x: Tensor, goal: Goal, center: bool, solve: _Solver) -> SVD:
@@ -184,7 +182,7 @@ def _batched(x: Tensor, goal: Goal, center: bool, solve: _Solver) -> SVD:
     _check("randomized_svd: x", x)
     *batch, m, n = x.shape
     count = math.prod(batch)
-    members = x.detach().reshape(count, m, n)
+    members = x.reshape(count, m, n)
     jobs = [_job(f"randomized_svd: x[{i}]", member, goal, center) for i, member in enumerate(members)]
     if goal.rank is not None:
         rank = min(goal.rank, m, n)
@@ -197,19 +195,11 @@ def _batched(x: Tensor, goal: Goal, center: bool, solve: _Solver) -> SVD:
     else:
         found = solve(jobs)
         rank = max((f.s.shape[0] for f in found), default=0)
-        u, v = (_stack([part(f) for f in found], size, rank, x.dtype) for part, size in ((_u, m), (_v, n)))
+        u, v = _stack([f.u for f in found], m, rank, x.dtype), _stack([f.vh.mT for f in found], n, rank, x.dtype)
     s = _stack([f.s.unsqueeze(0) for f in found], 1, rank, x.dtype)[:, 0]
     discarded = torch.tensor([float(f.discarded) for f in found], dtype=torch.float64)
     vh = v.mT.reshape(*batch, rank, n)
     return SVD(u.reshape(*batch, m, rank), s.view(*batch, rank), vh, discarded.view(batch))
-
-
-def _u(found: SVD) -> Tensor:
-    return found.u
-
-
-def _v(found: SVD) -> Tensor:
-    return found.vh.mT
 
 
 def _stack(parts: Sequence[Tensor], size: int, rank: int, dtype: torch.dtype) -> Tensor:

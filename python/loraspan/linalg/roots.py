@@ -13,13 +13,14 @@ __all__ = ["Root", "gram_root", "orthonormalize"]
 _NEARLY_ORTHOGONAL = 1.5
 
 
-def orthonormalize(block: Tensor) -> Tensor:
-    r"""Make the columns of a tall float64 block orthonormal by two rounds of Cholesky QR.
+def orthonormalize(block: Tensor, *, backend: str | None = None) -> Tensor:
+    r"""Make the columns of a tall float64 block orthonormal by Cholesky QR, in two rounds where they were far from it.
 
     Columns that depend on others come out as zeros, so the result spans what the block spans.
 
     Args:
         block: ``[m, k]``, float64.
+        backend: as for the operators.
 
     Returns:
         ``[m, k]`` with ``Q^T Q = I`` to ``1e-14 k`` on its non-zero columns.
@@ -35,9 +36,9 @@ def orthonormalize(block: Tensor) -> Tensor:
     if not block.shape[1]:
         return block
     for _ in range(2):
-        measured = gram([block.T], precision="f64")
-        root = gram_root(measured)
-        block = reconstruct(block, root.inverse)
+        measured = gram([block.T], precision="f64", backend=backend)
+        root = gram_root(measured, backend=backend)
+        block = reconstruct(block, root.inverse, backend=backend)
         # what one round leaves grows with the square of this, 1 for columns that were orthogonal
         if float((measured.diagonal().sqrt().unsqueeze(1) * root.inverse).abs().amax()) <= _NEARLY_ORTHOGONAL:
             break

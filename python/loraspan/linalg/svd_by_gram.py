@@ -41,13 +41,13 @@ def _attempt(jobs: Sequence[Job], chosen: Sequence[bool], precision: str, backen
     grams = gram_many([jobs[i].x for i in places], precision=precision, backend=backend)
     stacked = torch.stack(grams)
     totals = stacked.diagonal(dim1=1, dim2=2).sum(1).tolist()
-    values, vectors = eigh(stacked)
+    values, vectors = eigh(stacked, backend=backend)
     values = values.clamp(min=0)
     spectra = _spectra([jobs[i] for i in places], values)
     for i, total, value, vector, spectrum in zip(places, totals, values, vectors, spectra, strict=True):
         if precision == "f64":
             check_total(jobs[i], total)
-            found[i] = _double_range(jobs[i], vector, spectrum, total)
+            found[i] = _double_range(jobs[i], vector, spectrum, total, backend)
         elif suits_float32(jobs[i], total) and spectrum.carries_float32(total, len(vector)):
             s = value[: spectrum.wanted].sqrt()
             found[i] = Range(vector[:, : spectrum.wanted], "f32", power_of_two(total), total, spectrum.left, s)
@@ -87,7 +87,7 @@ def _spectra(jobs: Sequence[Job], values: Tensor) -> list[_Spectrum]:
     ]
 
 
-def _double_range(job: Job, vectors: Tensor, spectrum: _Spectrum, total: float) -> Range:
+def _double_range(job: Job, vectors: Tensor, spectrum: _Spectrum, total: float, backend: str | None) -> Range:
     scale = power_of_two(total)
     left = spectrum.left_of_present
     if job.is_double and spectrum.wanted and spectrum.last < GRADED_FLOOR * spectrum.first:
@@ -95,4 +95,4 @@ def _double_range(job: Job, vectors: Tensor, spectrum: _Spectrum, total: float) 
     else:
         vectors = vectors[:, : spectrum.present]
     # eigenvectors are orthonormal to some tens of units, which would all show in the singular values
-    return Range(orthonormalize(vectors), "f64", scale, total, left)
+    return Range(orthonormalize(vectors, backend=backend), "f64", scale, total, left)

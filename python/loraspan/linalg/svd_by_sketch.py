@@ -54,19 +54,20 @@ def _range_of(
 ) -> Tensor:
     """Give orthonormal columns that hold nearly all that ``width`` columns can."""
     rows, columns = job.x.shape
+    scale = power_of_two(total)
     if width >= rows:
         return torch.eye(rows, dtype=torch.float64)
     if width >= columns:
-        return _present(orthonormalize(wide_columns(job.x, slice(None), torch.float64) * power_of_two(total)))
-    scale = power_of_two(total)
+        x = wide_columns(job.x, slice(None), torch.float64)
+        return _present(orthonormalize(x * scale, backend=backend))
     y = sketch(job.x, width, seed=seed, precision=precision, backend=backend) * scale
     for _ in range(power_iterations):
-        q = orthonormalize(y)
+        q = orthonormalize(y, backend=backend)
         # scaled on both sides, so that float32 holds whatever lies between
         y = power(job.x, q * scale, precision=precision, backend=backend) * scale
     if power_iterations:
-        y = _along_vectors(q, y)
-    return _present(orthonormalize(y))
+        y = _along_vectors(q, y, backend)
+    return _present(orthonormalize(y, backend=backend))
 
 
 def _present(w: Tensor) -> Tensor:
@@ -74,10 +75,10 @@ def _present(w: Tensor) -> Tensor:
     return w[:, w.abs().amax(0) > 0]
 
 
-def _along_vectors(q: Tensor, y: Tensor) -> Tensor:
+def _along_vectors(q: Tensor, y: Tensor, backend: str | None) -> Tensor:
     """Turn ``y = X X^T q`` so that its columns lie near the singular vectors of ``X``, the largest first.
 
     Their lengths then are graded, and orthonormalizing them loses no small one among large ones.
     """
-    cross = reconstruct(q.T, y)
-    return reconstruct(y, eigh((cross + cross.T) / 2).vectors)
+    cross = reconstruct(q.T, y, backend=backend)
+    return reconstruct(y, eigh((cross + cross.T) / 2, backend=backend).vectors, backend=backend)

@@ -106,10 +106,11 @@ def project(jobs: Sequence[Job], ranges: Sequence[Range], backend: str | None) -
     dtype = torch.float64 if precision == "f64" else torch.float32
     pairs = [(job.x, r.w * r.scale) for job, r in zip(jobs, ranges, strict=True)]
     images = combine_many(pairs, dtype=dtype, precision=precision, products=False, backend=backend)
-    bases, root = _orthonormal([image.v for image in images], torch.stack([image.vtv for image in images]), precision)
-    inner = svd(root.r.mT)
-    left = reconstruct(torch.stack([r.w for r in ranges]), inner.u)
-    right = reconstruct(root.inverse, inner.v)
+    grams = torch.stack([image.vtv for image in images])
+    bases, root = _orthonormal([image.v for image in images], grams, precision, backend)
+    inner = svd(root.r.mT, backend=backend)
+    left = reconstruct(torch.stack([r.w for r in ranges]), inner.u, backend=backend)
+    right = reconstruct(root.inverse, inner.v, backend=backend)
     signs = column_signs(left).unsqueeze(-2)
     left, right = left * signs, (right * signs).to(dtype)
     s = inner.s / torch.tensor([r.scale for r in ranges], dtype=torch.float64).unsqueeze(1)
@@ -119,7 +120,7 @@ def project(jobs: Sequence[Job], ranges: Sequence[Range], backend: str | None) -
         pieces.append(Piece(left[i, :, :keep], None, u[:, :keep]))
         pieces.append(Piece(bases[i], right[i, :, :keep], v[:, :keep]))
         found.append(_result(s[i, :keep], places, rest))
-    reconstruct_many(pieces)
+    reconstruct_many(pieces, backend=backend)
     return [_turned(job, svd_) for job, svd_ in zip(jobs, found, strict=True)]
 
 
@@ -138,19 +139,19 @@ def _kept(jobs: Sequence[Job], ranges: Sequence[Range], s: Tensor) -> tuple[list
     return keep, rest.clamp(min=0)
 
 
-def _orthonormal(blocks: list[Tensor], grams: Tensor, precision: str) -> tuple[list[Tensor], Root]:
+def _orthonormal(blocks: list[Tensor], grams: Tensor, precision: str, backend: str | None) -> tuple[list[Tensor], Root]:
     """Give ``blocks`` and the roots with which ``block @ inverse`` is orthonormal to roundoff, ``r`` that of the Grams.
 
     A Gram loses the square of the condition number of its columns made unit ones. Where that is too much, the block is
     made nearly orthonormal with the root, measured again, and the two roots are multiplied: CholeskyQR2.
     """
-    root = gram_root(grams)
+    root = gram_root(grams, backend=backend)
     lengths = torch.linalg.vector_norm(root.r, dim=-2).unsqueeze(-1)
     spread = (lengths * root.inverse).abs().amax((-2, -1))
     for i in (spread > _MOST_SPREAD).nonzero().flatten().tolist():
-        blocks[i] = reconstruct(blocks[i], root.inverse[i].to(blocks[i].dtype))
-        again = gram_root(gram([blocks[i].T], precision=precision))
-        root.r[i] = reconstruct(again.r, root.r[i])
+        blocks[i] = reconstruct(blocks[i], root.inverse[i].to(blocks[i].dtype), backend=backend)
+        again = gram_root(gram([blocks[i].T], precision=precision, backend=backend), backend=backend)
+        root.r[i] = reconstruct(again.r, root.r[i], backend=backend)
         root.inverse[i] = again.inverse
     return blocks, root
 

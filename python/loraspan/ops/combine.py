@@ -115,10 +115,11 @@ def combine_many(
             )
     places = [None] * len(pairs) if out is None else list(out)
     for (x, w), place in zip(pairs, places, strict=True):
-        if place is not None and (place.shape != (x.columns, w.shape[1]) or place.dtype != dtype):
+        device = x.device or w.device
+        if place is not None and (place.shape, place.dtype, place.device) != ((x.columns, w.shape[1]), dtype, device):
             raise ShapeError(
-                f"combine: out needs to be [{x.columns}, {w.shape[1]}] of {dtype}; "
-                f"got {list(place.shape)} of {place.dtype}"
+                f"combine: out needs to be [{x.columns}, {w.shape[1]}] of {dtype} on {device}; "
+                f"got {list(place.shape)} of {place.dtype} on {place.device}"
             )
     return choose("combine", BACKENDS, backend, pairs).run(pairs, dtype, precision, products, places)
 

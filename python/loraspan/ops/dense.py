@@ -137,6 +137,8 @@ def gram_root(gram: Tensor, *, backend: str | None = None) -> Root:
 
 
 def _eigh(a: Tensor, *, isa: str) -> Eigen:
+    if a.shape[-1] > _LARGEST:
+        return reference_eigh(a)
     a = a.detach().contiguous()
     values, vectors = a.new_empty(a.shape[:-1]), torch.empty_like(a)
     _core.eigh(a.data_ptr(), _count(a), a.shape[-1], values.data_ptr(), vectors.data_ptr(), _native.threads(), isa)
@@ -144,6 +146,8 @@ def _eigh(a: Tensor, *, isa: str) -> Eigen:
 
 
 def _svd(a: Tensor, *, isa: str) -> Svd:
+    if a.shape[-1] > _LARGEST:
+        return reference_svd(a)
     a = a.detach().contiguous()
     *batch, m, n = a.shape
     u, s, v = torch.empty_like(a), a.new_empty(*batch, n), a.new_empty(*batch, n, n)
@@ -163,6 +167,8 @@ def _completed(a: Tensor, found: T, otherwise: Callable[[Tensor], T]) -> T:
 
 
 def _root(gram: Tensor, *, isa: str) -> Root:
+    if gram.shape[-1] > _LARGEST:
+        return reference_root(gram)
     gram = gram.detach().contiguous()
     r, inverse = torch.empty_like(gram), torch.empty_like(gram)
     places = r.data_ptr(), inverse.data_ptr()
@@ -215,8 +221,6 @@ def reference_root(gram: Tensor) -> Root:
 def _refuses(a: Tensor) -> str | None:
     if a.device.type != "cpu":
         return f"it reads CPU memory, and the matrices are on {a.device}"
-    if a.shape[-1] > _LARGEST:
-        return f"it is made for small matrices, and LAPACK is faster past {_LARGEST} columns; these have {a.shape[-1]}"
     return None
 
 
