@@ -257,7 +257,9 @@ def test_a_reader_that_leaves_ends_it_quietly(tmp_path):
 @pytest.mark.usefixtures("adapters")
 def test_ctrl_c_ends_it_quietly(tmp_path):
     code = (
-        "import sys, time, loraspan.subspace as s\n"
+        "import signal, sys, time, loraspan.subspace as s\n"
+        # as in a terminal: whoever runs the tests in the background has it ignored, and children inherit that
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def slow(*args, **options):\n    print('started', file=sys.stderr, flush=True)\n    time.sleep(60)\n"
         "s.compress = slow\n"
         "from loraspan.cli import main\n"
