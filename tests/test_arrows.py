@@ -13,7 +13,9 @@ TRITON = ROOT / "kernels" / "triton_ops"
 
 # rooms that anyone may use: they know nothing of the rest
 LEAVES = {"errors", "_dispatch", "_native", "_core"}
-KERNELS = {"_core", "triton_ops", "_native", "_dispatch", "errors"}
+KERNELS = {"_core", "_device", "_native", "_dispatch", "errors"}
+# the glue of GPU kernels takes the operators' own types, and is imported by name where a call asks for it
+GLUE = {"ops.blocks", "ops.combine", "ops.reconstruct", "ops.cores", "ops.rounding", "_native", "errors"}
 BELOW_STORE = {"collection", "linalg", "ops", *LEAVES}
 BELOW_SUBSPACE = {"store", "serve", "train", "adapters", *BELOW_STORE}
 # what each room may import; a new room needs its line, and DESIGN's picture a thought
@@ -22,7 +24,9 @@ MAY_IMPORT = {
     "_core": set(),
     "_dispatch": {"errors"},
     "_native": {"_core", "_dispatch", "errors"},
-    "triton_ops": {"errors"},
+    "_device": {"_dispatch", "errors"},
+    "_cuda": GLUE,
+    "triton_ops": GLUE,
     "ops": KERNELS,
     "linalg": {"ops", *LEAVES},
     "adapters": {"errors"},

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loraspan import _core, _native
+from loraspan import _core, _device, _native
 from loraspan._dispatch import Backend, choose
 from loraspan.errors import ArgumentError, ShapeError
 from loraspan.ops.blocks import RowBlocks, block_table, refuses_device, wide_columns
@@ -198,5 +198,6 @@ def _refuses(pairs: Sequence[tuple[RowBlocks, Tensor]]) -> str | None:
 
 BACKENDS = (
     *_native.backends(_cpu, _refuses),
+    *_device.backends("combine"),
     Backend("reference", reference, lambda *_: None),
 )

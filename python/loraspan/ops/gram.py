@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loraspan import _core, _native
+from loraspan import _core, _device, _native
 from loraspan._dispatch import Backend, choose
 from loraspan.errors import ArgumentError
 from loraspan.ops.blocks import RowBlocks, block_table, refuses_device, wide_columns
@@ -143,9 +143,11 @@ def _refuses_batch(batch: Tensor) -> str | None:
 
 BACKENDS = (
     *_native.backends(_cpu, refuses_device),
+    *_device.backends("gram"),
     Backend("reference", reference, lambda *_: None),
 )
 BATCH_BACKENDS = (
     *_native.backends(_cpu_batch, _refuses_batch),
+    *_device.backends("gram", form="batch"),
     Backend("reference", _reference_batch, lambda *_: None),
 )

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loraspan import _core, _native
+from loraspan import _core, _device, _native
 from loraspan._dispatch import Backend, choose
 from loraspan.errors import ShapeError
 from loraspan.ops.rounding import narrow
@@ -174,5 +174,6 @@ def _refuses(pieces: Sequence[Piece]) -> str | None:
 
 BACKENDS = (
     *_native.backends(_cpu, _refuses),
+    *_device.backends("reconstruct"),
     Backend("reference", reference, lambda *_: None),
 )

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loraspan import _core, _native
+from loraspan import _core, _device, _native
 from loraspan._dispatch import Backend, choose
 from loraspan.errors import ArgumentError, ShapeError
 from loraspan.ops.blocks import RowBlocks, block_table, refuses_device, wide_columns
@@ -260,9 +260,11 @@ def _refuses(pairs: Sequence[tuple[RowBlocks, object]]) -> str | None:
 
 BACKENDS = (
     *_native.backends(_cpu, _refuses),
+    *_device.backends("sketch"),
     Backend("reference", reference, lambda *_: None),
 )
 POWER_BACKENDS = (
     *_native.backends(_cpu_power, _refuses),
+    *_device.backends("power"),
     Backend("reference", reference_power, lambda *_: None),
 )

@@ -1,0 +1,57 @@
+"""The backends that run on a GPU: which there are, which comes first and why, imported when one is asked for."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from loraspan._dispatch import Backend
+
+# Which of the two is tried first on a CUDA device, and why. Neither has been measured on one yet.
+ORDER = {
+    "gram": ("cuda", "triton"),  # ready at once, and its rows are read through a table of addresses in one launch
+    "combine": ("cuda", "triton"),
+    "sketch": ("cuda", "triton"),  # Philox in registers, beside the products
+    "power": ("cuda", "triton"),
+    "reconstruct": ("cuda", "triton"),
+    # the tensor cores of each generation by way of Triton's compiler, and half-precision is what models serve in
+    "shared_lora": ("triton", "cuda"),
+}
+# the module of each package that has an operator, where it is not named as the operator is
+_ROOMS = {"power": "sketch"}
+_PACKAGES = {"cuda": "loraspan._cuda", "triton": "loraspan.triton_ops"}
+
+
+def backends(operator: str, *, form: str = "") -> list[Backend[Callable[..., Any]]]:
+    """Give the GPU backends of an operator in their order.
+
+    Module ``<package>.<operator>`` has ``run``, which takes what the operator's table hands to every backend, and
+    ``refuses``, which takes what the operator's ``refuses`` does and gives a reason in words or None. ``form`` names
+    another pair in the same module, such as ``batch`` for ``run_batch`` and ``refuses_batch``.
+    """
+    return [
+        Backend(name, partial(_run, name, operator, form), partial(_refuses, name, operator, form))
+        for name in ORDER[operator]
+    ]
+
+
+def _run(name: str, operator: str, form: str, *args: Any) -> Any:
+    return _find(name, operator, "run", form)(*args)
+
+
+def _refuses(name: str, operator: str, form: str, *args: Any) -> str | None:
+    try:
+        refuses = _find(name, operator, "refuses", form)
+    except ImportError as error:
+        return f"{error.name or _PACKAGES[name]} is not installed"
+    reason: str | None = refuses(*args)
+    return reason
+
+
+def _find(name: str, operator: str, verb: str, form: str) -> Callable[..., Any]:
+    room = importlib.import_module(f"{_PACKAGES[name]}.{_ROOMS.get(operator, operator)}")
+    part = form or (operator if operator in _ROOMS else "")
+    found: Callable[..., Any] = getattr(room, f"{verb}_{part}" if part else verb)
+    return found
