@@ -115,6 +115,42 @@ void reconstruct(const Table& job_table, const std::vector<double>& scales, int 
   kernels.reconstruct(jobs.data(), static_cast<std::int64_t>(jobs.size()), threads);
 }
 
+// `fixed`: v and u (address, strides, dtype), d, n, k_in, k_out; index, tasks, five tables, their rows, dtype of ends.
+std::int64_t shared_lora(const std::vector<std::int64_t>& fixed, const std::vector<std::int64_t>& rows, double scale,
+                         bool transposed, int threads, const std::string& isa) {
+  const Kernels& kernels = kernels_named(isa);
+  const auto matrix = [](const std::vector<std::int64_t>& from, std::size_t at) {
+    return Matrix{address<void>(from.at(at)), from.at(at + 1), from.at(at + 2), Dtype(from.at(at + 3))};
+  };
+  const auto table = [&](std::size_t at) { return address<const void>(fixed.at(at)); };
+  const Cores cores = {address<const std::int64_t>(fixed.at(12)),
+                       fixed.at(13),
+                       table(14),
+                       table(15),
+                       table(16),
+                       table(17),
+                       table(18),
+                       {fixed.at(19), fixed.at(20), fixed.at(21), fixed.at(22), fixed.at(23)},
+                       Dtype(fixed.at(24))};
+  const SharedLoraJob job = {matrix(rows, 0),
+                             matrix(rows, 4),
+                             matrix(fixed, 0),
+                             matrix(fixed, 4),
+                             rows.at(8),
+                             fixed.at(8),
+                             fixed.at(9),
+                             fixed.at(10),
+                             fixed.at(11),
+                             cores,
+                             address<const std::int64_t>(rows.at(9)),
+                             rows.at(10),
+                             address<const float>(rows.at(11)),
+                             scale,
+                             transposed};
+  py::gil_scoped_release release;
+  return kernels.shared_lora(job, threads);
+}
+
 void squares(const Table& block_table, const Table& job_table, int threads, const std::string& isa) {
   const Kernels& kernels = kernels_named(isa);
   const auto blocks = read_blocks(block_table);
@@ -182,6 +218,10 @@ PYBIND11_MODULE(_core, m) {
         py::arg("isa"));
   m.def("power", &power, py::arg("blocks"), py::arg("jobs"), py::arg("precision"), py::arg("threads"), py::arg("isa"));
   m.def("reconstruct", &reconstruct, py::arg("jobs"), py::arg("scales"), py::arg("threads"), py::arg("isa"));
+  // rows: y and x (address, strides, dtype), their number, tasks, tasks per row, shares. Gives -1 or the first row
+  // whose task is not in the table.
+  m.def("shared_lora", &shared_lora, py::arg("fixed"), py::arg("rows"), py::arg("scale"), py::arg("transposed"),
+        py::arg("threads"), py::arg("isa"));
   m.def("squares", &squares, py::arg("blocks"), py::arg("jobs"), py::arg("threads"), py::arg("isa"));
   // Contiguous float64 matrices, `count` of them one after another.
   m.def("eigh", &eigh, py::arg("a"), py::arg("count"), py::arg("n"), py::arg("values"), py::arg("vectors"),

@@ -39,6 +39,9 @@
 #include "sketch_power.inl"
 #include "reconstruct_place.inl"
 #include "reconstruct.inl"
+#include "shared_lora_rows.inl"
+#include "shared_lora_columns.inl"
+#include "shared_lora.inl"
 #include "squares.inl"
 #include "dense_eigh.inl"
 #include "dense_svd.inl"
@@ -50,8 +53,8 @@ namespace loraspan {
 namespace LORASPAN_ISA {
 
 extern const Kernels kernels;
-const Kernels kernels = {&gram, &combine, &sketch, &power,      &reconstruct, &squares,
-                         &eigh, &svd,     &root,   &arithmetic, &traffic};
+const Kernels kernels = {&gram,    &combine, &sketch, &power, &reconstruct, &shared_lora,
+                         &squares, &eigh,    &svd,    &root,  &arithmetic,  &traffic};
 
 }  // namespace LORASPAN_ISA
 }  // namespace loraspan

@@ -31,16 +31,17 @@ inline int compare_bases(const ReconstructJob& a, const ReconstructJob& b) {
   return 0;
 }
 
-// Sorts order[0, count) by merging; `spare` is as long. Returns where the sorted order is.
-inline std::int64_t* sort_by_basis(const ReconstructJob* jobs, std::int64_t count, std::int64_t* order,
-                                   std::int64_t* spare) {
-  for (std::int64_t i = 0; i < count; ++i) order[i] = i;
+// Sorts order[0, count) by merging, equals in their order; precedes(a, b) says that a may stand before b. `spare` is as
+// long. Returns where the sorted order is.
+template <typename Precedes>
+inline std::int64_t* sort_order(std::int64_t count, std::int64_t* order, std::int64_t* spare,
+                                const Precedes& precedes) {
   for (std::int64_t width = 1; width < count; width *= 2) {
     for (std::int64_t start = 0; start < count; start += 2 * width) {
       const std::int64_t middle = min_of(start + width, count), stop = min_of(start + 2 * width, count);
       std::int64_t a = start, b = middle;
       for (std::int64_t to = start; to < stop; ++to) {
-        const bool left = a < middle && (b == stop || compare_bases(jobs[order[a]], jobs[order[b]]) <= 0);
+        const bool left = a < middle && (b == stop || precedes(order[a], order[b]));
         spare[to] = left ? order[a++] : order[b++];
       }
     }
@@ -133,7 +134,9 @@ inline std::int64_t make_groups(const ReconstructJob* jobs, const std::int64_t* 
 
 void reconstruct(const ReconstructJob* jobs, std::int64_t count, int threads) {
   std::int64_t* order = scratch<std::int64_t>(Use::sums, 2 * count);
-  order = sort_by_basis(jobs, count, order, order + count);
+  for (std::int64_t i = 0; i < count; ++i) order[i] = i;
+  order = sort_order(count, order, order + count,
+                     [&](std::int64_t a, std::int64_t b) { return compare_bases(jobs[a], jobs[b]) <= 0; });
   Group* groups = scratch<Group>(Use::packed, count);
   std::int64_t tasks = 0;
   const std::int64_t found = make_groups(jobs, order, count, threads, groups, &tasks);

@@ -6,6 +6,7 @@
 #include "loraspan/dense.hpp"
 #include "loraspan/gram.hpp"
 #include "loraspan/reconstruct.hpp"
+#include "loraspan/shared_lora.hpp"
 #include "loraspan/sketch.hpp"
 #include "loraspan/squares.hpp"
 
@@ -17,6 +18,7 @@ struct Kernels {
   SketchFn* sketch;
   PowerFn* power;
   ReconstructFn* reconstruct;
+  SharedLoraFn* shared_lora;
   SquaresFn* squares;
   EighFn* eigh;
   SvdFn* svd;

@@ -1,0 +1,118 @@
+"""The columns of many tasks in one slot, as `shared_lora` reads them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from loraspan.errors import ShapeError
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Cores:
+    """Columns of ``R`` tasks, one ragged table each for weights and ends: ``dW = sum_c weight_c left_c right_c^T``.
+
+    Each end of a column is shared (coefficients on the slot's basis ``u`` or ``v``) or private (an explicit vector). A
+    task's columns come in four forms, in this order: ss, both ends shared; sp, left shared and right private; ps, left
+    private and right shared; pp, both private. A task may instead hold a dense core: then the right end of its ss
+    column ``c`` is column ``c`` of ``v`` itself, it has as many of them as ``v`` has columns, and no rows of ``right``
+    for them. :meth:`of` builds and checks one; adding a task within the capacity is a write into these tensors.
+
+    Attributes:
+        index: ``[R, 10]`` int64, per task: its first row in each of ``weights``, ``left``, ``left_private``, ``right``
+            and ``right_private``; its number of columns of each form; whether its core is dense.
+        weights: ``[C]`` float32 (float64 beside float64 ends).
+        left: ``[., k_out]``, shared left ends of forms ss, sp, task after task.
+        left_private: ``[., n]``, private left ends of forms ps, pp.
+        right: ``[., k_in]``, shared right ends of forms ss (unless dense), ps.
+        right_private: ``[., d]``, private right ends of forms sp, pp.
+        most: at least the largest number of columns of each form of any task. Compiled graphs keep it, so a capacity
+            is better than a count.
+    """
+
+    index: Tensor
+    weights: Tensor
+    left: Tensor
+    left_private: Tensor
+    right: Tensor
+    right_private: Tensor
+    most: tuple[int, int, int, int]
+
+    @classmethod
+    def of(
+        cls,
+        counts: ArrayLike,
+        weights: Tensor,
+        left: Tensor,
+        left_private: Tensor,
+        right: Tensor,
+        right_private: Tensor,
+        *,
+        dense: ArrayLike | None = None,
+    ) -> Cores:
+        """Build the table of tasks whose columns follow each other without gaps.
+
+        Args:
+            counts: ``[R, 4]``, columns of each task of forms ss, sp, ps, pp.
+            weights: ``[C]``, of all columns of all tasks in order.
+            left: ``[., k_out]``.
+            left_private: ``[., n]``.
+            right: ``[., k_in]``.
+            right_private: ``[., d]``; the four of one dtype and device, contiguous.
+            dense: ``[R]``, which tasks hold a dense core; none if left out.
+
+        Raises:
+            ShapeError: if the tensors do not have the rows that ``counts`` asks for, or differ in dtype or device.
+
+        Example:
+            >>> import torch
+            >>> none = torch.empty(0, 5)
+            >>> cores = Cores.of([[1, 0, 0, 0]], torch.ones(1), torch.ones(1, 2), none, torch.ones(1, 3), none)
+            >>> cores.tasks, cores.most
+            (1, (1, 0, 0, 0))
+        """
+        table = np.asarray(counts, dtype=np.int64).reshape(-1, 4)
+        full = np.zeros(len(table), dtype=np.bool_) if dense is None else np.asarray(dense, dtype=np.bool_)
+        ss, sp, ps, pp = table.T
+        lengths = np.stack([ss + sp + ps + pp, ss + sp, ps + pp, np.where(full, 0, ss) + ps, sp + pp], axis=1)
+        ends = lengths.cumsum(axis=0)
+        tensors = {"weights": weights, "left": left, "left_private": left_private, "right": right}
+        tensors["right_private"] = right_private
+        for (name, tensor), wanted in zip(tensors.items(), lengths.sum(axis=0), strict=True):
+            _check(name, tensor, int(wanted), left)
+        if full.any() and (ss[full] != right.shape[1]).any():
+            raise ShapeError(
+                f"Cores: a dense core has as many ss columns as right has, {right.shape[1]}; "
+                f"got counts of {sorted(set(ss[full].tolist()))}"
+            )
+        index = torch.from_numpy(np.concatenate([ends - lengths, table, full[:, None]], axis=1, dtype=np.int64))
+        most = table.max(axis=0, initial=0).tolist()
+        wide = torch.float64 if left.dtype == torch.float64 else torch.float32
+        return cls(index.to(left.device), weights.to(wide), *list(tensors.values())[1:], (*most,))
+
+    @property
+    def tasks(self) -> int:
+        """How many tasks the table has room for, ``R``."""
+        return self.index.shape[0]
+
+
+def _check(name: str, tensor: Tensor, rows: int, like: Tensor) -> None:
+    axes = 1 if name == "weights" else 2
+    if tensor.ndim != axes or tensor.shape[0] != rows:
+        shape = f"[{rows}]" if axes == 1 else f"[{rows}, .]"
+        raise ShapeError(f"Cores: by counts, {name} is {shape}; got {list(tensor.shape)}")
+    right_dtype = tensor.dtype in _DTYPES if axes == 1 else tensor.dtype == like.dtype and like.dtype in _DTYPES
+    if not right_dtype or tensor.device != like.device:
+        raise ShapeError(
+            f"Cores: the four tables of ends have one dtype (float16, bfloat16, float32 or float64) and one device, "
+            f"and weights are floats there; {name} is {tensor.dtype} on {tensor.device}, left {like.dtype} on "
+            f"{like.device}"
+        )
+    if not tensor.is_contiguous():
+        raise ShapeError(f"Cores: {name} needs to be contiguous; got strides {tensor.stride()}: use .contiguous()")

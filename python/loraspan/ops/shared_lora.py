@@ -1,0 +1,293 @@
+"""Add to each row of a batch what its own task makes of it, by way of bases that all tasks share."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from loraspan import _core, _device, _native
+from loraspan._dispatch import Backend, choose
+from loraspan.errors import ArgumentError, ShapeError
+from loraspan.ops.cores import Cores
+from loraspan.ops.shared_lora_reference import reference as _everywhere
+
+_CODES = _native.DTYPE_CODES
+
+
+def shared_lora(
+    y: Tensor,
+    x: Tensor,
+    v: Tensor,
+    u: Tensor,
+    cores: Cores,
+    tasks: Tensor,
+    *,
+    shares: Tensor | None = None,
+    scale: float = 1.0,
+    backend: str | None = None,
+) -> Tensor:
+    r"""Give ``y[t] + scale * sum_m shares[t, m] dW(tasks[t, m]) x[t]`` for rows with different tasks.
+
+    No ``dW = u C v^T`` is ever formed: ``z = x v`` and ``g u^T`` are products of the whole batch, and between them each
+    row meets the few columns of its own task. Differentiable in ``y``, ``x`` and the columns of ``cores`` (weights and
+    all four tables of ends), not in the bases, which are frozen.
+
+    Args:
+        y: ``[T, n]``, what the base layer gave; float16, bfloat16, float32 or float64.
+        x: ``[T, d]``, what went into it; its dtype may differ.
+        v: ``[d, k_in]``, the input basis.
+        u: ``[n, k_out]``, the output basis.
+        cores: the columns of all tasks.
+        tasks: ``[T]`` or ``[T, m]`` int64, rows of ``cores``; -1 for none.
+        shares: ``[T, m]`` (or ``[T]``) float32, the weight of each task in its row; None for ones.
+        scale: a factor without unit, of all of it.
+        backend: ``"cpu"`` (or one instruction set, such as ``"cpu:avx2"``), ``"triton"``, ``"cuda"`` or
+            ``"reference"``.
+
+    Returns:
+        ``[T, n]`` of the dtype of ``y``. A row whose tasks are all -1 is that of ``y`` bit for bit. Sums are kept in
+        float32, or in float64 where a tensor is float64, and each entry is rounded once, with ``y`` in the sum. To
+        first order it is within ``(d + k_in + k_out + P + 8) u`` times ``|y| + |scale| |dW|' |x|`` of the exact one,
+        ``u`` the unit roundoff of the sum, ``P`` the columns of the row's tasks and ``|dW|'`` made of the absolute
+        values of all factors. The compiled kernels give a row the same bits for any number of threads and whatever the
+        other rows' tasks are; a task with so many rows that rebuilding its own factors saves work is rounded otherwise
+        than one with few.
+
+    Raises:
+        ShapeError: if sizes, dtypes or devices do not fit.
+        ArgumentError: if a task is out of range or its columns do not lie in the tables (on the CPU; on a GPU, where
+            asking would mean waiting, its row gets NaN), or if a basis requires a gradient.
+        BackendError: if the named backend cannot run this call.
+
+    Example:
+        >>> import torch
+        >>> none = torch.empty(0, 2)
+        >>> two = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        >>> cores = Cores.of([[1, 0, 0, 0]] * 2, torch.tensor([2.0, 3.0]), two, none, two, none)
+        >>> y, x, basis = torch.zeros(3, 2), torch.ones(3, 2), torch.eye(2)
+        >>> shared_lora(y, x, basis, basis, cores, torch.tensor([0, 1, -1]))
+        tensor([[2., 0.],
+                [0., 3.],
+                [0., 0.]])
+
+    Source:
+        Serving from a shared basis: Gabrielsson et al., *Compress then Serve*, 2024, section 4. The bound: Higham,
+        *Accuracy and Stability of Numerical Algorithms*, 2nd ed., section 3.5.
+    """
+    _refuse_gradients(v, u)
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and _wants_gradient(y, x, cores)):
+        from loraspan.ops import library
+
+        _check(y, x, v, u, cores, tasks, shares)
+        return library.shared_lora(y, x, v, u, cores, tasks, shares, scale, backend)
+    return shared_lora_(y.clone(), x, v, u, cores, tasks, shares=shares, scale=scale, backend=backend)
+
+
+def shared_lora_(
+    y: Tensor,
+    x: Tensor,
+    v: Tensor,
+    u: Tensor,
+    cores: Cores,
+    tasks: Tensor,
+    *,
+    shares: Tensor | None = None,
+    scale: float = 1.0,
+    backend: str | None = None,
+) -> Tensor:
+    """Do :func:`shared_lora` in place: nothing is copied, and rows without a task are not touched.
+
+    Args:
+        y: as for :func:`shared_lora`; added to.
+        x: as for :func:`shared_lora`; must not overlap ``y``.
+        v: as for :func:`shared_lora`.
+        u: as for :func:`shared_lora`.
+        cores: as for :func:`shared_lora`.
+        tasks: as for :func:`shared_lora`.
+        shares: as for :func:`shared_lora`.
+        scale: as for :func:`shared_lora`.
+        backend: as for :func:`shared_lora`.
+
+    Returns:
+        ``y``.
+
+    Raises:
+        ShapeError: if sizes, dtypes or devices do not fit; ``y`` is as it was then.
+        ArgumentError: as for :func:`shared_lora`, or if a gradient is asked for: that takes the other form.
+        BackendError: if the named backend cannot run this call.
+
+    Example:
+        >>> import torch
+        >>> none, one = torch.empty(0, 1), torch.ones(1, 1)
+        >>> y = torch.zeros(2, 1)
+        >>> shared_lora_(y, y + 5, one, one, Cores.of([[1, 0, 0, 0]], torch.ones(1), one, none, one, none),
+        ...              torch.tensor([-1, 0]))
+        tensor([[0.],
+                [5.]])
+    """
+    _check(y, x, v, u, cores, tasks, shares)
+    if torch.is_grad_enabled() and (_wants_gradient(y, x, cores) or v.requires_grad or u.requires_grad):
+        raise ArgumentError("shared_lora_: the form in place has no gradient; use shared_lora, or torch.no_grad()")
+    if torch.compiler.is_compiling():
+        from loraspan.ops import library
+
+        return library.shared_lora_(y, x, v, u, cores, tasks, shares, scale, backend)
+    add(y, x, v, u, cores, tasks, shares, scale, backend)
+    return y
+
+
+def add(
+    y: Tensor,
+    x: Tensor,
+    v: Tensor,
+    u: Tensor,
+    cores: Cores,
+    tasks: Tensor,
+    shares: Tensor | None,
+    scale: float,
+    backend: str | None,
+) -> None:
+    """Run a backend on what has been checked."""
+    if tasks.ndim == 1:
+        tasks = tasks[:, None]
+        shares = shares if shares is None or shares.ndim == 2 else shares[:, None]
+    args = (y, x, v, u, cores, tasks, shares, scale)
+    choose("shared_lora", BACKENDS, backend, *args).run(*args)
+
+
+def _wants_gradient(y: Tensor, x: Tensor, cores: Cores) -> bool:
+    return (
+        y.requires_grad
+        or x.requires_grad
+        or cores.weights.requires_grad
+        or cores.left.requires_grad
+        or cores.right.requires_grad
+        or cores.left_private.requires_grad
+        or cores.right_private.requires_grad
+    )
+
+
+def _refuse_gradients(v: Tensor, u: Tensor) -> None:
+    if torch.is_grad_enabled() and (v.requires_grad or u.requires_grad):
+        raise ArgumentError("shared_lora: the bases v and u are frozen: use .detach(); train the columns of cores")
+
+
+def _check(y: Tensor, x: Tensor, v: Tensor, u: Tensor, cores: Cores, tasks: Tensor, shares: Tensor | None) -> None:
+    d, n = v.shape[0], u.shape[0]
+    rows = tasks.shape[0] if tasks.ndim else -1
+    fits = v.ndim == u.ndim == 2 and 1 <= tasks.ndim <= 2 and x.shape == (rows, d) and y.shape == (rows, n)
+    if not fits or (shares is not None and shares.shape != tasks.shape):
+        raise ShapeError(
+            f"shared_lora: y [T, n], x [T, d], v [d, k_in], u [n, k_out], tasks [T] or [T, m] and shares like tasks "
+            f"have to fit; got {list(y.shape)}, {list(x.shape)}, {list(v.shape)}, {list(u.shape)}, "
+            f"{list(tasks.shape)} and {None if shares is None else list(shares.shape)}"
+        )
+    _check_ends(v, u, cores)
+    for name, tensor in (("y", y), ("x", x), ("v", v), ("u", u)):
+        if tensor.dtype not in _CODES or tensor.device != y.device:
+            raise ShapeError(
+                f"shared_lora: tensors are float16, bfloat16, float32 or float64 and on one device; "
+                f"{name} is {tensor.dtype} on {tensor.device}, y {y.dtype} on {y.device}"
+            )
+    if tasks.dtype != torch.int64 or (shares is not None and shares.dtype != torch.float32):
+        raise ShapeError(
+            f"shared_lora: tasks are int64 and shares float32; got {tasks.dtype} and "
+            f"{None if shares is None else shares.dtype}"
+        )
+    if tasks.device != y.device or cores.index.device != y.device or (shares is not None and shares.device != y.device):
+        raise ShapeError(
+            f"shared_lora: tasks, shares and cores are on the device of y, {y.device}; tasks are on {tasks.device}, "
+            f"cores on {cores.index.device}: use .to({str(y.device)!r})"
+        )
+
+
+def _check_ends(v: Tensor, u: Tensor, cores: Cores) -> None:
+    pairs = (
+        ("left", cores.left, u.shape[1]),
+        ("right", cores.right, v.shape[1]),
+        ("left_private", cores.left_private, u.shape[0]),
+        ("right_private", cores.right_private, v.shape[0]),
+    )
+    for name, table, width in pairs:
+        # a table without rows may have any width
+        if table.shape[1] != width and table.shape[0]:
+            raise ShapeError(
+                f"shared_lora: cores.{name} has {table.shape[1]} columns and needs {width}, for v {list(v.shape)} and "
+                f"u {list(u.shape)}"
+            )
+
+
+def _cpu(
+    y: Tensor,
+    x: Tensor,
+    v: Tensor,
+    u: Tensor,
+    cores: Cores,
+    tasks: Tensor,
+    shares: Tensor | None,
+    scale: float,
+    *,
+    isa: str,
+    transposed: bool = False,
+) -> None:
+    fields = _native.matrix_fields
+    tables = (cores.weights, cores.left, cores.left_private, cores.right, cores.right_private)
+    fixed = (
+        *(*fields(v), *fields(u), v.shape[0], u.shape[0], v.shape[1], u.shape[1]),
+        *(cores.index.data_ptr(), cores.index.shape[0], *[t.data_ptr() for t in tables], *[t.shape[0] for t in tables]),
+        _CODES[cores.left.dtype],
+    )
+    # held until the call, which has their addresses only
+    tasks, shares = tasks.contiguous(), None if shares is None else shares.contiguous()
+    count, mixture = tasks.shape
+    places = (count, tasks.data_ptr(), mixture, 0 if shares is None else shares.data_ptr())
+    wrong = _core.shared_lora(fixed, (*fields(y), *fields(x), *places), scale, transposed, _native.threads(), isa)
+    if wrong >= 0:
+        _refuse_task(cores, tasks, wrong)
+
+
+def _refuse_task(cores: Cores, tasks: Tensor, row: int) -> None:
+    raise ArgumentError(
+        f"shared_lora: tasks are -1 for none or rows of cores, below {cores.tasks}, whose columns lie in its tables; "
+        f"row {row} has {tasks[row].tolist()}"
+    )
+
+
+def reference(
+    y: Tensor,
+    x: Tensor,
+    v: Tensor,
+    u: Tensor,
+    cores: Cores,
+    tasks: Tensor,
+    shares: Tensor | None,
+    scale: float,
+    *,
+    transposed: bool = False,
+) -> None:
+    """Say it in torch, on whatever device the tensors are (MPS among them)."""
+    if y.device.type == "cpu":
+        wrong = ((tasks < -1) | (tasks >= cores.tasks)).any(dim=1).nonzero()
+        if len(wrong):
+            _refuse_task(cores, tasks, int(wrong[0]))
+    _everywhere(y, x, v, u, cores, tasks, shares, scale, transposed=transposed)
+
+
+def _refuses(y: Tensor, *_: object) -> str | None:
+    if y.device.type != "cpu":
+        return f"it writes CPU memory, and y is on {y.device}"
+    return None
+
+
+BACKENDS = (
+    *_native.backends(_cpu, _refuses),
+    *_device.backends("shared_lora"),
+    Backend("reference", reference, lambda *_: None),
+)
+# the same with dW^T for dW: what takes the gradient of y to that of x
+TRANSPOSED = (
+    *_native.backends(partial(_cpu, transposed=True), _refuses),
+    Backend("reference", partial(reference, transposed=True), lambda *_: None),
+)
