@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -11,6 +12,12 @@ from torch import Tensor
 
 from loraspan import _native
 from loraspan.errors import ShapeError
+
+CPU = torch.device("cpu")
+# Columns per float32 sum of the references before it is added in float64; the kernels flush at least as often.
+SUM_COLUMNS = 128
+# What a reference holds in its own precision at a time.
+_PANEL_BYTES = 64 << 20
 
 
 class RowBlocks:
@@ -21,6 +28,12 @@ class RowBlocks:
             ``r_i`` may be 0. A factor stored as ``[d, r_i]`` enters as its ``.T``.
         columns: ``d``; needed only where ``blocks`` is empty.
 
+    Attributes:
+        device: where the blocks lie; None where there are none.
+        target: the device that computes with them, if that is another one; see :meth:`on`.
+        first: which column of a larger matrix column 0 is; :func:`loraspan.ops.sketch` draws its rows from there on.
+        plain: whether they can be computed with where they lie, whatever the precision.
+
     Raises:
         ShapeError: if a block is not a dense matrix, or columns, devices or dtypes do not fit.
 
@@ -30,6 +43,10 @@ class RowBlocks:
         >>> x.shape
         (5, 5)
     """
+
+    target: torch.device | None = None
+    first = 0
+    plain = True
 
     def __init__(self, blocks: Sequence[Tensor], columns: int | None = None) -> None:
         if not blocks and columns is None:
@@ -49,6 +66,8 @@ class RowBlocks:
         self.rows = [block.shape[0] for block in self.blocks]
         self.shape = (sum(self.rows), self.columns)
         self.device = self.blocks[0].device if self.blocks else None
+        if self.device is not None and self.device.type == "mps":
+            self.plain = False
         self._table: NDArray[np.int64] | None = None
 
     def _check(self, i: int, block: Tensor) -> None:
@@ -69,6 +88,22 @@ class RowBlocks:
             return x
         return cls([x]) if isinstance(x, Tensor) else cls(x)
 
+    def on(self, device: torch.device | None) -> RowBlocks:
+        """Give the same blocks, for the operators to send to ``device`` in chunks of columns; None as they are.
+
+        Results lie where the blocks do. See :mod:`loraspan.ops.stream`.
+        """
+        if device is None or self.device is None or device == (self.target or self.device):
+            return self
+        other = copy.copy(self)
+        other.target = None if device == self.device else device
+        other.plain = other.target is None and device.type != "mps"
+        return other
+
+    def home(self, dtype: torch.dtype) -> torch.device | None:
+        """Say where a result of ``dtype`` that is as long as the rows lies: beside them, if float64 can."""
+        return CPU if dtype == torch.float64 and self.device is not None and self.device.type == "mps" else self.device
+
     @property
     def table(self) -> NDArray[np.int64]:
         """The blocks as the compiled core reads them: address, rows, strides, dtype."""
@@ -87,6 +122,18 @@ def wide_columns(x: RowBlocks, piece: slice, dtype: torch.dtype) -> Tensor:
     """Give the columns ``piece`` of all rows as one matrix of ``dtype`` (references only)."""
     blocks = [b[:, piece].to(dtype) for b in x.blocks]
     return torch.cat(blocks) if blocks else torch.empty(0, len(range(x.columns)[piece]), dtype=dtype)
+
+
+def sum_chunks(x: RowBlocks, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+    """Give all columns, ``SUM_COLUMNS`` at a time, as contiguous matrices of ``dtype`` with their first column.
+
+    Blocks are put under each other some thousand columns at a time: on a device every call counts.
+    """
+    width = max(1, _PANEL_BYTES // max(1, x.shape[0] * dtype.itemsize * SUM_COLUMNS)) * SUM_COLUMNS
+    for start in range(0, x.columns, width):
+        panel = wide_columns(x, slice(start, start + width), dtype)
+        for at in range(0, panel.shape[1], SUM_COLUMNS):
+            yield start + at, panel[:, at : at + SUM_COLUMNS].contiguous()
 
 
 def refuses_device(matrices: Sequence[RowBlocks]) -> str | None:

@@ -11,10 +11,10 @@ from torch import Tensor
 from loraspan import _core, _device, _native
 from loraspan._dispatch import Backend, choose
 from loraspan.errors import ArgumentError, ShapeError
-from loraspan.ops.blocks import RowBlocks, block_table, refuses_device, wide_columns
+from loraspan.ops.blocks import RowBlocks, block_table, refuses_device, sum_chunks
+from loraspan.ops.places import Partials, carried
 from loraspan.ops.rounding import narrow
-
-_CHUNK = 128
+from loraspan.ops.stream import in_chunks
 
 
 class Combined(NamedTuple):
@@ -115,13 +115,48 @@ def combine_many(
             )
     places = [None] * len(pairs) if out is None else list(out)
     for (x, w), place in zip(pairs, places, strict=True):
-        device = x.device or w.device
+        device = x.home(dtype) or w.device
         if place is not None and (place.shape, place.dtype, place.device) != ((x.columns, w.shape[1]), dtype, device):
             raise ShapeError(
                 f"combine: out needs to be [{x.columns}, {w.shape[1]}] of {dtype} on {device}; "
                 f"got {list(place.shape)} of {place.dtype} on {place.device}"
             )
-    return choose("combine", BACKENDS, backend, pairs).run(pairs, dtype, precision, products, places)
+    if all(x.plain for x, _ in pairs):
+        return choose("combine", BACKENDS, backend, pairs).run(pairs, dtype, precision, products, places)
+    return _in_chunks(pairs, dtype, precision, products, places, backend)
+
+
+def _in_chunks(
+    pairs: Sequence[tuple[RowBlocks, Tensor]],
+    dtype: torch.dtype,
+    precision: str,
+    products: bool,
+    places: Sequence[Tensor | None],
+    backend: str | None,
+) -> list[Combined]:
+    """Add the products up over chunks of columns; each chunk gives its rows of ``V``."""
+    out = [
+        Combined(
+            torch.empty(x.columns, w.shape[1], dtype=dtype, device=x.home(dtype) or w.device) if v is None else v,
+            torch.zeros(x.shape[0] if products else 0, w.shape[1], dtype=torch.float64),
+            torch.zeros(w.shape[1], w.shape[1], dtype=torch.float64),
+        )
+        for (x, w), v in zip(pairs, places, strict=True)
+    ]
+    for chunks in in_chunks([x for x, _ in pairs], wide=torch.float64 in (dtype, _wide(precision))):
+        there = [(chunk.x, pairs[chunk.member][1]) for chunk in chunks]
+        run = choose("combine", BACKENDS, backend, there).run
+        for chunk, part in zip(chunks, run(there, dtype, precision, products, [None] * len(there)), strict=True):
+            v, xv, vtv = out[chunk.member]
+            rows = v[chunk.start : chunk.start + chunk.x.columns]
+            rows.copy_(carried(part.v, v.device, dtype))
+            xv += part.xv
+            vtv += part.vtv
+    return out
+
+
+def _wide(precision: str) -> torch.dtype:
+    return torch.float32 if precision == "f32" else torch.float64
 
 
 def _cpu(
@@ -166,30 +201,33 @@ def reference(
     places: Sequence[Tensor | None],
 ) -> list[Combined]:
     """Say it in torch, chunk by chunk of columns, on whatever device the blocks are."""
-    wide = torch.float32 if precision == "f32" else torch.float64
-    found = [_reference(x, w, dtype, wide, products) for x, w in pairs]
-    return [
-        one if place is None else Combined(place.copy_(one.v), one.xv, one.vtv)
-        for one, place in zip(found, places, strict=True)
-    ]
+    sums = Partials()
+    found = [_reference(x, w, dtype, _wide(precision), products, sums) for x, w in pairs]
+    sums.flush()
+    out = []
+    for (v, xv, vtv), place in zip(found, places, strict=True):
+        v = v if place is None else place.copy_(v)
+        out.append(Combined(v, xv, torch.tril(vtv) + torch.tril(vtv, -1).T))
+    return out
 
 
-def _reference(x: RowBlocks, w: Tensor, dtype: torch.dtype, wide: torch.dtype, products: bool) -> Combined:
+def _reference(
+    x: RowBlocks, w: Tensor, dtype: torch.dtype, wide: torch.dtype, products: bool, sums: Partials
+) -> Combined:
     rank = w.shape[1]
     device = x.device or w.device
     weights = w.to(wide).to(device)
     v = torch.empty(x.columns, rank, dtype=dtype, device=device)
     xv = torch.zeros(x.shape[0] if products else 0, rank, dtype=torch.float64)
     vtv = torch.zeros(rank, rank, dtype=torch.float64)
-    for start in range(0, x.columns, _CHUNK):
-        piece = slice(start, start + _CHUNK)
-        chunk = wide_columns(x, piece, wide)
-        v[piece] = narrow(chunk.T.contiguous() @ weights, dtype)
-        rounded = v[piece].to(wide)
+    for start, chunk in sum_chunks(x, wide):
+        rows = narrow(chunk.T.contiguous() @ weights, dtype)
+        v[start : start + len(rows)] = rows
+        rounded = rows.to(wide)
         if products:
-            xv += (chunk @ rounded).to("cpu", torch.float64)
-        vtv += (rounded.T.contiguous() @ rounded).to("cpu", torch.float64)
-    return Combined(v, xv, torch.tril(vtv) + torch.tril(vtv, -1).T)
+            sums.add(xv, chunk @ rounded)
+        sums.add(vtv, rounded.T.contiguous() @ rounded)
+    return Combined(v, xv, vtv)
 
 
 def _refuses(pairs: Sequence[tuple[RowBlocks, Tensor]]) -> str | None:

@@ -12,10 +12,9 @@ from torch import Tensor
 from loraspan import _core, _device, _native
 from loraspan._dispatch import Backend, choose
 from loraspan.errors import ArgumentError
-from loraspan.ops.blocks import RowBlocks, block_table, refuses_device, wide_columns
-
-# Columns per float32 sum of the reference before it is added in float64; the compiled kernels flush at least as often.
-_CHUNK = 128
+from loraspan.ops.blocks import RowBlocks, block_table, refuses_device, sum_chunks
+from loraspan.ops.places import Partials, off_metal
+from loraspan.ops.stream import in_chunks
 
 
 def gram(x: RowBlocks | Sequence[Tensor] | Tensor, *, precision: str = "f32", backend: str | None = None) -> Tensor:
@@ -53,6 +52,8 @@ def gram(x: RowBlocks | Sequence[Tensor] | Tensor, *, precision: str = "f32", ba
     if not isinstance(x, Tensor) or x.ndim <= 2:
         return gram_many([x], precision=precision, backend=backend)[0]
     _check_precision(precision)
+    if precision == "f64":
+        x = off_metal(x)
     *batch, rows, columns = x.shape
     flat = x.reshape(math.prod(batch), rows, columns)
     # one member stands for all, and an empty batch is checked all the same
@@ -87,7 +88,15 @@ def gram_many(
     """
     _check_precision(precision)
     matrices = [RowBlocks.of(x) for x in batch]
-    return choose("gram", BACKENDS, backend, matrices).run(matrices, precision)
+    if all(x.plain for x in matrices):
+        return choose("gram", BACKENDS, backend, matrices).run(matrices, precision)
+    total = [torch.zeros(x.shape[0], x.shape[0], dtype=torch.float64) for x in matrices]
+    for chunks in in_chunks(matrices, wide=precision == "f64"):
+        there = [chunk.x for chunk in chunks]
+        found = choose("gram", BACKENDS, backend, there).run(there, precision)
+        for chunk, part in zip(chunks, found, strict=True):
+            total[chunk.member] += part
+    return total
 
 
 def _check_precision(precision: str) -> None:
@@ -120,16 +129,15 @@ def _cpu_batch(batch: Tensor, precision: str, *, isa: str) -> Tensor:
 @torch.no_grad()
 def reference(matrices: Sequence[RowBlocks], precision: str) -> list[Tensor]:
     """Say it in torch, chunk by chunk of columns, on whatever device the blocks are."""
-    return [_reference(x, torch.float32 if precision == "f32" else torch.float64) for x in matrices]
-
-
-def _reference(x: RowBlocks, wide: torch.dtype) -> Tensor:
-    total = torch.zeros(x.shape[0], x.shape[0], dtype=torch.float64)
-    for start in range(0, x.columns, _CHUNK):
-        chunk = wide_columns(x, slice(start, start + _CHUNK), wide)
-        total += (chunk @ chunk.T).to("cpu", torch.float64)
+    wide = torch.float32 if precision == "f32" else torch.float64
+    total = [torch.zeros(x.shape[0], x.shape[0], dtype=torch.float64) for x in matrices]
+    sums = Partials()
+    for x, g in zip(matrices, total, strict=True):
+        for _, chunk in sum_chunks(x, wide):
+            sums.add(g, chunk @ chunk.T.contiguous())
+    sums.flush()
     # a matrix product need not be symmetric to the last bit
-    return torch.tril(total) + torch.tril(total, -1).T
+    return [torch.tril(g) + torch.tril(g, -1).T for g in total]
 
 
 def _reference_batch(batch: Tensor, precision: str) -> Tensor:

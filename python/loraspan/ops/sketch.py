@@ -12,9 +12,10 @@ from torch import Tensor
 from loraspan import _core, _device, _native
 from loraspan._dispatch import Backend, choose
 from loraspan.errors import ArgumentError, ShapeError
-from loraspan.ops.blocks import RowBlocks, block_table, refuses_device, wide_columns
+from loraspan.ops.blocks import RowBlocks, block_table, refuses_device, sum_chunks
+from loraspan.ops.places import Partials
+from loraspan.ops.stream import in_chunks
 
-_CHUNK = 128
 _SEED_RANGE = 2**63
 
 
@@ -97,7 +98,15 @@ def sketch_many(
         if width < 0 or not 0 <= seed < _SEED_RANGE:
             raise ArgumentError(f"sketch: width is at least 0 and seed in [0, 2^63); got width={width}, seed={seed}")
     pairs = [(RowBlocks.of(x), width) for x, width in batch]
-    return choose("sketch", BACKENDS, backend, pairs).run(pairs, seed, precision)
+    if all(x.plain for x, _ in pairs):
+        return choose("sketch", BACKENDS, backend, pairs).run(pairs, seed, precision)
+    total = [torch.zeros(x.shape[0], width, dtype=torch.float64) for x, width in pairs]
+    for chunks in in_chunks([x for x, _ in pairs], wide=precision == "f64"):
+        there = [(chunk.x, pairs[chunk.member][1]) for chunk in chunks]
+        found = choose("sketch", BACKENDS, backend, there).run(there, seed, precision)
+        for chunk, part in zip(chunks, found, strict=True):
+            total[chunk.member] += part
+    return total
 
 
 def power(
@@ -166,7 +175,15 @@ def power_many(
                 f"power: q needs one float64 row for each of the {x.shape[0]} rows of x; "
                 f"got {list(q.shape)} of {q.dtype}"
             )
-    return choose("power", POWER_BACKENDS, backend, pairs).run(pairs, precision)
+    if all(x.plain for x, _ in pairs):
+        return choose("power", POWER_BACKENDS, backend, pairs).run(pairs, precision)
+    total = [torch.zeros(q.shape, dtype=torch.float64) for _, q in pairs]
+    for chunks in in_chunks([x for x, _ in pairs], wide=precision == "f64"):
+        there = [(chunk.x, pairs[chunk.member][1]) for chunk in chunks]
+        found = choose("power", POWER_BACKENDS, backend, there).run(there, precision)
+        for chunk, part in zip(chunks, found, strict=True):
+            total[chunk.member] += part
+    return total
 
 
 def signs(rows: int, width: int, seed: int, start: int = 0) -> NDArray[np.float64]:
@@ -226,15 +243,13 @@ def _cpu_power(pairs: Sequence[tuple[RowBlocks, Tensor]], precision: str, *, isa
 def reference(pairs: Sequence[tuple[RowBlocks, int]], seed: int, precision: str) -> list[Tensor]:
     """Say it in torch, chunk by chunk of columns, on whatever device the blocks are."""
     wide = torch.float32 if precision == "f32" else torch.float64
-    return [_reference(x, width, seed, wide) for x, width in pairs]
-
-
-def _reference(x: RowBlocks, width: int, seed: int, wide: torch.dtype) -> Tensor:
-    total = torch.zeros(x.shape[0], width, dtype=torch.float64)
-    for start in range(0, x.columns, _CHUNK):
-        chunk = wide_columns(x, slice(start, start + _CHUNK), wide)
-        omega = torch.from_numpy(signs(chunk.shape[1], width, seed, start)).to(wide).to(chunk.device)
-        total += (chunk @ omega).to("cpu", torch.float64)
+    total = [torch.zeros(x.shape[0], width, dtype=torch.float64) for x, width in pairs]
+    sums = Partials()
+    for (x, width), y in zip(pairs, total, strict=True):
+        for start, chunk in sum_chunks(x, wide):
+            omega = torch.from_numpy(signs(chunk.shape[1], width, seed, x.first + start))
+            sums.add(y, chunk @ omega.to(wide).to(chunk.device))
+    sums.flush()
     return total
 
 
@@ -242,15 +257,13 @@ def _reference(x: RowBlocks, width: int, seed: int, wide: torch.dtype) -> Tensor
 def reference_power(pairs: Sequence[tuple[RowBlocks, Tensor]], precision: str) -> list[Tensor]:
     """Say it in torch, chunk by chunk of columns, on whatever device the blocks are."""
     wide = torch.float32 if precision == "f32" else torch.float64
-    return [_reference_power(x, q, wide) for x, q in pairs]
-
-
-def _reference_power(x: RowBlocks, q: Tensor, wide: torch.dtype) -> Tensor:
-    total = torch.zeros(q.shape, dtype=torch.float64)
-    weights = q.to(wide).to(x.device or q.device)
-    for start in range(0, x.columns, _CHUNK):
-        chunk = wide_columns(x, slice(start, start + _CHUNK), wide)
-        total += (chunk @ (chunk.T.contiguous() @ weights)).to("cpu", torch.float64)
+    total = [torch.zeros(q.shape, dtype=torch.float64) for _, q in pairs]
+    sums = Partials()
+    for (x, q), y in zip(pairs, total, strict=True):
+        weights = q.to(wide).contiguous().to(x.device or q.device)
+        for _, chunk in sum_chunks(x, wide):
+            sums.add(y, chunk @ (chunk.T.contiguous() @ weights))
+    sums.flush()
     return total
 
 
@@ -258,8 +271,14 @@ def _refuses(pairs: Sequence[tuple[RowBlocks, object]]) -> str | None:
     return refuses_device([x for x, _ in pairs])
 
 
+def _refuses_sketch(pairs: Sequence[tuple[RowBlocks, object]]) -> str | None:
+    if any(x.first for x, _ in pairs):
+        return "it draws signs from column 0 on, and these are later columns of a matrix that was sent in chunks"
+    return _refuses(pairs)
+
+
 BACKENDS = (
-    *_native.backends(_cpu, _refuses),
+    *_native.backends(_cpu, _refuses_sketch),
     *_device.backends("sketch"),
     Backend("reference", reference, lambda *_: None),
 )

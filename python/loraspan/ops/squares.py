@@ -9,7 +9,9 @@ from torch import Tensor
 
 from loraspan import _core, _native
 from loraspan._dispatch import Backend, choose
-from loraspan.ops.blocks import RowBlocks, block_table, refuses_device
+from loraspan.ops.blocks import RowBlocks, block_table, refuses_device, sum_chunks
+from loraspan.ops.places import Partials
+from loraspan.ops.stream import in_chunks
 
 
 def squares(x: RowBlocks | Sequence[Tensor] | Tensor, *, backend: str | None = None) -> Tensor:
@@ -32,8 +34,14 @@ def squares(x: RowBlocks | Sequence[Tensor] | Tensor, *, backend: str | None = N
         >>> squares([torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2).half()])
         tensor([25.,  0.], dtype=torch.float64)
     """
-    matrix = RowBlocks.of(x)
-    return choose("squares", BACKENDS, backend, [matrix]).run(matrix)
+    # one pass of additions: sending the rows to a target would cost more than adding them where they lie
+    matrix = (given := RowBlocks.of(x)).on(given.device)
+    if matrix.plain:
+        return choose("squares", BACKENDS, backend, [matrix]).run(matrix)
+    total = torch.zeros(matrix.shape[0], dtype=torch.float64)
+    for [chunk] in in_chunks([matrix], wide=True):
+        total += choose("squares", BACKENDS, backend, [chunk.x]).run(chunk.x)
+    return total
 
 
 def _cpu(x: RowBlocks, *, isa: str) -> Tensor:
@@ -45,9 +53,13 @@ def _cpu(x: RowBlocks, *, isa: str) -> Tensor:
 
 @torch.no_grad()
 def reference(x: RowBlocks) -> Tensor:
-    """Say it in torch, block by block."""
-    rows = [b.cpu().to(torch.float64).square().sum(1) for b in x.blocks]
-    return torch.cat(rows) if rows else torch.zeros(0, dtype=torch.float64)
+    """Say it in torch, chunk by chunk of columns, on whatever device the blocks are."""
+    total = torch.zeros(x.shape[0], dtype=torch.float64)
+    sums = Partials()
+    for _, chunk in sum_chunks(x, torch.float64):
+        sums.add(total, chunk.square().sum(1))
+    sums.flush()
+    return total
 
 
 BACKENDS = (
