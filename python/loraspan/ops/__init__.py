@@ -1,14 +1,18 @@
 """The operators: each one file with its signature, its checks, a plain reference and a table of backends."""
 
+from loraspan.ops import library as library  # torch.ops.loraspan is there once this is imported
 from loraspan.ops.blocks import RowBlocks
 from loraspan.ops.combine import Combined, combine, combine_many
+from loraspan.ops.cores import Cores
 from loraspan.ops.gram import gram, gram_many
 from loraspan.ops.reconstruct import Piece, reconstruct, reconstruct_many
+from loraspan.ops.shared_lora import shared_lora, shared_lora_
 from loraspan.ops.sketch import power, power_many, sketch, sketch_many
 from loraspan.ops.squares import squares
 
 __all__ = [
     "Combined",
+    "Cores",
     "Piece",
     "RowBlocks",
     "combine",
@@ -19,6 +23,8 @@ __all__ = [
     "power_many",
     "reconstruct",
     "reconstruct_many",
+    "shared_lora",
+    "shared_lora_",
     "sketch",
     "sketch_many",
     "squares",

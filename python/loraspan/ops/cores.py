@@ -92,9 +92,10 @@ class Cores:
                 f"got counts of {sorted(set(ss[full].tolist()))}"
             )
         index = torch.from_numpy(np.concatenate([ends - lengths, table, full[:, None]], axis=1, dtype=np.int64))
-        most = table.max(axis=0, initial=0).tolist()
+        most = tuple(int(count) for count in table.max(axis=0, initial=0))
         wide = torch.float64 if left.dtype == torch.float64 else torch.float32
-        return cls(index.to(left.device), weights.to(wide), *list(tensors.values())[1:], (*most,))
+        ends_of = (left, left_private, right, right_private)
+        return cls(index.to(left.device), weights.to(wide), *ends_of, (most[0], most[1], most[2], most[3]))
 
     @property
     def tasks(self) -> int:

@@ -39,7 +39,7 @@ def reconstruct(
 ) -> Tensor:
     r"""Give ``scale * basis @ loadings``.
 
-    Leading dimensions are batch dimensions and must be equal.
+    Leading dimensions are batch dimensions and must be equal. Differentiable in ``basis`` and ``loadings``.
 
     Args:
         basis: ``[..., m, k]``, float16, bfloat16, float32 or float64. Its columns are the basis vectors; nothing here
@@ -73,6 +73,16 @@ def reconstruct(
             f"reconstruct: basis [..., m, k] and loadings [..., k, n] need 2 dimensions or more and the same batch; "
             f"got {list(basis.shape)} and {list(loadings.shape)}"
         )
+    wants_gradient = torch.is_grad_enabled() and (basis.requires_grad or loadings.requires_grad)
+    if wants_gradient or torch.compiler.is_compiling():
+        from loraspan.ops import library
+
+        return library.reconstruct(basis, loadings, scale, dtype, backend)
+    return rebuild(basis, loadings, scale, dtype, backend)
+
+
+def rebuild(basis: Tensor, loadings: Tensor, scale: float, dtype: torch.dtype | None, backend: str | None) -> Tensor:
+    """Run a backend on a batch whose dimensions fit; see :func:`reconstruct`."""
     *batch, m, k = basis.shape
     n = loadings.shape[-1]
     out = basis.new_empty(*batch, m, n, dtype=dtype or basis.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -281,13 +282,13 @@ def _refuses(y: Tensor, *_: object) -> str | None:
     return None
 
 
-BACKENDS = (
+BACKENDS: tuple[Backend[Any], ...] = (
     *_native.backends(_cpu, _refuses),
     *_device.backends("shared_lora"),
     Backend("reference", reference, lambda *_: None),
 )
 # the same with dW^T for dW: what takes the gradient of y to that of x
-TRANSPOSED = (
+TRANSPOSED: tuple[Backend[Any], ...] = (
     *_native.backends(partial(_cpu, transposed=True), _refuses),
     Backend("reference", partial(reference, transposed=True), lambda *_: None),
 )

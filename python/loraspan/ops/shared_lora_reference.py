@@ -31,7 +31,7 @@ def reference(
 
     ``transposed`` takes ``dW^T``: ``v`` is then the basis that left ends are on, and ``u`` that of right ends.
     """
-    wide = torch.float64 if torch.float64 in (y.dtype, x.dtype, v.dtype, u.dtype, cores.left.dtype) else torch.float32
+    wide = wide_of(y, x, v, u, cores.left)
     if not cores.tasks:
         y.copy_(torch.where((tasks != -1).any(dim=1, keepdim=True), torch.nan, y))
         return
@@ -51,8 +51,13 @@ def reference(
         y[at] = torch.where(beyond, torch.nan, torch.where(there.any(dim=1, keepdim=True), sums, y[at]))
 
 
+def wide_of(*tensors: Tensor) -> torch.dtype:
+    """Give the dtype that sums are kept in: float64 where a tensor is, else float32."""
+    return torch.float64 if torch.float64 in [t.dtype for t in tensors] else torch.float32
+
+
 class _Batch(NamedTuple):
-    """A chunk of rows ``x [T, d]``, ``z = x v`` and what is known of their tasks: ``there [T, m]``, ``known`` of each."""
+    """A chunk of rows: ``x [T, d]``, ``z = x v``, and of their tasks if they are ``there [T, m]``, and their index."""
 
     x: Tensor
     z: Tensor
