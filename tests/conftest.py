@@ -6,10 +6,11 @@ import hypothesis
 import pytest
 import torch
 
+from kernels.emulation import pytest_addoption, pytest_configure  # noqa: F401  --emulate-cuda
 from loraspan.errors import BackendError
 from loraspan.ops import gram
 
-BACKENDS = ("cpu", "cpu:baseline", "cpu:avx2", "cpu:avx512", "cpu:avx512bf16", "reference")
+BACKENDS = ("cpu", "cpu:baseline", "cpu:avx2", "cpu:avx512", "cpu:avx512bf16", "cuda", "reference")
 
 # the same examples in every run, whatever the machine's speed
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None, max_examples=20)
@@ -49,7 +50,7 @@ def backend(request):
     return _or_skip(request.param)
 
 
-@pytest.fixture(scope="session", params=BACKENDS[1:-1])
+@pytest.fixture(scope="session", params=[name for name in BACKENDS if name.startswith("cpu:")])
 def compiled(request):
     """Each set of compiled kernels, which promise bits; ``cpu`` is one of them (tests/ops/test_backends.py)."""
     return _or_skip(request.param)

@@ -1,0 +1,130 @@
+// Inner products of long rows, C [M, N] = A B^T in float64: the Gram matrix, the products with a basis, the sketch.
+//
+// One block makes one tile of C over one slab of columns. A matrix of more than one slab leaves the sums of each in a
+// workspace, and `add_slabs` adds them in order: no result depends on which block came first.
+#pragma once
+
+#include "tiles.cuh"
+
+namespace loraspan {
+
+// One product, made by the caller (python/loraspan/_cuda/dots.py); all fields are 8 bytes.
+struct Dots {
+  std::int64_t first_block;                       // of this product among all of the launch
+  std::int64_t first_sum;                         // the same in the launch of add_slabs
+  std::int64_t left, left_rows, left_reading;     // rows of A in the table
+  std::int64_t right, right_rows, right_reading;  // rows of B in the table; of signs, only their number
+  std::int64_t columns;
+  std::int64_t slab;       // columns of a slab, a multiple of 128
+  std::int64_t slabs;      // at least 1
+  std::int64_t symmetric;  // A is B: one triangle is made, and written twice
+  std::int64_t seed;       // of signs
+  double* partial;         // [slabs, M, N]; with one slab, C itself
+  double* out;             // C [M, N], row-major
+};
+
+// The last job that begins at or before `block`.
+template <typename Job>
+__device__ __forceinline__ const Job& job_of(const Job* jobs, std::int64_t count, std::int64_t Job::* first,
+                                             std::int64_t block) {
+  std::int64_t low = 0, high = count;
+  while (high - low > 1) {
+    const std::int64_t middle = (low + high) / 2;
+    (jobs[middle].*first <= block ? low : high) = middle;
+  }
+  return jobs[low];
+}
+
+// The right side of a product by the table of rows.
+template <typename Policy>
+struct RowsOnTheRight {
+  struct Shared {};
+
+  __device__ RowsOnTheRight(const Dots&, const Row* rows, Shared&, std::int64_t) : table{rows} {}
+
+  __device__ __forceinline__ void stage_at(typename Policy::Right& tile, const Dots& job, std::int64_t first,
+                                           std::int64_t, std::int64_t column, std::int64_t end) const {
+    stage(tile, TableOfRows{table + job.right}, first, job.right_rows, column, end, Reading(job.right_reading));
+  }
+
+  const Row* table;
+};
+
+template <typename Policy, template <typename> class RightSide>
+struct DotsShared {
+  typename Policy::Left left;
+  typename Policy::Right right;
+  typename RightSide<Policy>::Shared beside;
+};
+
+// Grid: (tiles of C) x (slabs) of every job, slabs outermost: blocks that run together read the same columns.
+template <typename Policy, template <typename> class RightSide>
+__global__ __launch_bounds__(kThreads, 2) void dots_kernel(const Dots* jobs, std::int64_t count, const Row* rows) {
+  const Dots& job = job_of(jobs, count, &Dots::first_block, blockIdx.x);
+  const std::int64_t high = (job.left_rows + Policy::kRows - 1) / Policy::kRows;
+  const std::int64_t wide = (job.right_rows + Policy::kCols - 1) / Policy::kCols;
+  const std::int64_t block = blockIdx.x - job.first_block, slab = block / (high * wide);
+  const std::int64_t top = block / wide % high * Policy::kRows, side = block % wide * Policy::kCols;
+  // above the diagonal: the tile below it writes this one
+  if (job.symmetric && side >= top + Policy::kRows) return;
+
+  auto& memory = shared<DotsShared<Policy, RightSide>>();
+  const RightSide<Policy> right(job, rows, memory.beside, side);
+  const TableOfRows left{rows + job.left};
+  const std::int64_t begin = slab * job.slab;
+  const std::int64_t end = begin + job.slab < job.columns ? begin + job.slab : job.columns;
+
+  Policy sums;
+  double total[Policy::kFlush ? Policy::kSums : 1] = {};
+  for (std::int64_t column = begin; column < end; column += Policy::kDepth) {
+    stage(memory.left, left, top, job.left_rows, column, end, Reading(job.left_reading));
+    right.stage_at(memory.right, job, side, begin, column, end);
+    __syncthreads();
+    sums.multiply(memory.left, memory.right);
+    if constexpr (Policy::kFlush != 0) {
+      const std::int64_t done = column + Policy::kDepth - begin;
+      if (done % Policy::kFlush == 0 || column + Policy::kDepth >= end)
+        sums.each([&](int, int, int i, float& sum) {
+          total[i] += sum;
+          sum = 0;
+        });
+    }
+    // before the tiles are filled anew
+    __syncthreads();
+  }
+
+  double* out = job.partial + slab * job.left_rows * job.right_rows;
+  sums.each([&](int r, int c, int i, auto sum) {
+    const std::int64_t row = top + r, col = side + c;
+    if (row >= job.left_rows || col >= job.right_rows || (job.symmetric && col > row)) return;
+    const double value = Policy::kFlush ? total[i] : static_cast<double>(sum);
+    out[row * job.right_rows + col] = value;
+    if (job.symmetric) out[col * job.right_rows + row] = value;
+  });
+}
+
+// Adds the slabs of every entry in their order. Moves 8 (slabs + 1) M N bytes; with M = N = 1600 and 8 slabs, 184 MB,
+// beside which a Gram matrix of d = 65536 reads 210 MB of X many times over from cache.
+static __global__ void add_slabs(const Dots* jobs, std::int64_t count) {
+  const Dots& job = job_of(jobs, count, &Dots::first_sum, blockIdx.x);
+  const std::int64_t size = job.left_rows * job.right_rows;
+  const std::int64_t i = (blockIdx.x - job.first_sum) * kThreads + threadIdx.x;
+  if (i >= size) return;
+  double total = job.partial[i];
+  for (std::int64_t slab = 1; slab < job.slabs; ++slab) total += job.partial[slab * size + i];
+  job.out[i] = total;
+}
+
+// Launches the products of one kind (the codes of python/loraspan/_cuda/dots.py) and the sums of their slabs.
+template <template <typename> class RightSide>
+int launch_dots(std::int64_t path, const Dots* jobs, std::int64_t count, std::int64_t blocks, std::int64_t sums,
+                const Row* rows, void* stream) {
+  const auto kernel = path == 0   ? dots_kernel<Tensor<false>, RightSide>
+                      : path == 1 ? dots_kernel<Tensor<true>, RightSide>
+                      : path == 2 ? dots_kernel<Plain<float>, RightSide>
+                                  : dots_kernel<Plain<double>, RightSide>;
+  const int error = launch(kernel, blocks, kThreads, stream, jobs, count, rows);
+  return error ? error : launch(add_slabs, sums, kThreads, stream, jobs, count);
+}
+
+}  // namespace loraspan

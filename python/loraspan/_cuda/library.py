@@ -1,0 +1,103 @@
+"""The library of CUDA kernels: where it is, whether it can run here, and calls into it."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from loraspan import _core
+from loraspan.errors import BackendError
+
+NAME = "libloraspan_cuda.so"
+# what mma.sync of bfloat16 and 16-byte loads ask for
+_CAPABILITY = (8, 0)
+
+
+class Library:
+    """The functions of a library of kernels; each takes integers and addresses, and gives a CUDA error or 0.
+
+    Args:
+        path: of the shared library. One that is emulated runs on the CPU and takes CPU tensors (the tests do this).
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._functions = ctypes.CDLL(str(path))
+        self._functions.loraspan_cuda_error.restype = ctypes.c_char_p
+        self.emulated = bool(self._functions.loraspan_cuda_emulated())
+
+    def call(self, operator: str, *arguments: int) -> None:
+        """Launch ``loraspan_cuda_<operator>``; an error of the launch is raised as a BackendError."""
+        function = getattr(self._functions, f"loraspan_cuda_{operator}")
+        if code := function(*map(ctypes.c_int64, arguments)):
+            raise BackendError(f"{operator}: backend 'cuda' cannot launch its kernel: {self._words(code)}")
+
+    def refuses(self) -> str | None:
+        """Say why no kernel can run on this machine, if so."""
+        if self.emulated:
+            return None
+        count = ctypes.c_int()
+        if code := self._functions.loraspan_cuda_devices(ctypes.byref(count)):
+            return f"CUDA finds no device: {self._words(code)}"
+        if not torch.cuda.is_available():
+            return f"torch {torch.__version__} cannot use CUDA: install a CUDA build of torch"
+        return None
+
+    def _words(self, code: int) -> str:
+        words: bytes = self._functions.loraspan_cuda_error(code)
+        return f"{words.decode()} (error {code})"
+
+
+@cache
+def library() -> Library | None:
+    """Open the library beside the compiled core, once; None where the build had no CUDA compiler."""
+    path = Path(_core.__file__).with_name(NAME)
+    return Library(path) if path.exists() else None
+
+
+def opened() -> Library:
+    """Give the library to a backend that did not refuse."""
+    found = library()
+    assert found is not None
+    return found
+
+
+def refuses(devices: Sequence[torch.device]) -> str | None:
+    """Say why tensors on these devices cannot be taken, if so."""
+    found = library()
+    if found is None:
+        return "this build has no CUDA kernels, since nvcc was not found when it was made"
+    if (reason := found.refuses()) is not None:
+        return reason
+    memory = "cpu" if found.emulated else "cuda"
+    for device in devices:
+        if device.type != memory:
+            return f"it reads {memory.upper()} memory, and a tensor is on {device}"
+        if memory == "cuda" and torch.cuda.get_device_capability(device) < _CAPABILITY:
+            return f"it needs compute capability 8.0 or more, and {torch.cuda.get_device_name(device)} has less"
+    return None
+
+
+@contextmanager
+def stream_of(device: torch.device) -> Iterator[int]:
+    """Make a device the current one and give the address of torch's current stream there."""
+    if device.type == "cpu":
+        yield 0
+        return
+    with torch.cuda.device(device):
+        yield torch.cuda.current_stream(device).cuda_stream
+
+
+def upload(table: NDArray[np.int64] | Tensor, device: torch.device) -> Tensor:
+    """Bring a table to the device without waiting for it."""
+    made = table if isinstance(table, Tensor) else torch.from_numpy(np.ascontiguousarray(table))
+    if device.type == "cpu":
+        return made
+    return made.pin_memory().to(device, non_blocking=True)
