@@ -15,11 +15,18 @@ from loraspan.linalg.factors import Rows
 from loraspan.linalg.products import Products, decompose
 from loraspan.linalg.svd import SVD
 from loraspan.ops.blocks import RowBlocks
+from loraspan.ops.places import find_device, off_metal
 
 
 @overload
 def factored_svd(
-    b: Tensor, a: Tensor, rank: int | None = None, *, scale: float = 1.0, backend: str | None = None
+    b: Tensor,
+    a: Tensor,
+    rank: int | None = None,
+    *,
+    scale: float = 1.0,
+    device: str | torch.device | None = None,
+    backend: str | None = None,
 ) -> SVD: ...
 @overload
 def factored_svd(
@@ -28,6 +35,7 @@ def factored_svd(
     rank: int | None = None,
     *,
     scale: float | Sequence[float] = 1.0,
+    device: str | torch.device | None = None,
     backend: str | None = None,
 ) -> list[SVD]: ...
 @torch.no_grad()
@@ -37,6 +45,7 @@ def factored_svd(
     rank: int | None = None,
     *,
     scale: float | Sequence[float] = 1.0,
+    device: str | torch.device | None = None,
     backend: str | None = None,
 ) -> SVD | list[SVD]:
     r"""Give the singular value decomposition of ``scale * b @ a`` without forming the product.
@@ -46,7 +55,10 @@ def factored_svd(
         a: ``[..., r, d]``, with the batch dimensions and the device of ``b``; its dtype may differ. Or a list.
         rank: keep at most so many triplets. ``None`` keeps all.
         scale: a factor without unit, ``alpha / r`` for a LoRA adapter; of either sign. For lists, also one per pair.
-        backend: ``"cpu"`` (or one instruction set, such as ``"cpu:avx2"``) or ``"reference"``.
+        device: ``"cuda"`` for factors that lie elsewhere: they are sent there in chunks of columns, two at a time of
+            128 MB each. ``None`` takes where they lie. ``"mps"`` takes the CPU, since all of this is float64.
+        backend: ``"cpu"`` (or one instruction set, such as ``"cpu:avx2"``), ``"cuda"``, ``"triton"`` or
+            ``"reference"``.
 
     Returns:
         ``SVD(u, s, vh, discarded)``: ``u [..., n, k]``, ``s [..., k]``, ``vh [..., k, d]`` in float64 if a factor is
@@ -59,11 +71,12 @@ def factored_svd(
         within that rounding floor, and ``u s``, of the exact one; ``u`` and ``vh`` are orthonormal to ``8 r u``; and
         the product less its decomposition is within ``8 r u s_1`` of what was cut. ``discarded [...]``, float64 on the
         CPU, is the energy that was cut. The entry of largest magnitude of a column of ``u`` is positive. A member has
-        the bits that it has alone, for any number of threads. The result is not tracked by autograd.
+        the bits that it has alone, for any number of threads. The result is not tracked by autograd, and lies where
+        the factors do.
 
     Raises:
         ShapeError: if shapes, batch dimensions, dtypes or devices do not fit.
-        ArgumentError: if ``rank`` or ``scale`` is out of range, or two lists differ in length.
+        ArgumentError: if ``rank`` or ``scale`` is out of range, two lists differ in length, or there is no such device.
         NotFiniteError: if a factor holds a NaN or an infinity, or a singular value exceeds the dtype. Entries of
             float64 factors count as 0 below 1e-154, since their squares are summed, and raise this above 1e154.
         BackendError: if the named backend cannot run this call.
@@ -82,8 +95,10 @@ def factored_svd(
         Computing 70, 2003. How the factorizations are taken: :mod:`loraspan.linalg.factors`.
     """
     _check_rank("factored_svd", rank)
+    place = _place("factored_svd", device)
     if isinstance(b, Tensor) and isinstance(a, Tensor):
-        return _batch("factored_svd", [b], [a], [_number("factored_svd", "scale", scale)], ("b", "a"), rank, backend)
+        scales = [_number("factored_svd", "scale", scale)]
+        return _batch("factored_svd", [b], [a], scales, ("b", "a"), rank, place, backend)
     bs, as_ = _lists("factored_svd", b, a)
     scales = _numbers("factored_svd", "scale", scale, len(bs))
     alike: dict[tuple[int, int, int, torch.dtype, torch.device], list[int]] = {}
@@ -93,12 +108,13 @@ def factored_svd(
             raise ShapeError(f"factored_svd: lists hold matrices; b[{i}] is {list(x.shape)}")
         alike.setdefault((x.shape[1], x.shape[0], y.shape[1], _dtype([x, y]), x.device), []).append(i)
     found: dict[int, SVD] = {}
-    for (r, n, d, dtype, _), which in alike.items():
-        left, right = [RowBlocks([bs[i].mT]) for i in which], [RowBlocks([as_[i]]) for i in which]
+    for (r, n, d, dtype, home), which in alike.items():
+        left, right = ([_on([x], place) for x in side] for side in ([bs[i].mT for i in which], [as_[i] for i in which]))
         weights = torch.tensor([[scales[i]] * r for i in which], dtype=torch.float64)
         named = [(f"{name}[{i}]", side[i]) for i in which for name, side in (("b", bs), ("a", as_))]
         products = Products((len(which), r, n, d), left, right, weights, dtype, named)
-        found.update(zip(which, decompose("factored_svd", products, rank, backend).members(), strict=True))
+        members = decompose("factored_svd", products, rank, backend).members()
+        found.update(zip(which, [_brought(svd, home) for svd in members], strict=True))
     return [found[i] for i in range(len(bs))]
 
 
@@ -109,6 +125,7 @@ def merged_svd(
     weights: Sequence[float] | None = None,
     rank: int | None = None,
     *,
+    device: str | torch.device | None = None,
     backend: str | None = None,
 ) -> SVD:
     r"""Give the singular value decomposition of ``sum_i weights[i] * b[i] @ a[i]`` without forming the sum.
@@ -122,6 +139,7 @@ def merged_svd(
             dimensions, such as one adapter's layers of equal shape.
         weights: one finite number each, of either sign; ``None`` is 1 for all.
         rank: keep at most so many triplets. ``None`` keeps all.
+        device: as for :func:`factored_svd`.
         backend: as for :func:`factored_svd`.
 
     Returns:
@@ -131,7 +149,8 @@ def merged_svd(
 
     Raises:
         ShapeError: if shapes, batch dimensions, dtypes or devices do not fit.
-        ArgumentError: if there is no pair, ``rank`` or a weight is out of range, or the lists differ in length.
+        ArgumentError: if there is no pair, ``rank`` or a weight is out of range, the lists differ in length, or there
+            is no such device.
         NotFiniteError: as for :func:`factored_svd`.
         BackendError: if the named backend cannot run this call.
 
@@ -148,11 +167,12 @@ def merged_svd(
         ``add_weighted_adapter(combination_type="svd")`` of PEFT.
     """
     _check_rank("merged_svd", rank)
+    place = _place("merged_svd", device)
     bs, as_ = _lists("merged_svd", b, a)
     if not bs:
         raise ArgumentError("merged_svd: b and a need at least one matrix each; got none")
     shares = _numbers("merged_svd", "weights", 1.0 if weights is None else weights, len(bs))
-    return _batch("merged_svd", bs, as_, shares, None, rank, backend)
+    return _batch("merged_svd", bs, as_, shares, None, rank, place, backend)
 
 
 def _batch(
@@ -162,6 +182,7 @@ def _batch(
     weights: Sequence[float],
     names: tuple[str, str] | None,
     rank: int | None,
+    place: torch.device | None,
     backend: str | None,
 ) -> SVD:
     """Decompose the weighted sum of products, for every place of the batch dimensions."""
@@ -178,7 +199,7 @@ def _batch(
             )
     d, count = as_[0].shape[-1], math.prod(batch)
     # not reshape(-1, ...): torch cannot infer a size when another one is 0
-    left, right = (_rows([x.reshape(count, *x.shape[-2:]) for x in side]) for side in ([b.mT for b in bs], as_))
+    left, right = (_rows([x.reshape(count, *x.shape[-2:]) for x in side], place) for side in ([b.mT for b in bs], as_))
     repeated = [w for w, a in zip(weights, as_, strict=True) for _ in range(a.shape[-2])]
     named = [
         pair for names, *tensors in zip(names_of, bs, as_, strict=True) for pair in zip(names, tensors, strict=True)
@@ -193,14 +214,33 @@ def _batch(
     )
     found = decompose(operator, products, rank, backend)
     if not batch:
-        return found.members()[0]
+        return _brought(found.members()[0], bs[0].device)
     u, s, v, discarded = (x.reshape(*batch, *x.shape[1:]) for x in found)
-    return SVD(u.mT, s, v, discarded)
+    return _brought(SVD(u.mT, s, v, discarded), bs[0].device)
 
 
-def _rows(blocks: Sequence[Tensor]) -> Rows:
-    """Take blocks ``[N, r_i, d]`` of N matrices."""
-    return blocks[0] if len(blocks) == 1 else [RowBlocks(members) for members in zip(*blocks, strict=True)]
+def _rows(blocks: Sequence[Tensor], place: torch.device | None) -> Rows:
+    """Take blocks ``[N, r_i, d]`` of N matrices, to be computed with at ``place``."""
+    if len(blocks) == 1 and place in (None, blocks[0].device):
+        return off_metal(blocks[0])
+    return [_on(members, place) for members in zip(*blocks, strict=True)]
+
+
+def _place(operator: str, device: str | torch.device | None) -> torch.device | None:
+    """Give the device to send factors to; all is float64, so Metal has no part in it."""
+    place = find_device(operator, device)
+    return None if place is not None and place.type == "mps" else place
+
+
+def _on(blocks: Sequence[Tensor], place: torch.device | None) -> RowBlocks:
+    return RowBlocks([off_metal(block) for block in blocks]).on(place)
+
+
+def _brought(svd: SVD, home: torch.device) -> SVD:
+    """Take what was computed beside Metal to factors that lie there."""
+    if home.type != "mps":
+        return svd
+    return SVD(svd.u.to(home), svd.s.to(home), svd.vh.to(home), svd.discarded)
 
 
 def _dtype(factors: Sequence[Tensor]) -> torch.dtype:

@@ -9,10 +9,11 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from loraspan.ops.blocks import RowBlocks
+from loraspan.ops.blocks import CPU, RowBlocks
 from loraspan.ops.combine import combine_many
 from loraspan.ops.dense import Root, eigh, gram_root
 from loraspan.ops.gram import gram, gram_many
+from loraspan.ops.places import backend_at
 from loraspan.ops.reconstruct import Piece, reconstruct, reconstruct_many
 
 # N matrices [R, d]: one tensor, or a list of row blocks.
@@ -44,7 +45,7 @@ class Factors(NamedTuple):
         formed = []
         for members, rows, inverse in self.parts:
             mine = coefficients if len(self.parts) == 1 else coefficients[members]
-            formed.append(form(rows, reconstruct(inverse, mine, backend=backend), dtype, backend))
+            formed.append(form(rows, reconstruct(inverse, mine, backend=backend_at(CPU, backend)), dtype, backend))
         if len(formed) == 1:
             return formed[0]
         out = formed[0].new_empty(coefficients.shape[0], *formed[0].shape[1:])
@@ -61,19 +62,21 @@ def rounding_share(rows: int) -> float:
 def grams(rows: Rows, backend: str | None) -> Tensor:
     """Give ``X X^T [N, R, R]`` of every matrix, summed in float64."""
     if isinstance(rows, Tensor):
-        return gram(rows, precision="f64", backend=backend)
+        return gram(rows, precision="f64", backend=backend_at(rows.device, backend))
     return torch.stack(gram_many(rows, precision="f64", backend=backend))
 
 
 def form(rows: Rows, weights: Tensor, dtype: torch.dtype, backend: str | None) -> Tensor:
     """Give ``weights^T X [N, k, d]`` for ``weights [N, R, k]``, summed in float64 and rounded once to ``dtype``."""
     if isinstance(rows, Tensor):
-        return reconstruct(weights.mT.to(rows.device), rows, dtype=dtype, backend=backend)
+        here = backend_at(rows.device, backend)
+        return reconstruct(weights.mT.to(rows.device), rows, dtype=dtype, backend=here)
     device = rows[0].device
     out = torch.empty(len(rows), weights.shape[-1], rows[0].columns, dtype=dtype, device=device)
-    if len(rows[0].blocks) == 1:
+    if len(rows[0].blocks) == 1 and rows[0].target is None:
         places = zip(weights.mT.to(device), rows, out, strict=True)
-        reconstruct_many([Piece(w, x.blocks[0], place) for w, x, place in places], backend=backend)
+        pieces = [Piece(w, x.blocks[0], place) for w, x, place in places]
+        reconstruct_many(pieces, backend=backend_at(device, backend))
         return out
     pairs = list(zip(rows, weights, strict=True))
     sums = combine_many(pairs, dtype=dtype, precision="f64", products=False, backend=backend)
@@ -95,6 +98,7 @@ def orthonormal_factors(rows: Rows, gram_: Tensor, limit: float, backend: str | 
         requirements*, 2002 (SVQB), which sets small eigenvalues to their rounding too.
     """
     norms = gram_.diagonal(dim1=-2, dim2=-1).sqrt()
+    small = backend_at(CPU, backend)
     found, parts = torch.empty_like(gram_), []
     which, before = list(range(gram_.shape[0])), None
     for turn in range(_PASSES):
@@ -104,14 +108,21 @@ def orthonormal_factors(rows: Rows, gram_: Tensor, limit: float, backend: str | 
         if easy:
             members = [which[j] for j in easy]
             parts.append(Part(members, _pick(rows, easy), inverse[easy]))
-            found[members] = r[easy] if before is None else reconstruct(r[easy], before[easy], backend=backend)
+            found[members] = r[easy] if before is None else reconstruct(r[easy], before[easy], backend=small)
         if not hard:
             break
         r, inverse = _graded_root(gram_[hard], backend)
-        before = r if before is None else reconstruct(r, before[hard], backend=backend)
-        which, rows = [which[j] for j in hard], form(_pick(rows, hard), inverse, torch.float64, backend)
+        before = r if before is None else reconstruct(r, before[hard], backend=small)
+        which, rows = [which[j] for j in hard], _multiplied(_pick(rows, hard), inverse, backend)
         gram_ = grams(rows, backend)
     return Factors(found, norms, parts)
+
+
+def _multiplied(rows: Rows, inverse: Tensor, backend: str | None) -> Rows:
+    """Give ``inverse^T X`` in float64, to be computed with where ``X`` was."""
+    formed = form(rows, inverse, torch.float64, backend)
+    target = None if isinstance(rows, Tensor) else rows[0].target
+    return formed if target is None else [RowBlocks([x]).on(target) for x in formed]
 
 
 def _pick(rows: Rows, members: Sequence[int]) -> Rows:

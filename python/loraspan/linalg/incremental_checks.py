@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from loraspan.errors import ArgumentError, FormatError, MismatchError, NotFiniteError, ShapeError
+from loraspan.ops.places import off_metal
 
 _ROW_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Larger entries could overflow once squared and summed (float64), or once many rows are held as few (float32).
@@ -34,18 +35,19 @@ def check_options(rank: int, buffer: int, forget: float, center: bool) -> None:
         raise ArgumentError(f"IncrementalSVD: center is True or False; got {center!r}")
 
 
-def check_rows(method: str, rows: Tensor, like: Tensor | None) -> Tensor:
+def check_rows(method: str, rows: Tensor, like: Tensor | None, place: torch.device | None = None) -> Tensor:
     """Give ``rows`` without their graph, or refuse them.
 
     Args:
         method: named in the message.
         rows: what a caller hands over.
         like: the rows in memory, whose columns and device ``rows`` have to fit; None before the first ones.
+        place: where rows are held, wherever they come from; None for where the first ones lie.
 
     Raises:
         ShapeError: if they are no dense real floating-point matrix, or columns or device differ.
         NotFiniteError: if they hold a NaN or an infinity.
-        ArgumentError: if an entry is so large that sums of squares could overflow.
+        ArgumentError: if an entry is so large that sums of squares could overflow, or ``place`` cannot hold the dtype.
 
     Example:
         >>> check_rows("update", torch.ones(1, 3), None).shape
@@ -64,13 +66,31 @@ def check_rows(method: str, rows: Tensor, like: Tensor | None) -> Tensor:
         )
     if like is not None and rows.shape[1] != like.shape[1]:
         raise ShapeError(f"IncrementalSVD.{method}: rows so far have {like.shape[1]} columns; got {rows.shape[1]}")
-    if like is not None and rows.device != like.device:
+    if like is not None and place is None and rows.device != like.device:
         raise ShapeError(f"IncrementalSVD.{method}: rows so far are on {like.device}; got rows on {rows.device}")
+    if like is None:
+        check_place(method, held_dtype(rows), place)
     if rows.requires_grad:
         rows = rows.detach()
     if rows.shape[0]:
         _check_size(method, rows, held_dtype(rows) if like is None else like.dtype)
     return rows
+
+
+def check_place(method: str, dtype: torch.dtype, place: torch.device | None) -> None:
+    """Refuse to hold rows of a dtype that a device lacks.
+
+    Raises:
+        ArgumentError: if that is so.
+
+    Example:
+        >>> check_place("update", torch.float64, torch.device("cpu"))
+    """
+    if place is not None and place.type == "mps" and dtype == torch.float64:
+        raise ArgumentError(
+            f"IncrementalSVD.{method}: float64 rows are held in float64, which device 'mps' has not: "
+            f"pass float32 rows, or leave device out"
+        )
 
 
 def held_dtype(rows: Tensor) -> torch.dtype:
@@ -84,6 +104,7 @@ def held_dtype(rows: Tensor) -> torch.dtype:
 
 
 def _check_size(method: str, rows: Tensor, held: torch.dtype) -> None:
+    rows = off_metal(rows)
     low, high = torch.aminmax(rows)
     # a NaN makes both a NaN, which is below nothing
     if -_LARGEST[held] <= float(low) and float(high) <= _LARGEST[held]:
@@ -121,23 +142,27 @@ def check_basis(old_basis: Tensor, components: Tensor) -> Tensor:
         raise ShapeError(
             f"IncrementalSVD.rotation: old_basis goes on {components.device}; got one on {old_basis.device}"
         )
-    if not old_basis.isfinite().all():
+    if not off_metal(old_basis).isfinite().all():
         raise NotFiniteError("IncrementalSVD.rotation: old_basis has a NaN or an infinity")
     return old_basis.detach()
 
 
-def check_state(state: Mapping[str, Tensor], options: Mapping[str, float], capacity: int) -> None:
+def check_state(
+    state: Mapping[str, Tensor], options: Mapping[str, float], capacity: int, place: torch.device | None = None
+) -> None:
     """Refuse a state that is not of an IncrementalSVD with these options, or not whole.
 
     Args:
         state: as ``IncrementalSVD.state_dict`` gives it.
         options: ``rank``, ``buffer``, ``forget`` and ``center``.
         capacity: how many rows fit into memory.
+        place: where they are to be held, if that was said.
 
     Raises:
         MismatchError: if an option differs.
         FormatError: if an entry is missing, or has a shape, dtype or value that it cannot have.
         NotFiniteError: if a tensor holds a NaN or an infinity.
+        ArgumentError: if ``place`` cannot hold the dtype of the rows.
 
     Example:
         >>> check_state({"rank": torch.tensor(2)}, {"rank": 3}, 9)
@@ -166,8 +191,9 @@ def check_state(state: Mapping[str, Tensor], options: Mapping[str, float], capac
             f"{where}: rows are [n, D] of float32 or float64, {held} <= n < {capacity}; got {list(rows.shape)} of "
             f"{rows.dtype}"
         )
+    check_place("load_state_dict", rows.dtype, place)
     if options["center"] and (state["mean"].shape != rows.shape[1:] or state["mean"].dtype != torch.float64):
         raise FormatError(f"{where}: mean is [{rows.shape[1]}] of float64; got {list(state['mean'].shape)}")
     for name in {"rows", "mean", "weight", "discarded"} & set(state):
-        if not state[name].isfinite().all():
+        if not off_metal(state[name]).isfinite().all():
             raise NotFiniteError(f"{where}: {name} has a NaN or an infinity")

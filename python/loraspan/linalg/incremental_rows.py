@@ -10,6 +10,7 @@ from torch import Tensor
 
 from loraspan.linalg.incremental_algebra import Mixing, graded_values, keep_largest, mix_merged, mix_pending
 from loraspan.ops.gram import gram
+from loraspan.ops.places import carried, off_metal
 from loraspan.ops.reconstruct import Piece, reconstruct_many
 
 # Combinations with less than this share of the largest energy are rounding: (2^-22)^2, four units of float32.
@@ -42,13 +43,15 @@ class HeldRows:
         filled: rows in use, row 0 among them.
         weight: the sum of squared weights of what was seen before the pending rows.
         cut: the energy that compression has cut off of that.
-        mean: ``[D]``, float64, of that; None without ``center``.
+        mean: ``[D]``, float64, of that, on the CPU where memory lies on MPS; None without ``center``.
         shift: ``[D]``; None without ``center``.
     """
 
-    def __init__(self, like: Tensor, dtype: torch.dtype, *, count: int, forget: float) -> None:
+    def __init__(
+        self, like: Tensor, dtype: torch.dtype, *, count: int, forget: float, place: torch.device | None
+    ) -> None:
         self.count, self.forget = count, forget
-        self.memory = like.new_empty(capacity(count), like.shape[1], dtype=dtype)
+        self.memory = torch.empty(capacity(count), like.shape[1], dtype=dtype, device=place or like.device)
         self.first = self.held = self.filled = 0
         self.weight = self.cut = 0.0
         self.mean: Tensor | None = None
@@ -71,8 +74,9 @@ class HeldRows:
 
     def center_on(self, mean: Tensor) -> None:
         """Take ``mean [D]``, float64, for that of what is held; where nothing is, any row will do."""
-        self.mean, self.shift = mean, mean.to(self.memory.dtype)
-        self.memory[0] = self.shift.to(torch.float64) - mean
+        shift = mean.to(self.memory.dtype)
+        self.mean, self.shift = mean, shift.to(self.memory.device)
+        self.memory[0] = carried(shift.to(torch.float64) - mean, self.memory.device, self.memory.dtype)
         self.first = 1
         self.filled = max(self.filled, 1)
 
@@ -83,6 +87,8 @@ class HeldRows:
             step = min(count - start, size - self.filled)
             piece = rows if step == count else rows[start : start + step]
             place = self.memory[self.filled : self.filled + step]
+            if piece.device != place.device:
+                piece = carried(piece, place.device, place.dtype)
             if self.shift is None:
                 place.copy_(piece)
             else:
@@ -112,7 +118,7 @@ class HeldRows:
         self.memory[self.filled : end] = theirs.rows
         apart = None if self.mean is None or theirs.mean is None else theirs.mean - self.mean
         if apart is not None:
-            self.memory[0] = apart
+            self.memory[0] = carried(apart, self.memory.device, self.memory.dtype)
         self.filled = end
         mixing = mix_merged(
             older,
@@ -136,10 +142,11 @@ class HeldRows:
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Take what :meth:`state` gave, into a new object."""
         if "mean" in state:
-            self.center_on(state["mean"].to(self.memory.device, copy=True))
+            at_home = self.memory.device.type != "mps"
+            self.center_on(state["mean"].to(self.memory.device if at_home else "cpu", copy=True))
         self.held, self.filled = int(state["held"].item()), self.first + len(state["rows"])
         self.weight, self.cut = state["weight"].item(), state["discarded"].item()
-        self.rows.copy_(state["rows"])
+        self.rows.copy_(state["rows"].to(self.memory.device))
 
     def _mix(self) -> Mixing:
         return mix_pending(
@@ -158,7 +165,8 @@ class HeldRows:
         out = _combined(weights, x, room if len(weights) <= front + self.count else None)
         mean, kept = self.mean, out[front:]
         if front and mean is not None and self.shift is not None:
-            mean = mean + mixing.newer * (out[0].to(torch.float64) + (self.shift.to(torch.float64) - mean))
+            row, shift = (off_metal(x).to(torch.float64) for x in (out[0], self.shift))
+            mean = mean + mixing.newer * (row + (shift - mean))
         if len(kept) > self.count:
             # all combinations, now so nearly orthogonal that the small ones can be told apart
             s, v = graded_values(kept)
@@ -178,7 +186,7 @@ def _combined(weights: Tensor, x: Tensor, room: Tensor | None) -> Tensor:
     """Give ``weights @ x``, in the first rows of ``room`` if there is one."""
     out = x.new_empty(len(weights), x.shape[1]) if room is None else room[: len(weights)]
     # `room` may be `x`: a block of columns of all rows is read before any of it is written
-    reconstruct_many([Piece(x.T, weights.to(x).T, out.T)])
+    reconstruct_many([Piece(x.T, carried(weights, x.device, x.dtype).T, out.T)])
     return out
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,15 +10,8 @@ from torch import Tensor
 from loraspan.errors import ArgumentError, MismatchError
 from loraspan.linalg.incremental_checks import check_basis, check_options, check_rows, check_state, held_dtype
 from loraspan.linalg.incremental_rows import HeldRows, capacity
-from loraspan.linalg.incremental_view import Rotation, change_of_basis, leading, project
-
-
-class _View(NamedTuple):
-    components: Tensor
-    s: Tensor
-    discarded: float
-    mean: Tensor | None
-    weight: float
+from loraspan.linalg.incremental_view import Rotation, View, change_of_basis, leading, project
+from loraspan.ops.places import carried, find_device, off_metal
 
 
 class IncrementalSVD:
@@ -56,6 +48,8 @@ class IncrementalSVD:
         forget: in ``(0, 1]``. A row that ``a`` rows have followed has the weight ``forget^a``, its energy the square
             of that. 1 keeps all.
         center: subtract the mean of all rows so far, weighted by ``forget^(2 a)``, which minimises the scatter.
+        device: where rows are held and combined, wherever they come from: ``"cuda"`` or ``"mps"``; ``None`` is where
+            the first ones lie. The Grams of a state on MPS, and its mean, are float64 and so the CPU's.
 
     Attributes:
         seen: the number of rows so far.
@@ -77,14 +71,23 @@ class IncrementalSVD:
         2015. The mean: Ross, Lim, Lin, Yang, *Incremental learning for robust visual tracking*, 2008.
     """
 
-    def __init__(self, rank: int, *, buffer: int | None = None, forget: float = 1.0, center: bool = False) -> None:
+    def __init__(
+        self,
+        rank: int,
+        *,
+        buffer: int | None = None,
+        forget: float = 1.0,
+        center: bool = False,
+        device: str | torch.device | None = None,
+    ) -> None:
         if buffer is None:
             buffer = max(rank, 8) if isinstance(rank, int) else 0
         check_options(rank, buffer, forget, center)
         self.rank, self.buffer, self.forget, self.center = rank, buffer, float(forget), center
+        self.device = find_device("IncrementalSVD", device)
         self.seen = 0
         self._rows: HeldRows | None = None
-        self._cached: _View | None = None
+        self._cached: View | None = None
 
     def update(self, rows: Tensor) -> None:
         """Take in newer rows.
@@ -108,14 +111,14 @@ class IncrementalSVD:
             (4, tensor([1., 1.], dtype=torch.float64))
         """
         state = self._rows
-        rows = check_rows("update", rows, None if state is None else state.memory)
+        rows = check_rows("update", rows, None if state is None else state.memory, self.device)
         if not rows.shape[0]:
             return
         if state is None:
-            state = self._rows = HeldRows(rows, held_dtype(rows), count=self.rank + self.buffer, forget=self.forget)
+            state = self._rows = self._hold(rows, held_dtype(rows))
             if self.center:
                 # as good as the mean of the first block, and known from the first row on
-                state.center_on(rows[0].to(state.memory.dtype).to(torch.float64))
+                state.center_on(off_metal(rows[0].to(state.memory.dtype).to(state.memory.device)).to(torch.float64))
         state.append(rows)
         self.seen += rows.shape[0]
         self._cached = None
@@ -209,8 +212,8 @@ class IncrementalSVD:
             tensor([[3.]])
         """
         view = self._view("transform")
-        rows = check_rows("transform", rows, view.components)
-        return project(rows, view.components, view.mean).to(view.components)
+        rows = check_rows("transform", rows, view.components, self.device)
+        return carried(project(rows, view.components, view.mean), rows.device, view.components.dtype)
 
     def rotation(self, old_basis: Tensor) -> Rotation:
         """Say how loadings on an older basis are expressed on the present one.
@@ -251,7 +254,9 @@ class IncrementalSVD:
         """
         numbers, tensors = ({}, {}) if self._rows is None else self._rows.state()
         numbers |= self._options() | {"seen": self.seen}
-        return {name: _scalar(value) for name, value in numbers.items()} | tensors
+        # not torch's default, float32, for a float
+        dtypes = {name: torch.float64 if isinstance(value, float) else None for name, value in numbers.items()}
+        return {name: torch.tensor(value, dtype=dtypes[name]) for name, value in numbers.items()} | tensors
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from what :meth:`state_dict` gave, of an object with the same options.
@@ -271,27 +276,25 @@ class IncrementalSVD:
             >>> torch.equal(one.basis, two.basis)
             True
         """
-        check_state(state, self._options(), capacity(self.rank + self.buffer))
+        check_state(state, self._options(), capacity(self.rank + self.buffer), self.device)
         self.seen = int(state["seen"].item())
         self._cached = self._rows = None
         if self.seen:
             like = state["rows"]
-            self._rows = HeldRows(like, like.dtype, count=self.rank + self.buffer, forget=self.forget)
+            self._rows = self._hold(like, like.dtype)
             self._rows.restore(state)
+
+    def _hold(self, like: Tensor, dtype: torch.dtype) -> HeldRows:
+        return HeldRows(like, dtype, count=self.rank + self.buffer, forget=self.forget, place=self.device)
 
     def _options(self) -> dict[str, int | float | bool]:
         return {"rank": self.rank, "buffer": self.buffer, "forget": self.forget, "center": self.center}
 
-    def _view(self, name: str) -> _View:
+    def _view(self, name: str) -> View:
         if self._rows is None:
             raise ArgumentError(f"IncrementalSVD.{name}: no row has been seen yet; call update first")
         if self._cached is None:
             rows, mean, weight, cut = self._rows.compressed()
             components, s, tail = leading(rows, self.rank)
-            self._cached = _View(components, s, cut + tail, mean, weight)
+            self._cached = View(components, s, cut + tail, mean, weight)
         return self._cached
-
-
-def _scalar(value: int | float | bool) -> Tensor:
-    # not torch's default, float32, for a float
-    return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)

@@ -12,6 +12,7 @@ from loraspan.linalg.incremental_algebra import graded_values
 from loraspan.linalg.svd import column_signs
 from loraspan.ops.dense import eigh
 from loraspan.ops.gram import gram, gram_many
+from loraspan.ops.places import carried, off_metal
 from loraspan.ops.reconstruct import Piece, reconstruct_many
 
 # Singular values below this share of the largest are rounding of the rows in memory.
@@ -26,6 +27,16 @@ class Leading(NamedTuple):
     components: Tensor
     s: Tensor
     tail: float
+
+
+class View(NamedTuple):
+    """What can be read off a state: see the properties of the class."""
+
+    components: Tensor
+    s: Tensor
+    discarded: float
+    mean: Tensor | None
+    weight: float
 
 
 class Rotation(NamedTuple):
@@ -59,7 +70,8 @@ def leading(rows: Tensor, rank: int) -> Leading:
     if k:
         # the factor 1 / largest apart: with it, weights of tiny rows would leave float32
         weights = v[:, :k] * (largest / s[:k])
-        reconstruct_many([Piece(rows.T, weights.to(rows), components.T, scale=1 / largest)])
+        weights = carried(weights, rows.device, rows.dtype)
+        reconstruct_many([Piece(rows.T, weights, components.T, scale=1 / largest)])
         components *= column_signs(components.T).unsqueeze(1)
     return Leading(components, s[:k], float(s[k:].square().sum()))
 
@@ -77,6 +89,8 @@ def project(rows: Tensor, components: Tensor, mean: Tensor | None) -> Tensor:
         tensor([[4.]], dtype=torch.float64)
     """
     k = components.shape[0]
+    # the sums are float64, which Metal has none of
+    rows, components = off_metal(rows.to(components.device)), off_metal(components)
     fixed = [components] if mean is None else [components, mean.unsqueeze(0)]
     step = max(_PROJECTED, k)
     slices = [rows[i : i + step] for i in range(0, len(rows), step)]
@@ -97,6 +111,7 @@ def change_of_basis(components: Tensor, old: Tensor) -> Rotation:
         >>> matrix, round(error, 6)
         (tensor([[0.6000]], dtype=torch.float64), 0.8)
     """
+    components, old = off_metal(components), off_metal(old)
     k, count = components.shape[0], old.shape[1]
     if not count:
         return Rotation(torch.zeros(k, 0, dtype=torch.float64), 0.0)

@@ -11,9 +11,10 @@ from torch import Tensor
 from loraspan.errors import NotFiniteError
 from loraspan.linalg.factors import UNIT, Rows, grams, orthonormal_factors, rounding_share
 from loraspan.linalg.svd import SVD, column_signs
-from loraspan.ops.blocks import RowBlocks
+from loraspan.ops.blocks import CPU, RowBlocks
 from loraspan.ops.combine import combine_many
 from loraspan.ops.dense import svd
+from loraspan.ops.places import backend_at, off_metal
 from loraspan.ops.reconstruct import reconstruct
 
 
@@ -86,7 +87,7 @@ def decompose(operator: str, products: Products, rank: int | None, backend: str 
     size = (left.norms * right.norms * small.weights.abs()).sum(-1)
     floor = torch.maximum(floor, rounding_share(small.sizes[1]) * size)
     core = _core(
-        reconstruct(left.r * small.weights.unsqueeze(-2), right.r.mT, backend=backend),
+        reconstruct(left.r * small.weights.unsqueeze(-2), right.r.mT, backend=backend_at(CPU, backend)),
         floor,
         rank,
         products.dtype,
@@ -113,7 +114,7 @@ def _nothing(products: Products, rank: int | None) -> Triplets:
 
 def _refuse(operator: str, products: Products) -> None:
     for name, tensor in products.named:
-        bad = (~tensor.isfinite()).nonzero()
+        bad = (~off_metal(tensor).isfinite()).nonzero()
         if len(bad):
             place = f" at {bad[0].tolist()}"
             raise NotFiniteError(f"{operator}: {name} holds a NaN or an infinity{place}; find where it comes from")
@@ -130,7 +131,7 @@ def _formed(products: Products, backend: str | None) -> tuple[Products, Tensor]:
     weighted, long = products.weights.unsqueeze(-1) * wide[n > d], sides[n <= d]
     pairs = list(zip(long, weighted, strict=True))
     found = combine_many(pairs, dtype=torch.float64, precision="f64", products=False, backend=backend)
-    formed: Rows = [RowBlocks([combined.v.mT]) for combined in found]
+    formed: Rows = [RowBlocks([combined.v.mT]).on(long[0].target) for combined in found]
     width = min(n, d)
     eye = torch.eye(width, dtype=torch.float64, device=found[0].v.device).expand(count, -1, -1)
     small = products._replace(

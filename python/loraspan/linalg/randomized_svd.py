@@ -17,6 +17,7 @@ from loraspan.linalg.svd_by_gram import gram_ranges
 from loraspan.linalg.svd_by_sketch import svd_by_sketch
 from loraspan.linalg.svd_range import Goal, Job, nothing, project, project_vectors
 from loraspan.ops import RowBlocks, squares
+from loraspan.ops.places import carried, find_device, off_metal
 
 # Up to so many rows the Gram is taken whatever the counts say: it is exact, and small work costs more in calls.
 _GRAM_ROWS = 256
@@ -39,6 +40,7 @@ def randomized_svd(
     power_iterations: int = 1,
     seed: int = 0,
     center: bool = False,
+    device: str | torch.device | None = None,
     backend: str | None = None,
 ) -> SVD: ...
 
@@ -54,6 +56,7 @@ def randomized_svd(
     power_iterations: int = 1,
     seed: int = 0,
     center: bool = False,
+    device: str | torch.device | None = None,
     backend: str | None = None,
 ) -> list[SVD]: ...
 
@@ -69,6 +72,7 @@ def randomized_svd(
     power_iterations: int = 1,
     seed: int = 0,
     center: bool = False,
+    device: str | torch.device | None = None,
     backend: str | None = None,
 ) -> SVD | list[SVD]:
     r"""Give the leading singular triplets: ``x ~ u diag(s) vh``.
@@ -87,20 +91,23 @@ def randomized_svd(
         power_iterations: products with ``x x^T`` that refine it; more for spectra that decay slowly.
         seed: of the projection, in ``[0, 2^63)``.
         center: take the mean of the rows off first (principal components). This forms ``x - mean``.
-        backend: as for the operators, such as ``"cpu:avx2"`` or ``"reference"``.
+        device: ``"cuda"`` or ``"mps"`` for what lies elsewhere: it is sent there in chunks of columns, two at a time of
+            128 MB each. ``None`` takes where ``x`` lies. Metal has no float64: float64 sums are then the CPU's.
+        backend: as for the operators, such as ``"cpu:avx2"``, ``"triton"`` or ``"reference"``.
 
     Returns:
         :class:`SVD` with ``u [..., m, k]``, ``s [..., k]``, ``vh [..., k, n]`` and ``discarded [...]``; a list of them
         for a list. float64 for float64 input, else float32. ``k`` is ``rank``, or fewer where a matrix has fewer: a
         singular value below ``4 2^-24`` of the largest counts as absent (``4 sqrt(min(m, n)) 2^-53`` for float64).
         ``.rank`` says how many there are; matrices of one tensor share ``k``, and what one of them lacks is zero.
+        All lie where ``x`` does, but for ``discarded`` and for what float64 Metal cannot hold, on the CPU.
         The entry of largest magnitude of each column of ``u`` is positive. ``u`` and ``v`` are orthonormal to ``8 k``
         units of roundoff. ``discarded = |x|_F^2 - sum s^2`` is the squared error.
         The compiled kernels give the same bits for any number of threads, any batch and any order of it, where the
         shorter side has at most 512 rows or the projection at most 512 columns; beyond, LAPACK's threads may show.
 
     Raises:
-        ArgumentError: if not exactly one goal is given, or an argument is out of range.
+        ArgumentError: if not exactly one goal is given, an argument is out of range, or there is no such device.
         ShapeError: if ``x`` is not a matrix of one of these dtypes.
         NotFiniteError: if a matrix holds a NaN or an infinity.
         BackendError: if the named backend cannot run this call.
@@ -118,6 +125,7 @@ def randomized_svd(
         10.10 for the error. Random signs: section 4.6 there.
     """
     goal = _goal(rank, energy, tolerance)
+    place = find_device("randomized_svd", device)
     if oversample is None:
         oversample = max(32, (rank or 0) // 2)
     if oversample < 0 or power_iterations < 0 or not 0 <= seed < 2**63:
@@ -127,10 +135,10 @@ def randomized_svd(
         )
     solve = _Solver(oversample, power_iterations, seed, backend)
     if isinstance(x, Tensor) and x.ndim > 2:
-        return _batched(x, goal, center, solve)
+        return _batched(x, goal, center, place, solve)
     if isinstance(x, (Tensor, RowBlocks)):
-        return solve([_job("randomized_svd: x", x, goal, center)])[0]
-    return solve([_job(f"randomized_svd: x[{i}]", member, goal, center) for i, member in enumerate(x)])
+        return solve([_job("randomized_svd: x", x, goal, center, place)])[0]
+    return solve([_job(f"randomized_svd: x[{i}]", member, goal, center, place) for i, member in enumerate(x)])
 
 
 def _goal(rank: int | None, energy: float | None, tolerance: float | None) -> Goal:
@@ -152,14 +160,14 @@ def _goal(rank: int | None, energy: float | None, tolerance: float | None) -> Go
     return Goal(None, tolerance**2)
 
 
-def _job(name: str, x: Matrix, goal: Goal, center: bool) -> Job:
+def _job(name: str, x: Matrix, goal: Goal, center: bool, place: torch.device | None) -> Job:
     if isinstance(x, RowBlocks):
-        return Job(name, RowBlocks(_centered(x.blocks), x.columns) if center else x, goal)
+        return Job(name, (RowBlocks(_centered(x.blocks), x.columns) if center else x).on(place), goal)
     _check(name, x)
     if center:
         [x] = _centered([x])
     flipped = x.shape[0] > x.shape[1]
-    return Job(name, RowBlocks([x.T if flipped else x]), goal, flipped)
+    return Job(name, RowBlocks([x.T if flipped else x]).on(place), goal, flipped)
 
 
 def _check(name: str, x: Tensor) -> None:
@@ -173,38 +181,41 @@ def _check(name: str, x: Tensor) -> None:
 
 def _centered(blocks: Sequence[Tensor]) -> list[Tensor]:
     """Take the mean of all rows off, summed and subtracted in float64."""
-    mean = sum(b.sum(0, dtype=torch.float64) for b in blocks) / max(1, sum(len(b) for b in blocks))
-    return [(b - mean).to(torch.float64 if b.dtype == torch.float64 else torch.float32) for b in blocks]
+    mean = sum(off_metal(b).sum(0, dtype=torch.float64) for b in blocks) / max(1, sum(len(b) for b in blocks))
+    dtypes = [torch.float64 if b.dtype == torch.float64 else torch.float32 for b in blocks]
+    return [carried(off_metal(b) - mean, b.device, dtype) for b, dtype in zip(blocks, dtypes, strict=True)]
 
 
-def _batched(x: Tensor, goal: Goal, center: bool, solve: _Solver) -> SVD:
+def _batched(x: Tensor, goal: Goal, center: bool, place: torch.device | None, solve: _Solver) -> SVD:
     """Decompose a stack of matrices; of a rank known beforehand, straight into the stacked result."""
     _check("randomized_svd: x", x)
     *batch, m, n = x.shape
     count = math.prod(batch)
     members = x.reshape(count, m, n)
-    jobs = [_job(f"randomized_svd: x[{i}]", member, goal, center) for i, member in enumerate(members)]
+    jobs = [_job(f"randomized_svd: x[{i}]", member, goal, center, place) for i, member in enumerate(members)]
     if goal.rank is not None:
         rank = min(goal.rank, m, n)
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         short, long = sorted((m, n))
-        small, large = torch.empty(count, short, rank, dtype=dtype), torch.empty(count, rank, long, dtype=dtype).mT
+        small = torch.empty(count, short, rank, dtype=dtype, device=x.device)
+        large = torch.empty(count, rank, long, dtype=dtype, device=x.device).mT
         jobs = [replace(job, places=(small[i], large[i])) for i, job in enumerate(jobs)]
         found = solve(jobs)
         u, v = (large, small) if m > n else (small, large)
     else:
         found = solve(jobs)
         rank = max((f.s.shape[0] for f in found), default=0)
-        u, v = _stack([f.u for f in found], m, rank, x.dtype), _stack([f.vh.mT for f in found], n, rank, x.dtype)
-    s = _stack([f.s.unsqueeze(0) for f in found], 1, rank, x.dtype)[:, 0]
+        u, v = _stack([f.u for f in found], m, rank, x), _stack([f.vh.mT for f in found], n, rank, x)
+    s = _stack([f.s.unsqueeze(0) for f in found], 1, rank, x)[:, 0]
     discarded = torch.tensor([float(f.discarded) for f in found], dtype=torch.float64)
     vh = v.mT.reshape(*batch, rank, n)
     return SVD(u.reshape(*batch, m, rank), s.view(*batch, rank), vh, discarded.view(batch))
 
 
-def _stack(parts: Sequence[Tensor], size: int, rank: int, dtype: torch.dtype) -> Tensor:
+def _stack(parts: Sequence[Tensor], size: int, rank: int, like: Tensor) -> Tensor:
     """Put matrices ``[size, k_i]`` together as ``[count, size, rank]``, zeros where one has fewer columns."""
-    out = torch.zeros(len(parts), size, rank, dtype=dtype if dtype == torch.float64 else torch.float32)
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    out = torch.zeros(len(parts), size, rank, dtype=dtype, device=like.device)
     for place, part in zip(out, parts, strict=True):
         place[:, : part.shape[1]] = part
     return out

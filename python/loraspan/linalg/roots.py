@@ -6,6 +6,7 @@ from torch import Tensor
 
 from loraspan.ops import gram, reconstruct
 from loraspan.ops.dense import Root, gram_root
+from loraspan.ops.places import backend_at
 
 __all__ = ["Root", "gram_root", "orthonormalize"]
 
@@ -35,10 +36,11 @@ def orthonormalize(block: Tensor, *, backend: str | None = None) -> Tensor:
     """
     if not block.shape[1]:
         return block
+    backend = backend_at(block.device, backend)
     for _ in range(2):
         measured = gram([block.T], precision="f64", backend=backend)
         root = gram_root(measured, backend=backend)
-        block = reconstruct(block, root.inverse, backend=backend)
+        block = reconstruct(block, root.inverse.to(block.device), backend=backend)
         # what one round leaves grows with the square of this, 1 for columns that were orthogonal
         if float((measured.diagonal().sqrt().unsqueeze(1) * root.inverse).abs().amax()) <= _NEARLY_ORTHOGONAL:
             break

@@ -56,6 +56,9 @@ def column_signs(u: Tensor) -> Tensor:
     """
     if not u.numel():
         return u.new_ones(*u.shape[:-2], u.shape[-1])
+    if u.device.type == "mps":
+        # which of several equal ones an extreme is, no GPU promises
+        return column_signs(u.cpu()).to(u.device)
     # each is torch's fastest in its layout
     low, high = (u.amin(-2), u.amax(-2)) if u.stride(-2) == 1 else torch.aminmax(u, dim=-2)
     sign = torch.where(-low > high, -1.0, 1.0).to(u.dtype)

@@ -12,8 +12,9 @@ from loraspan.linalg.svd import SVD
 from loraspan.linalg.svd_by_gram import FAST_FLOOR
 from loraspan.linalg.svd_range import Job, Range, check_total, nothing, power_of_two, project, suits_float32
 from loraspan.ops import power, reconstruct, sketch, squares
-from loraspan.ops.blocks import wide_columns
+from loraspan.ops.blocks import CPU
 from loraspan.ops.dense import eigh
+from loraspan.ops.places import backend_at, carried
 
 # What a search for an error starts with, and doubles.
 _FIRST_WIDTH = 32
@@ -35,7 +36,7 @@ def svd_by_sketch(job: Job, oversample: int, power_iterations: int, seed: int, b
         w = _range_of(job, width, precision, total, power_iterations, seed, backend)
         found = project([job], [Range(w, precision, power_of_two(total), total)], backend)[0]
         left = float(found.discarded)
-        if precision == "f32" and _is_beyond_float32(found.s, left, total, len(found.s) == limit):
+        if precision == "f32" and _is_beyond_float32(found.s.cpu(), left, total, len(found.s) == limit):
             precision = "f64"
         elif job.goal.rank is None and left > job.goal.loss * total and width < limit:
             width = min(limit, 2 * width)
@@ -58,7 +59,7 @@ def _range_of(
     if width >= rows:
         return torch.eye(rows, dtype=torch.float64)
     if width >= columns:
-        x = wide_columns(job.x, slice(None), torch.float64)
+        x = torch.cat([carried(block, CPU, torch.float64) for block in job.x.blocks])
         return _present(orthonormalize(x * scale, backend=backend))
     y = sketch(job.x, width, seed=seed, precision=precision, backend=backend) * scale
     for _ in range(power_iterations):
@@ -80,5 +81,6 @@ def _along_vectors(q: Tensor, y: Tensor, backend: str | None) -> Tensor:
 
     Their lengths then are graded, and orthonormalizing them loses no small one among large ones.
     """
+    backend = backend_at(q.device, backend)
     cross = reconstruct(q.T, y, backend=backend)
     return reconstruct(y, eigh((cross + cross.T) / 2, backend=backend).vectors, backend=backend)

@@ -14,7 +14,9 @@ from torch import Tensor
 from loraspan.errors import ArgumentError, NotFiniteError
 from loraspan.linalg.svd import SVD, column_signs
 from loraspan.ops import Piece, RowBlocks, combine_many, gram, reconstruct, reconstruct_many
+from loraspan.ops.blocks import CPU
 from loraspan.ops.dense import Root, gram_root, svd
+from loraspan.ops.places import backend_at, carried, off_metal
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def check_total(job: Job, total: float) -> None:
     """Refuse a matrix whose energy is not finite."""
     if math.isfinite(total):
         return
-    if all(bool(b.isfinite().all()) for b in job.x.blocks):
+    if all(bool(off_metal(b).isfinite().all()) for b in job.x.blocks):
         raise ArgumentError(f"{job.name} has entries whose squares pass float64; divide it by a power of two first")
     raise NotFiniteError(f"{job.name} holds a NaN or an infinity; it needs finite entries")
 
@@ -109,19 +111,45 @@ def project(jobs: Sequence[Job], ranges: Sequence[Range], backend: str | None) -
     grams = torch.stack([image.vtv for image in images])
     bases, root = _orthonormal([image.v for image in images], grams, precision, backend)
     inner = svd(root.r.mT, backend=backend)
-    left = reconstruct(torch.stack([r.w for r in ranges]), inner.u, backend=backend)
-    right = reconstruct(root.inverse, inner.v, backend=backend)
+    small = backend_at(CPU, backend)
+    left = reconstruct(torch.stack([r.w for r in ranges]), inner.u, backend=small)
+    right = reconstruct(root.inverse, inner.v, backend=small)
     signs = column_signs(left).unsqueeze(-2)
     left, right = left * signs, (right * signs).to(dtype)
     s = inner.s / torch.tensor([r.scale for r in ranges], dtype=torch.float64).unsqueeze(1)
-    pieces, found = [], []
+    writes, found = _Writes(), []
     for i, (job, keep, rest) in enumerate(zip(jobs, *_kept(jobs, ranges, s), strict=True)):
         u, v = places = job.places or _new_places(job, keep)
-        pieces.append(Piece(left[i, :, :keep], None, u[:, :keep]))
-        pieces.append(Piece(bases[i], right[i, :, :keep], v[:, :keep]))
+        writes.add(left[i, :, :keep], None, u[:, :keep])
+        writes.add(bases[i], right[i, :, :keep], v[:, :keep])
         found.append(_result(s[i, :keep], places, rest))
-    reconstruct_many(pieces, backend=backend)
+    writes.run(backend)
     return [_turned(job, svd_) for job, svd_ in zip(jobs, found, strict=True)]
+
+
+class _Writes:
+    """Products taken where their bases lie, in one call to a device, and put where they belong."""
+
+    def __init__(self) -> None:
+        self._pieces: dict[torch.device, list[Piece]] = {}
+        self._moves: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, basis: Tensor, loadings: Tensor | None, out: Tensor) -> None:
+        """Ask for ``basis @ loadings``, or ``basis`` itself, in ``out``."""
+        device = basis.device
+        if out.device != device:
+            self._moves.append((out, torch.empty(out.shape, dtype=out.dtype, device=device)))
+            out = self._moves[-1][1]
+        if loadings is not None and loadings.device != device:
+            loadings = loadings.to(device)
+        self._pieces.setdefault(device, []).append(Piece(basis, loadings, out))
+
+    def run(self, backend: str | None) -> None:
+        """Do all of it."""
+        for device, pieces in self._pieces.items():
+            reconstruct_many(pieces, backend=backend_at(device, backend))
+        for out, found in self._moves:
+            out.copy_(found.to(out.device))
 
 
 def _kept(jobs: Sequence[Job], ranges: Sequence[Range], s: Tensor) -> tuple[list[int], Tensor]:
@@ -149,9 +177,11 @@ def _orthonormal(blocks: list[Tensor], grams: Tensor, precision: str, backend: s
     lengths = torch.linalg.vector_norm(root.r, dim=-2).unsqueeze(-1)
     spread = (lengths * root.inverse).abs().amax((-2, -1))
     for i in (spread > _MOST_SPREAD).nonzero().flatten().tolist():
-        blocks[i] = reconstruct(blocks[i], root.inverse[i].to(blocks[i].dtype), backend=backend)
-        again = gram_root(gram([blocks[i].T], precision=precision, backend=backend), backend=backend)
-        root.r[i] = reconstruct(again.r, root.r[i], backend=backend)
+        here = backend_at(blocks[i].device, backend)
+        inverse = carried(root.inverse[i], blocks[i].device, blocks[i].dtype)
+        blocks[i] = reconstruct(blocks[i], inverse, backend=here)
+        again = gram_root(gram([blocks[i].T], precision=precision, backend=here), backend=backend)
+        root.r[i] = reconstruct(again.r, root.r[i], backend=backend_at(CPU, backend))
         root.inverse[i] = again.inverse
     return blocks, root
 
@@ -181,7 +211,7 @@ def project_vectors(jobs: Sequence[Job], ranges: Sequence[Range], backend: str |
     found = []
     for i, (job, r, (u, v)) in enumerate(zip(jobs, ranges, places, strict=True)):
         if fine[i]:
-            u[:, :count] = w[i]
+            u[:, :count] = w[i] if u.device == w.device else carried(w[i], u.device, u.dtype)
             assert r.left is not None, "a Gram says what it leaves"
             found.append(_turned(job, _result(s[i], (u, v), torch.tensor(r.left, dtype=torch.float64))))
         else:
@@ -199,7 +229,10 @@ def _new_places(job: Job, keep: int) -> tuple[Tensor, Tensor]:
     rows, columns = job.x.shape
     dtype = torch.float64 if job.is_double else torch.float32
     # the long side column after column, as it is made
-    return torch.empty(rows, keep, dtype=dtype), torch.empty(keep, columns, dtype=dtype).T
+    return (
+        torch.empty(rows, keep, dtype=dtype, device=job.x.device),
+        torch.empty(keep, columns, dtype=dtype, device=job.x.device).T,
+    )
 
 
 def _result(s: Tensor, places: tuple[Tensor, Tensor], discarded: Tensor) -> SVD:
@@ -210,7 +243,7 @@ def _result(s: Tensor, places: tuple[Tensor, Tensor], discarded: Tensor) -> SVD:
         u[:, keep:] = 0
         v[:, keep:] = 0
         s = torch.cat([s, s.new_zeros(places_held - keep)])
-    return SVD(u, s.to(u.dtype), v.mT, discarded)
+    return SVD(u, carried(s, u.device, u.dtype), v.mT, discarded)
 
 
 def _turned(job: Job, found: SVD) -> SVD:

@@ -1,7 +1,8 @@
 """Eigenvectors, singular vectors and roots of many small float64 matrices at once.
 
 The compiled kernels take matrices of up to 512 columns, one thread to each, and give a member of a batch the bits that
-it has alone, for any number of threads. Larger ones go to LAPACK, whose threads may show in the last bits.
+it has alone, for any number of threads. Larger ones go to LAPACK, whose threads may show in the last bits. All of this
+stays on the CPU: where large products are taken by a GPU's backend, these take the first of their own.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 from loraspan import _core, _native
 from loraspan._dispatch import Backend, choose
 from loraspan.errors import ShapeError
+from loraspan.ops.places import backend_at
 
 
 class Eigen(NamedTuple):
@@ -74,7 +76,7 @@ def eigh(a: Tensor, *, backend: str | None = None) -> Eigen:
     """
     if a.ndim < 2 or a.shape[-1] != a.shape[-2] or a.dtype != torch.float64:
         raise ShapeError(f"eigh: a is [..., n, n] of float64; got {list(a.shape)} of {a.dtype}")
-    return choose("eigh", EIGH_BACKENDS, backend, a).run(a)
+    return choose("eigh", EIGH_BACKENDS, backend_at(a.device, backend), a).run(a)
 
 
 def svd(a: Tensor, *, backend: str | None = None) -> Svd:
@@ -104,7 +106,7 @@ def svd(a: Tensor, *, backend: str | None = None) -> Svd:
     if a.shape[-2] < a.shape[-1]:
         v, s, u = svd(a.mT, backend=backend)
         return Svd(u, s, v)
-    return choose("svd", SVD_BACKENDS, backend, a).run(a)
+    return choose("svd", SVD_BACKENDS, backend_at(a.device, backend), a).run(a)
 
 
 def gram_root(gram: Tensor, *, backend: str | None = None) -> Root:
@@ -133,7 +135,7 @@ def gram_root(gram: Tensor, *, backend: str | None = None) -> Root:
     """
     if gram.ndim < 2 or gram.shape[-1] != gram.shape[-2] or gram.dtype != torch.float64:
         raise ShapeError(f"gram_root: gram is [..., n, n] of float64; got {list(gram.shape)} of {gram.dtype}")
-    return choose("gram_root", ROOT_BACKENDS, backend, gram).run(gram)
+    return choose("gram_root", ROOT_BACKENDS, backend_at(gram.device, backend), gram).run(gram)
 
 
 def _eigh(a: Tensor, *, isa: str) -> Eigen:
