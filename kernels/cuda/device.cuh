@@ -78,19 +78,40 @@ __device__ __forceinline__ T& shared() {
   return *reinterpret_cast<T*>(memory);
 }
 
+// The sum of a value over the lanes of a warp, the same in each of them: halves are added to halves.
+__device__ __forceinline__ float sum_over_warp(float value) {
+#pragma unroll
+  for (int apart = 16; apart > 0; apart /= 2) value += __shfl_xor_sync(0xffffffffu, value, apart);
+  return value;
+}
+
+// The shared memory that launch_with gives the block; it holds nothing in particular at first.
+__device__ __forceinline__ float* given() {
+  extern __shared__ float memory_at_launch[];
+  return memory_at_launch;
+}
+
 template <typename T>
 struct Exactly {
   using type = T;
 };
 
-// Puts `blocks` blocks of `threads` threads on the stream and gives the error, if any, without waiting.
+// Puts `blocks` blocks of `threads` threads on the stream, each with `bytes` of shared memory beside what the kernel
+// names, and gives the error, if any, without waiting.
 template <typename... Parameters>
-int launch(void (*kernel)(Parameters...), std::int64_t blocks, int threads, void* stream,
-           typename Exactly<Parameters>::type... arguments) {
+int launch_with(std::int64_t bytes, void (*kernel)(Parameters...), std::int64_t blocks, int threads, void* stream,
+                typename Exactly<Parameters>::type... arguments) {
   if (blocks == 0) return 0;
   void* pointers[] = {&arguments...};
   return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)),
-                          dim3(static_cast<unsigned>(threads)), pointers, 0, static_cast<cudaStream_t>(stream));
+                          dim3(static_cast<unsigned>(threads)), pointers, static_cast<std::size_t>(bytes),
+                          static_cast<cudaStream_t>(stream));
+}
+
+template <typename... Parameters>
+int launch(void (*kernel)(Parameters...), std::int64_t blocks, int threads, void* stream,
+           typename Exactly<Parameters>::type... arguments) {
+  return launch_with(0, kernel, blocks, threads, stream, arguments...);
 }
 
 }  // namespace loraspan

@@ -9,12 +9,6 @@
 
 namespace loraspan {
 
-// A matrix, or the members of a batch of them `apart` entries from each other. All strides are counted in entries.
-struct Matrix {
-  void* data;
-  std::int64_t apart, stride, step, dtype, reading;
-};
-
 struct Piece {
   std::int64_t first_block, tiles;  // tiles of one member
   Matrix basis, loadings, out;      // loadings.data is null for none
@@ -28,13 +22,6 @@ struct Pieces {
   std::int64_t count;
   Piece piece[kPieces];
 };
-
-// Rows of `matrix`, or its columns.
-__device__ __forceinline__ EvenRows lines_of(const Matrix& matrix, std::int64_t member, bool columns) {
-  const std::int64_t size = matrix.dtype == kDouble ? 8 : matrix.dtype == kFloat ? 4 : 2;
-  return {static_cast<const char*>(matrix.data) + member * matrix.apart * size,
-          (columns ? matrix.step : matrix.stride) * size, columns ? matrix.stride : matrix.step, matrix.dtype};
-}
 
 // scale * sum, rounded once; T is what sums are kept in.
 template <typename T>

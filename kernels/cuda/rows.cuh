@@ -41,6 +41,19 @@ struct EvenRows {
   }
 };
 
+// A matrix, or the members of a batch of them `apart` entries from each other. All strides are counted in entries.
+struct Matrix {
+  void* data;
+  std::int64_t apart, stride, step, dtype, reading;
+};
+
+// Rows of `matrix`, or its columns.
+__device__ __forceinline__ EvenRows lines_of(const Matrix& matrix, std::int64_t member, bool columns) {
+  const std::int64_t size = matrix.dtype == kDouble ? 8 : matrix.dtype == kFloat ? 4 : 2;
+  return {static_cast<const char*>(matrix.data) + member * matrix.apart * size,
+          (columns ? matrix.step : matrix.stride) * size, columns ? matrix.stride : matrix.step, matrix.dtype};
+}
+
 // A tile in shared memory. The 16 bytes between rows keep rows 0 to 7 out of each other's banks, at any depth that is
 // a multiple of 32 words.
 template <typename Entry, int kRows, int kDepth>

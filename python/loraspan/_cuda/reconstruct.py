@@ -51,7 +51,7 @@ def _launch(path: int, pieces: Sequence[Piece]) -> None:
         m, k, p = *basis.shape[-2:], piece.out.shape[-1]
         tiles = -(-m * p // _ENTRIES) if piece.loadings is None else -(-m // _TILE) * -(-p // _TILE)
         scale = struct.unpack("q", struct.pack("d", piece.scale))[0]
-        fields = (*_matrix(basis, False), *_matrix(piece.loadings, True), *_matrix(piece.out, False))
+        fields = (*matrix_fields(basis, False), *matrix_fields(piece.loadings, True), *matrix_fields(piece.out, False))
         table[1 + i * _FIELDS :][:_FIELDS] = (blocks, max(tiles, 1), *fields, m, k, p, scale)
         blocks += tiles * (piece.out.shape[0] if piece.out.ndim == 3 else 1)
     if blocks:
@@ -59,7 +59,7 @@ def _launch(path: int, pieces: Sequence[Piece]) -> None:
             library.opened().call("reconstruct", path, table.ctypes.data, blocks, stream)
 
 
-def _matrix(matrix: Tensor | None, across: bool) -> tuple[int, ...]:
+def matrix_fields(matrix: Tensor | None, across: bool) -> tuple[int, ...]:
     """Give address, strides (between members, rows, columns), dtype and reading of ``[m, k]`` or ``[N, m, k]``.
 
     The kernel reads its rows, or ``across`` them its columns.

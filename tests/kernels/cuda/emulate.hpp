@@ -14,6 +14,7 @@
 
 #define __global__
 #define __device__
+#define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __grid_constant__
@@ -31,7 +32,12 @@ namespace emulation {
 inline int order = 0;
 // the shared memory of the block that runs
 inline void* block_memory = nullptr;
-inline std::size_t block_bytes = 0;
+
+// No larger than it has to be, for the sanitizer; all bits set, which is NaN in every format.
+inline void take_memory(std::size_t bytes) {
+  block_memory = std::aligned_alloc(16, (bytes + 15) / 16 * 16);
+  std::memset(block_memory, 0xff, bytes);
+}
 
 // What each lane of each warp has laid out for the others. Two places in turn: nobody is more than one step ahead.
 constexpr int kWords = 8;
@@ -149,16 +155,10 @@ void multiply_16x8x8(float (&c)[4], const std::uint32_t (&a)[2], std::uint32_t b
   multiply_laid_out<kBrain, 1>(c, emulation::lay_out(words));
 }
 
-// Exactly as large as it has to be, for the sanitizer; all bits set, which is NaN in every format.
 template <typename T>
 T& shared() {
-  using namespace emulation;
-  if (!block_memory) {
-    block_bytes = sizeof(T);
-    block_memory = std::aligned_alloc(16, (sizeof(T) + 15) / 16 * 16);
-    std::memset(block_memory, 0xff, block_bytes);
-  }
-  return *static_cast<T*>(block_memory);
+  if (!emulation::block_memory) emulation::take_memory(sizeof(T));
+  return *static_cast<T*>(emulation::block_memory);
 }
 
 template <typename T>
@@ -166,14 +166,26 @@ struct Exactly {
   using type = T;
 };
 
+// Each lane adds what it has to that of the lane so far away, as shuffles do.
+inline float sum_over_warp(float value) {
+  for (unsigned apart = 16; apart > 0; apart /= 2) {
+    const std::uint32_t words[1] = {float_to_bits(value)};
+    value += bits_to_float(emulation::lay_out(words)[threadIdx.x % 32 ^ apart][0]);
+  }
+  return value;
+}
+
+inline float* given() { return static_cast<float*>(emulation::block_memory); }
+
 template <typename... Parameters>
-int launch(void (*kernel)(Parameters...), std::int64_t blocks, int threads, void*,
-           typename Exactly<Parameters>::type... arguments) {
+int launch_with(std::int64_t bytes, void (*kernel)(Parameters...), std::int64_t blocks, int threads, void*,
+                typename Exactly<Parameters>::type... arguments) {
   using namespace emulation;
   blockDim = {static_cast<unsigned>(threads), 1, 1};
   gridDim = {static_cast<unsigned>(blocks), 1, 1};
   for (std::int64_t i = 0; i < blocks; ++i) {
     blockIdx = {static_cast<unsigned>(order == 1 ? blocks - 1 - i : i), 0, 0};
+    if (bytes) take_memory(static_cast<std::size_t>(bytes));
     const bool ended = Fibers::instance().run(
         threads, [&] { kernel(arguments...); }, [](int lane) { threadIdx.x = static_cast<unsigned>(lane); }, order);
     std::free(block_memory);
@@ -181,6 +193,12 @@ int launch(void (*kernel)(Parameters...), std::int64_t blocks, int threads, void
     if (!ended) return 719;  // cudaErrorLaunchFailure: some wait for others that are elsewhere
   }
   return 0;
+}
+
+template <typename... Parameters>
+int launch(void (*kernel)(Parameters...), std::int64_t blocks, int threads, void* stream,
+           typename Exactly<Parameters>::type... arguments) {
+  return launch_with(0, kernel, blocks, threads, stream, arguments...);
 }
 
 }  // namespace loraspan
