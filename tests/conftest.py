@@ -6,14 +6,17 @@ import hypothesis
 import pytest
 import torch
 
+from devices import gram, interpreting
 from kernels.emulation import pytest_addoption, pytest_configure  # noqa: F401  --emulate-cuda
 from loraspan.errors import BackendError
-from loraspan.ops import gram
 
-BACKENDS = ("cpu", "cpu:baseline", "cpu:avx2", "cpu:avx512", "cpu:avx512bf16", "cuda", "reference")
+BACKENDS = ("cpu", "cpu:baseline", "cpu:avx2", "cpu:avx512", "cpu:avx512bf16", "cuda", "triton", "reference")
 
-# the same examples in every run, whatever the machine's speed
-hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None, max_examples=20)
+# the same examples in every run, whatever the machine's speed; fewer where each runs for seconds
+EXAMPLES = 3 if interpreting() else 20
+hypothesis.settings.register_profile(
+    "repeatable", derandomize=True, deadline=None, database=None, max_examples=EXAMPLES
+)
 hypothesis.settings.load_profile("repeatable")
 
 

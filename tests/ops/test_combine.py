@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import oracles
+from devices import RowBlocks, combine, combine_many
 from loraspan.errors import ArgumentError, ShapeError
-from loraspan.ops import RowBlocks, combine, combine_many
 from matrices import KINDS, LAYOUTS, blocks, normal, stored, swallowing
 from oracles import BF16, DTYPES, F16, F32, F64
 

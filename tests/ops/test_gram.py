@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import oracles
+from devices import RowBlocks, gram, gram_many
 from loraspan.errors import ArgumentError, ShapeError
-from loraspan.ops import RowBlocks, gram, gram_many
 from matrices import KINDS, LAYOUTS, blocks, normal, stored, swallowing
 
 PRECISIONS = ("f32", "f64")

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import oracles
+from devices import Piece, reconstruct, reconstruct_many
 from loraspan.errors import BackendError, ShapeError
-from loraspan.ops import Piece, reconstruct, reconstruct_many
 from matrices import LAYOUTS, normal, stored
 from oracles import BF16, DTYPES, F16, F32, F64
 

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import oracles
+from devices import RowBlocks, power, power_many, sketch, sketch_many
 from loraspan.errors import ArgumentError, ShapeError
-from loraspan.ops import RowBlocks, power, power_many, sketch, sketch_many
 from matrices import KINDS, LAYOUTS, blocks, normal, stored, swallowing
 from oracles import BF16, F32, F64
 
