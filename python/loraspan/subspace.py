@@ -17,6 +17,7 @@ from loraspan.collection.fit import Goal, fit
 from loraspan.collection.layout import collection_bytes
 from loraspan.collection.rebuild import find_task, rebuild
 from loraspan.collection.summary import Report, make_report, summarize
+from loraspan.ops.places import find_device
 from loraspan.store import Finding, verify
 
 __all__ = ["Finding", "Report", "Subspace", "compress", "open", "verify"]
@@ -128,6 +129,7 @@ def compress(
     dtype: torch.dtype = torch.float32,
     refine: int = 2,
     seed: int = 0,
+    device: str | torch.device | None = None,
     hash_files: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Subspace:
@@ -143,14 +145,17 @@ def compress(
         dtype: of what is stored: float32, bfloat16 or float16. Reported errors include its rounding.
         refine: iterations that fit both sides of a slot jointly.
         seed: of the random sketches.
+        device: ``"cuda"`` or ``"mps"``: factors are sent there in chunks of columns, two at a time of 128 MB each,
+            for every product with them, and small problems are solved on the CPU. ``None`` takes where they lie, the
+            CPU for files. Metal has no float64, in which Grams and bases are summed: ``"mps"`` takes the rest.
         hash_files: keep a sha256 of every whole source file (its header's is always kept).
         progress: called with a stage, how much of it is done, and how much there is.
 
     Returns:
-        A new space, in memory; :meth:`Subspace.save` writes it.
+        A new space, in the CPU's memory; :meth:`Subspace.save` writes it.
 
     Raises:
-        ArgumentError: if not exactly one goal is given, or one is out of range.
+        ArgumentError: if not exactly one goal is given, one is out of range, or there is no such device.
         FormatError: if a file is damaged; names file and tensor.
         UnsupportedError: if an adapter uses what would come out wrong.
         MismatchError: if adapters are of different base models, clash in shape, or share a name.
@@ -160,9 +165,10 @@ def compress(
         Share, arXiv 2602.06043; joint diagonalisation, arXiv 2407.00066.
     """
     goal = Goal(rank, energy, max_error, refine, dtype, seed)
+    place = find_device("compress", device)
     adapters: Sequence[Adapter] = read_all(sources, hash_file=hash_files)
     check_together(adapters)
-    collection = fit(adapters, goal, progress)
+    collection = fit(adapters, goal, progress, place)
     nbytes = collection_bytes(collection)
     return Subspace(replace(collection, summary=summarize(collection, nbytes)))
 

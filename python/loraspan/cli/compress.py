@@ -26,6 +26,7 @@ DEFAULT_MAX_ERROR = 0.05
 )
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="f32", show_default=True, help="Of what is stored.")
 @click.option("--refine", type=click.IntRange(min=0), default=2, show_default=True, help="Joint refinement iterations.")
+@click.option("--device", metavar="NAME", help="Where to compute: cpu, cuda, cuda:N or mps. [default: cpu]")
 @click.option("--hash-files", is_flag=True, help="Keep a sha256 of every whole source file.")
 @click.option("--overwrite", is_flag=True, help="If OUT is a store, write its next generation.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
@@ -37,6 +38,7 @@ def compress(
     max_error: float | None,
     dtype: str,
     refine: int,
+    device: str | None,
     hash_files: bool,
     overwrite: bool,
     as_json: bool,
@@ -71,6 +73,7 @@ def compress(
             max_error=max_error,
             dtype=DTYPES[dtype],
             refine=refine,
+            device=device,
             hash_files=hash_files,
             progress=progress,
         )

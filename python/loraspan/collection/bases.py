@@ -36,7 +36,8 @@ class Basis(NamedTuple):
 def make_basis(stack: Stack, w: Tensor, dtype: torch.dtype) -> Basis:
     """Form ``X^T w`` in the stored dtype with its products in one pass; again if it came out far from orthonormal.
 
-    The products are summed in float64: errors are small differences of what they add up to.
+    The products are summed in float64: errors are small differences of what they add up to. The basis is for the
+    collection, which lies on the CPU.
     """
     v, xv, gram = combine(stack.x, w, dtype=dtype, precision="f64")
     for _ in range(2):
@@ -45,7 +46,7 @@ def make_basis(stack: Stack, w: Tensor, dtype: torch.dtype) -> Basis:
             break
         w = w @ gram_root(gram).inverse
         v, xv, gram = combine(stack.x, w, dtype=dtype, precision="f64")
-    return Basis(v, stack.pad(xv), gram)
+    return Basis(v.cpu(), stack.pad(xv), gram)
 
 
 def empty_basis(stack: Stack, length: int, dtype: torch.dtype) -> Basis:

@@ -13,7 +13,7 @@ from loraspan.adapters.base import Adapter, Slot
 from loraspan.collection.stack import Stack, pad_square
 from loraspan.errors import MismatchError, NotFiniteError
 from loraspan.linalg.roots import gram_root
-from loraspan.ops import gram_many
+from loraspan.ops import RowBlocks, gram_many
 from loraspan.ops.dense import svd
 
 # Singular values of dW below this share of the largest are rounding of the Grams.
@@ -44,6 +44,7 @@ class SlotFactors:
         gram_down: ``A_i A_i^T``, likewise.
         scales: ``[T]``, float64.
         squares: ``[T]``: ``|dW_i|_F^2``.
+        place: the device that computes with the factors, if they do not lie there.
     """
 
     path: str
@@ -53,6 +54,7 @@ class SlotFactors:
     gram_down: Tensor
     scales: Tensor
     squares: Tensor
+    place: torch.device | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -67,8 +69,8 @@ class SlotFactors:
     def stacks(self, weights: Tensor) -> tuple[Stack, Stack]:
         """Give the output and the input side, rows weighted to ``w_i dW_i``; ``weights [T]``."""
         scale = (weights * self.scales)[:, None, None]
-        up = Stack([slot.up.T for slot in self.slots], scale * gram_root(self.gram_down).r)
-        down = Stack([slot.down for slot in self.slots], scale * gram_root(self.gram_up).r)
+        up = Stack([slot.up.T for slot in self.slots], scale * gram_root(self.gram_down).r, self.place)
+        down = Stack([slot.down for slot in self.slots], scale * gram_root(self.gram_up).r, self.place)
         return up, down
 
     def canonical(self) -> Canonical:
@@ -80,13 +82,14 @@ class SlotFactors:
         return Canonical(up.inverse @ u * root, down.inverse @ v * root, torch.where(present, s, 0.0))
 
 
-def read_factors(adapters: Sequence[Adapter]) -> list[SlotFactors]:
+def read_factors(adapters: Sequence[Adapter], place: torch.device | None = None) -> list[SlotFactors]:
     """Group the adapters by slot and take the Grams of every factor, one light pass over the bytes.
 
     Slots come in the order in which the adapters name them first.
 
     Args:
         adapters: any ranks, scales and dtypes; an adapter may lack a slot.
+        place: the device to compute with them, None for where they lie.
 
     Raises:
         MismatchError: if adapters disagree on the shape of a slot.
@@ -99,18 +102,20 @@ def read_factors(adapters: Sequence[Adapter]) -> list[SlotFactors]:
     for path, indices in members.items():
         _check_shapes(path, [adapters[i] for i in indices])
     flat = [(i, path) for path, indices in members.items() for i in indices]
-    grams = gram_many(
-        [[adapters[i].slots[path].down] for i, path in flat] + [[adapters[i].slots[path].up.T] for i, path in flat],
-        precision="f64",
-    )
+    factors = [adapters[i].slots[path].down for i, path in flat] + [adapters[i].slots[path].up.T for i, path in flat]
+    grams = gram_many([RowBlocks([factor]).on(place) for factor in factors], precision="f64")
     by_path: dict[str, list[tuple[Tensor, Tensor]]] = {path: [] for path in members}
     for (_, path), down, up in zip(flat, grams[: len(flat)], grams[len(flat) :], strict=True):
         by_path[path].append((up, down))
-    return [_slot_factors(adapters, path, members[path], by_path[path]) for path in members]
+    return [_slot_factors(adapters, path, members[path], by_path[path], place) for path in members]
 
 
 def _slot_factors(
-    adapters: Sequence[Adapter], path: str, members: list[int], grams: list[tuple[Tensor, Tensor]]
+    adapters: Sequence[Adapter],
+    path: str,
+    members: list[int],
+    grams: list[tuple[Tensor, Tensor]],
+    place: torch.device | None,
 ) -> SlotFactors:
     slots = [adapters[i].slots[path] for i in members]
     up, down = (pad_square([pair[side] for pair in grams]) for side in (0, 1))
@@ -124,7 +129,7 @@ def _slot_factors(
             )
     scales = torch.tensor([slot.scale for slot in slots], dtype=torch.float64)
     squares = scales.square() * (up * down).sum((-1, -2)).clamp(min=0)
-    return SlotFactors(path, members, slots, up, down, scales, squares)
+    return SlotFactors(path, members, slots, up, down, scales, squares, place)
 
 
 def _check_shapes(path: str, adapters: list[Adapter]) -> None:

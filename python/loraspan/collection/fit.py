@@ -66,13 +66,16 @@ class Goal:
             raise ArgumentError(f"compress: dtype is float32, bfloat16 or float16; got {self.dtype}")
 
 
-def fit(adapters: Sequence[Adapter], goal: Goal, progress: Progress | None = None) -> Collection:
+def fit(
+    adapters: Sequence[Adapter], goal: Goal, progress: Progress | None = None, place: torch.device | None = None
+) -> Collection:
     """Give the collection of ``adapters`` that meets ``goal``.
 
     Args:
         adapters: at least one, with distinct names; an adapter may lack slots that others have.
         goal: what to meet.
         progress: called with a stage, how much of it is done, and how much there is.
+        place: the device to compute with the factors, None for where they lie; the collection lies on the CPU.
 
     Raises:
         ArgumentError: if there is no adapter, or ``max_error`` is below what rounding to ``goal.dtype`` allows.
@@ -82,7 +85,7 @@ def fit(adapters: Sequence[Adapter], goal: Goal, progress: Progress | None = Non
     _check_names(adapters)
     report = progress or (lambda _stage, _done, _total: None)
     report("read", 0, len(adapters))
-    slots = read_factors(adapters)
+    slots = read_factors(adapters, place)
     report("read", len(adapters), len(adapters))
     squares = total_squares(slots, len(adapters))
     if goal.max_error is not None:

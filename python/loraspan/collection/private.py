@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loraspan.collection.assemble import Part
 from loraspan.linalg.roots import gram_root
-from loraspan.ops import combine_many
+from loraspan.ops import RowBlocks, combine_many
 from loraspan.ops.dense import svd
 
 
@@ -23,12 +23,14 @@ class Frame:
         transform: ``[T, r, c]``: canonical coordinates of the factor vectors.
         extra: per task, more vectors as rows, at most ``e``, ``[., m]`` (a basis, or the private ends it already has).
         gram: ``[T, c + e, c + e]``, float64: ``F_i^T F_i`` of ``F_i = [factors_i^T transform_i, extra_i^T]``.
+        place: the device that computes with them, if the factors do not lie there.
     """
 
     factors: Sequence[Tensor]
     transform: Tensor
     extra: Sequence[Tensor]
     gram: Tensor
+    place: torch.device | None = None
 
     @property
     def size(self) -> int:
@@ -43,6 +45,7 @@ def make_frame(
     extra: Sequence[Tensor],
     edge: Tensor,
     extra_gram: Tensor,
+    place: torch.device | None = None,
 ) -> Frame:
     """Build a frame from what the passes gave.
 
@@ -53,11 +56,13 @@ def make_frame(
         extra: as :class:`Frame`.
         edge: ``[T, c, e]``: products of the canonical vectors with the extra ones.
         extra_gram: ``[T, e, e]`` or ``[e, e]``.
+        place: as :class:`Frame`.
     """
     corner = transform.mT @ factor_gram @ transform
     extra_gram = extra_gram.expand(edge.shape[0], edge.shape[2], edge.shape[2])
     top = torch.cat([corner, edge], dim=2)
-    return Frame(factors, transform, extra, torch.cat([top, torch.cat([edge.mT, extra_gram], dim=2)], dim=1))
+    gram = torch.cat([top, torch.cat([edge.mT, extra_gram], dim=2)], dim=1)
+    return Frame(factors, transform, extra, gram, place)
 
 
 @dataclass(frozen=True)
@@ -171,7 +176,8 @@ def stored_ends(frame: Frame, coordinates: Tensor, counts: Tensor, dtype: torch.
     for i, (factors, extra) in enumerate(zip(frame.factors, frame.extra, strict=True)):
         wanted = coordinates[i, :, : int(counts[i])]
         raw = frame.transform[i, : factors.shape[0]] @ wanted[:size]
-        jobs.append(([factors, extra], torch.cat([raw, wanted[size : size + extra.shape[0]]])))
+        rows = RowBlocks([factors, extra.to(factors.device)]).on(frame.place)
+        jobs.append((rows, torch.cat([raw, wanted[size : size + extra.shape[0]]])))
     ends = combine_many(jobs, dtype=dtype, precision="f64")
     seen = torch.zeros_like(coordinates)
     inner = coordinates.new_zeros(coordinates.shape[0], coordinates.shape[2], coordinates.shape[2])
@@ -180,7 +186,7 @@ def stored_ends(frame: Frame, coordinates: Tensor, counts: Tensor, dtype: torch.
         seen[i, :size, :kept] = frame.transform[i, :rank].T @ xv[:rank]
         seen[i, size : size + xv.shape[0] - rank, :kept] = xv[rank:]
         inner[i, :kept, :kept] = vtv
-    return torch.cat([end.v.T for end in ends]) if ends else torch.empty(0, 0, dtype=dtype), seen, inner
+    return torch.cat([end.v.T.cpu() for end in ends]) if ends else torch.empty(0, 0, dtype=dtype), seen, inner
 
 
 def split_rows(rows: Tensor, counts: Tensor) -> list[Tensor]:

@@ -28,12 +28,12 @@ class Stack:
     ``w_i^2 dW_i^T dW_i``: rank, alpha and gauge of the factors drop out. The output side has ``B_i^T`` and ``R_A``.
 
     Attributes:
-        x: the factors, ``[R, d]`` in blocks of ``r_i`` rows.
+        x: the factors, ``[R, d]`` in blocks of ``r_i`` rows, to be computed with at ``place`` if one is given.
         weights: ``D``, ``[T, r, r]``, float64, ``r`` the largest rank; zeros around the smaller.
     """
 
-    def __init__(self, factors: Sequence[Tensor], weights: Tensor) -> None:
-        self.x = RowBlocks(factors)
+    def __init__(self, factors: Sequence[Tensor], weights: Tensor, place: torch.device | None = None) -> None:
+        self.x = RowBlocks(factors).on(place)
         self.weights = weights
         ranks = torch.tensor(self.x.rows)
         self._rank = weights.shape[-1]

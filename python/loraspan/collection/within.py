@@ -76,7 +76,8 @@ class _Side:
         self.stack, self.length, self.gram, self.transform = stack, length, gram, transform
 
     def frame(self, extra: Sequence[Tensor], edge: Tensor, extra_gram: Tensor) -> Frame:
-        return make_frame(self.stack.x.blocks, self.transform, self.gram, extra, edge, extra_gram)
+        x = self.stack.x
+        return make_frame(x.blocks, self.transform, self.gram, extra, edge, extra_gram, x.target)
 
     def bare_frame(self) -> Frame:
         blocks = self.stack.x.blocks

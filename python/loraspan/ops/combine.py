@@ -216,7 +216,7 @@ def _reference(
 ) -> Combined:
     rank = w.shape[1]
     device = x.device or w.device
-    weights = w.to(wide).to(device)
+    weights = w.to(wide).contiguous().to(device)
     v = torch.empty(x.columns, rank, dtype=dtype, device=device)
     xv = torch.zeros(x.shape[0] if products else 0, rank, dtype=torch.float64)
     vtv = torch.zeros(rank, rank, dtype=torch.float64)

@@ -248,7 +248,7 @@ def reference(pairs: Sequence[tuple[RowBlocks, int]], seed: int, precision: str)
     for (x, width), y in zip(pairs, total, strict=True):
         for start, chunk in sum_chunks(x, wide):
             omega = torch.from_numpy(signs(chunk.shape[1], width, seed, x.first + start))
-            sums.add(y, chunk @ omega.to(wide).to(chunk.device))
+            sums.add(y, chunk @ omega.to(wide).contiguous().to(chunk.device))
     sums.flush()
     return total
 
