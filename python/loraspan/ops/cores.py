@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ class Cores:
         right_private: ``[., d]``, private right ends of forms sp, pp.
         most: at least the largest number of columns of each form of any task. Compiled graphs keep it, so a capacity
             is better than a count.
+        known: what the compiled kernels were last told of these tensors; not part of what the object is.
     """
 
     index: Tensor
@@ -43,6 +45,7 @@ class Cores:
     right: Tensor
     right_private: Tensor
     most: tuple[int, int, int, int]
+    known: list[Any] = field(default_factory=list, init=False, compare=False, repr=False)
 
     @classmethod
     def of(

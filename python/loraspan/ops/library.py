@@ -137,25 +137,73 @@ for _name, _run, _fake in (
     torch.library.register_fake(f"loraspan::{_name}", _fake, lib=_LIBRARY)
 
 
+# of the operands of shared_lora: x, and what gradients of columns and shares need x for
+_X, _COLUMNS = 1, (5, 6, 7, 8, 9, 12)
+
+
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001 (torch passes it by name)
     _, x, v, u, *fields, tasks, shares, scale, backend = inputs
     ctx.dtype, ctx.most, ctx.scale, ctx.backend = x.dtype, fields[-1], scale, backend
     # x is as large as the batch: kept only for those who need it
-    wanted = any(ctx.needs_input_grad[i] for i in (5, 6, 7, 8, 9, 12))
+    wanted = any(ctx.needs_input_grad[i] for i in _COLUMNS)
     ctx.save_for_backward(v, u, *fields[:-1], tasks, shares, x if wanted else None)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    of_x, tables, of_shares = _gradients(ctx, grad, ctx.needs_input_grad[_X])
+    return (grad, of_x, None, None, None, *tables, None, None, of_shares, None, None)
+
+
+def _gradients(ctx: Any, grad: Tensor, wants_x: bool) -> tuple[Tensor | None, tuple[Tensor | None, ...], Tensor | None]:
+    """Give the gradients of x, of the five tables and of the shares, as far as they are wanted."""
     *rest, tasks, shares, x = ctx.saved_tensors
     of_x: Tensor | None = None
-    columns: tuple[Tensor | None, ...] = (None,) * 6
+    columns: tuple[Tensor | None, ...] = (None,) * len(_COLUMNS)
     args = (*rest, ctx.most, tasks, shares, ctx.scale)
-    if ctx.needs_input_grad[1]:
+    if wants_x:
         of_x = torch.ops.loraspan.shared_lora_transposed(grad, ctx.dtype, *args, ctx.backend)
     if x is not None:
         columns = torch.ops.loraspan.shared_lora_columns(grad, x, *args)
-    *tables, of_shares = columns
-    return (grad, of_x, None, None, None, *tables, None, None, None if shares is None else of_shares, None, None)
+    return of_x, columns[:-1], None if shares is None else columns[-1]
+
+
+class _Differentiable(torch.autograd.Function):
+    """The operator for eager code: a gradient registered with torch.library would cost several times the call."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, shares: Tensor | None, *rest: Any) -> Tensor:
+        # the tables are handed over one by one, for their gradients; `cores` has them as well
+        *tables, (v, u, cores, tasks, scale, backend) = rest
+        out = y.clone()
+        add(out, x, v, u, cores, tasks, shares, scale, backend)
+        ctx.dtype, ctx.most, ctx.scale, ctx.backend = x.dtype, list(cores.most), scale, backend
+        wanted = any(ctx.needs_input_grad[2:8])
+        ctx.save_for_backward(v, u, cores.index, *tables, tasks, shares, x if wanted else None)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        of_x, tables, of_shares = _gradients(ctx, grad, ctx.needs_input_grad[1])
+        return (grad, of_x, of_shares, *tables, None)
+
+
+def differentiable(
+    y: Tensor,
+    x: Tensor,
+    v: Tensor,
+    u: Tensor,
+    cores: Cores,
+    tasks: Tensor,
+    shares: Tensor | None,
+    scale: float,
+    backend: str | None,
+) -> Tensor:
+    """Give what :func:`shared_lora` here does, in eager code."""
+    tables = (cores.weights, cores.left, cores.left_private, cores.right, cores.right_private)
+    rest = (v, u, cores, tasks, scale, backend)
+    found: Tensor = _Differentiable.apply(y, x, shares, *tables, rest)  # type: ignore[no-untyped-call]
+    return found
 
 
 def _keep_factors(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraspan import _core, _device, _native
+from loraspan import _device, _native
 from loraspan._dispatch import Backend, choose
 from loraspan.errors import ArgumentError, ShapeError
+from loraspan.ops import shared_lora_cpu
 from loraspan.ops.cores import Cores
 from loraspan.ops.shared_lora_reference import reference as _everywhere
 
@@ -32,8 +33,8 @@ def shared_lora(
     r"""Give ``y[t] + scale * sum_m shares[t, m] dW(tasks[t, m]) x[t]`` for rows with different tasks.
 
     No ``dW = u C v^T`` is ever formed: ``z = x v`` and ``g u^T`` are products of the whole batch, and between them each
-    row meets the few columns of its own task. Differentiable in ``y``, ``x`` and the columns of ``cores`` (weights and
-    all four tables of ends), not in the bases, which are frozen.
+    row meets the few columns of its own task. Differentiable in ``y``, ``x``, ``shares`` and the columns of ``cores``
+    (weights and all four tables of ends), not in the bases, which are frozen.
 
     Args:
         y: ``[T, n]``, what the base layer gave; float16, bfloat16, float32 or float64.
@@ -77,13 +78,18 @@ def shared_lora(
         Serving from a shared basis: Gabrielsson et al., *Compress then Serve*, 2024, section 4. The bound: Higham,
         *Accuracy and Stability of Numerical Algorithms*, 2nd ed., section 3.5.
     """
-    _refuse_gradients(v, u)
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and _wants_gradient(y, x, cores)):
+    if torch.compiler.is_compiling():
         from loraspan.ops import library
 
         _check(y, x, v, u, cores, tasks, shares)
         return library.shared_lora(y, x, v, u, cores, tasks, shares, scale, backend)
-    return shared_lora_(y.clone(), x, v, u, cores, tasks, shares=shares, scale=scale, backend=backend)
+    if torch.is_grad_enabled() and _wants_gradient(y, x, v, u, cores, shares):
+        from loraspan.ops import library
+
+        return library.differentiable(y, x, v, u, cores, tasks, shares, scale, backend)
+    out = y.clone()
+    add(out, x, v, u, cores, tasks, shares, scale, backend)
+    return out
 
 
 def shared_lora_(
@@ -128,13 +134,16 @@ def shared_lora_(
         tensor([[0.],
                 [5.]])
     """
-    _check(y, x, v, u, cores, tasks, shares)
-    if torch.is_grad_enabled() and (_wants_gradient(y, x, cores) or v.requires_grad or u.requires_grad):
-        raise ArgumentError("shared_lora_: the form in place has no gradient; use shared_lora, or torch.no_grad()")
     if torch.compiler.is_compiling():
         from loraspan.ops import library
 
+        _check(y, x, v, u, cores, tasks, shares)
         return library.shared_lora_(y, x, v, u, cores, tasks, shares, scale, backend)
+    if torch.is_grad_enabled():
+        if _wants_gradient(y, x, v, u, cores, shares):
+            raise ArgumentError("shared_lora_: the form in place has no gradient; use shared_lora, or torch.no_grad()")
+        # whoever kept y for a gradient of theirs is to be told that it is another now
+        torch.autograd.graph.increment_version(y)
     add(y, x, v, u, cores, tasks, shares, scale, backend)
     return y
 
@@ -150,15 +159,22 @@ def add(
     scale: float,
     backend: str | None,
 ) -> None:
-    """Run a backend on what has been checked."""
+    """Check and run, with no thought of gradients or graphs: `shared_lora_` below both."""
+    if backend is None and shared_lora_cpu.run_again(y, x, v, u, cores, tasks, shares, scale):
+        return
+    _check(y, x, v, u, cores, tasks, shares)
+    if 0 in y.stride() and y.numel() > 1 and not y.is_contiguous():
+        raise ShapeError(f"shared_lora: rows of y share memory, strides {y.stride()}: use .contiguous() or shared_lora")
+    shared_lora_cpu.remember(v, u, cores)
     if tasks.ndim == 1:
-        tasks = tasks[:, None]
-        shares = shares if shares is None or shares.ndim == 2 else shares[:, None]
+        tasks, shares = tasks[:, None], None if shares is None else shares[:, None]
     args = (y, x, v, u, cores, tasks, shares, scale)
     choose("shared_lora", BACKENDS, backend, *args).run(*args)
 
 
-def _wants_gradient(y: Tensor, x: Tensor, cores: Cores) -> bool:
+def _wants_gradient(y: Tensor, x: Tensor, v: Tensor, u: Tensor, cores: Cores, shares: Tensor | None) -> bool:
+    if v.requires_grad or u.requires_grad:
+        raise ArgumentError("shared_lora: the bases v and u are frozen: use .detach(); train the columns of cores")
     return (
         y.requires_grad
         or x.requires_grad
@@ -167,12 +183,8 @@ def _wants_gradient(y: Tensor, x: Tensor, cores: Cores) -> bool:
         or cores.right.requires_grad
         or cores.left_private.requires_grad
         or cores.right_private.requires_grad
+        or (shares is not None and shares.requires_grad)
     )
-
-
-def _refuse_gradients(v: Tensor, u: Tensor) -> None:
-    if torch.is_grad_enabled() and (v.requires_grad or u.requires_grad):
-        raise ArgumentError("shared_lora: the bases v and u are frozen: use .detach(); train the columns of cores")
 
 
 def _check(y: Tensor, x: Tensor, v: Tensor, u: Tensor, cores: Cores, tasks: Tensor, shares: Tensor | None) -> None:
@@ -233,18 +245,7 @@ def _cpu(
     isa: str,
     transposed: bool = False,
 ) -> None:
-    fields = _native.matrix_fields
-    tables = (cores.weights, cores.left, cores.left_private, cores.right, cores.right_private)
-    fixed = (
-        *(*fields(v), *fields(u), v.shape[0], u.shape[0], v.shape[1], u.shape[1]),
-        *(cores.index.data_ptr(), cores.index.shape[0], *[t.data_ptr() for t in tables], *[t.shape[0] for t in tables]),
-        _CODES[cores.left.dtype],
-    )
-    # held until the call, which has their addresses only
-    tasks, shares = tasks.contiguous(), None if shares is None else shares.contiguous()
-    count, mixture = tasks.shape
-    places = (count, tasks.data_ptr(), mixture, 0 if shares is None else shares.data_ptr())
-    wrong = _core.shared_lora(fixed, (*fields(y), *fields(x), *places), scale, transposed, _native.threads(), isa)
+    wrong = shared_lora_cpu.run(y, x, v, u, cores, tasks, shares, scale, isa=isa, transposed=transposed)
     if wrong >= 0:
         _refuse_task(cores, tasks, wrong)
 
@@ -276,9 +277,11 @@ def reference(
     _everywhere(y, x, v, u, cores, tasks, shares, scale, transposed=transposed)
 
 
-def _refuses(y: Tensor, *_: object) -> str | None:
+def _refuses(y: Tensor, x: Tensor, v: Tensor, u: Tensor, *_: object) -> str | None:
     if y.device.type != "cpu":
         return f"it writes CPU memory, and y is on {y.device}"
+    if y.is_neg() or x.is_neg() or v.is_neg() or u.is_neg():
+        return "it reads memory, which does not say the values of a negative view: use .resolve_neg()"
     return None
 
 
