@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -271,15 +273,23 @@ def _refuses(pairs: Sequence[tuple[RowBlocks, object]]) -> str | None:
     return refuses_device([x for x, _ in pairs])
 
 
-def _refuses_sketch(pairs: Sequence[tuple[RowBlocks, object]]) -> str | None:
+def _starts_late(pairs: Sequence[tuple[RowBlocks, object]]) -> str | None:
     if any(x.first for x, _ in pairs):
-        return "it draws signs from column 0 on, and these are later columns of a matrix that was sent in chunks"
-    return _refuses(pairs)
+        return "it draws signs from column 0 on, and these are later columns of a matrix that is sent in chunks"
+    return None
+
+
+def _refuses_sketch(pairs: Sequence[tuple[RowBlocks, object]]) -> str | None:
+    return _starts_late(pairs) or _refuses(pairs)
+
+
+def _from_column_0(kernels: Backend[Callable[..., Any]]) -> Backend[Callable[..., Any]]:
+    return replace(kernels, refuses=lambda pairs: _starts_late(pairs) or kernels.refuses(pairs))
 
 
 BACKENDS = (
     *_native.backends(_cpu, _refuses_sketch),
-    *_device.backends("sketch"),
+    *map(_from_column_0, _device.backends("sketch")),
     Backend("reference", reference, lambda *_: None),
 )
 POWER_BACKENDS = (
