@@ -1,8 +1,8 @@
 """Tensors that say they lie on a device which this machine lacks, and keep their numbers on the CPU.
 
-A :class:`Shadow` runs every call on its inner tensor, once :class:`Rules` has found nothing against it, so the code that
-runs on the device runs here with its real numbers. :class:`Machine` makes torch give shadows where the device is asked
-for. What is on the other side stays an ordinary tensor, so an operand left there is seen.
+A :class:`Shadow` runs every call on its inner tensor, once :class:`Rules` has found nothing against it: so the code
+that runs on the device runs here with its real numbers. :class:`Machine` makes torch give shadows where the device is
+asked for. What is on the other side stays an ordinary tensor, so an operand left there is seen.
 """
 
 import contextlib
@@ -60,10 +60,12 @@ class Rules:
     def check(self, name, tensors):
         here = [t for t in tensors if isinstance(t, Shadow)]
         self.calls.append(Call(name, tuple((tuple(t.shape), t.dtype, t.stride()) for t in here)))
-        if name != "copy_" and len(here) < len(tensors):
-            other = next(t for t in tensors if not isinstance(t, Shadow))
+        # a number in a call becomes a tensor without dimensions, which torch takes along
+        others = [t for t in tensors if not isinstance(t, Shadow) and t.ndim]
+        if name != "copy_" and others:
+            other = others[0]
             raise Fault(f"{name} on {self.kind} takes an operand of shape {list(other.shape)} that lies on the CPU")
-        if len({t.dtype for t in tensors}) > 1 and len(here) < len(tensors):
+        if others and len({t.dtype for t in tensors}) > 1:
             raise Fault(f"{name} copies between devices and converts at once: {[t.dtype for t in tensors]}")
         if self.kind != "mps":
             return
@@ -186,8 +188,10 @@ class Machine(TorchFunctionMode):
 
     def put(self, tensor):
         """Give a tensor on the device; its numbers are a copy, its strides the same."""
-        inner = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
-        return Shadow(inner.copy_(tensor), self.place, self.rules)
+        memory = tensor.untyped_storage().clone()
+        inner = torch.empty(0, dtype=tensor.dtype)
+        inner.set_(memory, tensor.storage_offset(), tensor.shape, tensor.stride())
+        return Shadow(inner, self.place, self.rules)
 
 
 @contextlib.contextmanager

@@ -3,24 +3,19 @@
 import pytest
 import torch
 
-import shadow
 from shadow import Fault
 
 
-@pytest.fixture
-def mps(monkeypatch):
-    with shadow.machine("mps", monkeypatch) as found:
-        yield found
-
-
-def test_tensors_say_where_they_lie(mps):
+@pytest.mark.usefixtures("mps")
+def test_tensors_say_where_they_lie():
     x = torch.zeros(2, 3, device="mps")
     for tensor in (x, x.T, x[:, 1:], x + 1, x.clone(), x.to(torch.float16), torch.ones(2).to("mps"), x.new_empty(4)):
         assert tensor.device == torch.device("mps", 0)
     assert x.cpu().device == x.to("cpu").device == torch.zeros(2).device
 
 
-def test_views_share_memory_and_copies_do_not(mps):
+@pytest.mark.usefixtures("mps")
+def test_views_share_memory_and_copies_do_not():
     there = torch.zeros(2, 3).to("mps")
     copy = there.cpu()
     there[:, 1].copy_(torch.ones(2).to("mps"))
@@ -39,10 +34,10 @@ def test_numbers_are_those_of_the_cpu(mps):
     [
         (lambda x: x.to(torch.float64), "float64 tensor on Metal"),
         (lambda x: x.cpu().double().to("mps"), "float64 tensor on Metal"),
-        (lambda x: torch.zeros(2, dtype=torch.float64, device="mps"), "float64 tensor on Metal"),
+        (lambda _: torch.zeros(2, dtype=torch.float64, device="mps"), "float64 tensor on Metal"),
         (lambda x: x.new_zeros(2, dtype=torch.float64), "float64 tensor on Metal"),
         (lambda x: x.to("cpu", torch.float64), "converts at once"),
-        (lambda x: torch.ones(2, dtype=torch.float64).to("mps", torch.float32), "converts at once"),
+        (lambda _: torch.ones(2, dtype=torch.float64).to("mps", torch.float32), "converts at once"),
         (lambda x: x.copy_(torch.zeros(4, 4, dtype=torch.float16)), "converts at once"),
         (lambda x: x.T @ x, "contiguous operands"),
         (lambda x: x @ x.T, "contiguous operands"),
@@ -57,7 +52,8 @@ def test_numbers_are_those_of_the_cpu(mps):
         (lambda x: x.data_ptr(), "asks for the address"),
     ],
 )
-def test_a_fault_is_seen(mps, fault, message):
+@pytest.mark.usefixtures("mps")
+def test_a_fault_is_seen(fault, message):
     x = torch.randn(4, 4).to("mps")
     with pytest.raises(Fault, match=message):
         fault(x)
