@@ -52,6 +52,8 @@ class Rules:
         self.kind = kind
         self.calls = []
         self.moves = []
+        # what does a copy that need not wait, where streams are simulated
+        self.copy_later = None
 
     @property
     def names(self):
@@ -111,13 +113,18 @@ class Shadow(torch.Tensor):
     def data_ptr(self):
         raise Fault(f"something on the CPU asks for the address of a tensor on {self.place}")
 
+    def record_stream(self, stream):
+        """Tell an allocator that there is not."""
+
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         if func in (torch.Tensor.to, torch.Tensor.cpu):
             return _moved(func, args, kwargs)
-        if func is torch.Tensor.record_stream:
-            return None
+        later = args[0].rules.copy_later if func is torch.Tensor.copy_ and isinstance(args[0], Shadow) else None
+        if later is not None and kwargs.get("non_blocking"):
+            later(args[0], args[1])
+            return args[0]
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 

@@ -40,10 +40,8 @@ def find_device(caller: str, device: str | torch.device | None) -> torch.device 
     count, current = _count(found.type)
     index = current if found.index is None else found.index
     if index >= count:
-        has = f"there are {count}" if count else f"this machine, or torch {torch.__version__}, has none"
-        raise ArgumentError(
-            f"{caller}: device {str(device)!r} is not to be had: {has}; leave device out to use the CPU"
-        )
+        there = f"found {count}" if count else f"torch {torch.__version__} finds none here"
+        raise ArgumentError(f"{caller}: device {str(device)!r} cannot be used: {there}; leave device out for the CPU")
     return torch.device(found.type, index)
 
 

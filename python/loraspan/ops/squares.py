@@ -10,7 +10,7 @@ from torch import Tensor
 from loraspan import _core, _native
 from loraspan._dispatch import Backend, choose
 from loraspan.ops.blocks import RowBlocks, block_table, refuses_device, sum_chunks
-from loraspan.ops.places import Partials
+from loraspan.ops.places import Partials, backend_at
 from loraspan.ops.stream import in_chunks
 
 
@@ -34,8 +34,9 @@ def squares(x: RowBlocks | Sequence[Tensor] | Tensor, *, backend: str | None = N
         >>> squares([torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2).half()])
         tensor([25.,  0.], dtype=torch.float64)
     """
-    # one pass of additions: sending the rows to a target would cost more than adding them where they lie
-    matrix = (given := RowBlocks.of(x)).on(given.device)
+    # one pass of additions: sending the rows to a target would cost more than adding them where they lie; and no GPU
+    # has kernels for it
+    matrix, backend = (given := RowBlocks.of(x)).on(given.device), backend_at(None, backend)
     if matrix.plain:
         return choose("squares", BACKENDS, backend, [matrix]).run(matrix)
     total = torch.zeros(matrix.shape[0], dtype=torch.float64)
