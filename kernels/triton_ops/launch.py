@@ -47,9 +47,11 @@ def on(device: torch.device) -> AbstractContextManager[object]:
 
 def architecture_of(device: torch.device) -> str:
     """Give the column of the configuration tables that is for this device."""
-    if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) < (9, 0):
+    if device.type != "cuda":
         return "any"
-    return "sm90"
+    if torch.version.hip is not None:
+        return "hip"
+    return "sm90" if torch.cuda.get_device_capability(device) >= (9, 0) else "any"
 
 
 def compute_type(kinds: Sequence[str], wide: bool) -> tl.dtype:

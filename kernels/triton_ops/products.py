@@ -35,7 +35,7 @@ from loraspan.triton_ops.rows import Rows, Table, row_ends, row_tile, vector
 
 # columns per float32 sum: the bound of the operators
 _CHUNK = tl.constexpr(128)
-_ADD_BLOCK = 1024
+ADD_TILE = {"BLOCK_L": 16, "BLOCK_R": 64}
 # programs that a job makes, at the least, where its columns allow it: twice the multiprocessors of a large card
 _WANTED = 264
 _LEAST_SLAB = 512
@@ -146,7 +146,7 @@ def _launch(table: Table, jobs: Sequence[Job], plans: Sequence[Plan], out: torch
         for job, one, at, to in zip(jobs, plans, starts, np.cumsum([0, *(one.size for one in plans)]), strict=False)
     ]
     units = [np.concatenate([_units(i, jobs[i], plans[i]) for i in members]) for members in groups.values()]
-    adds = np.concatenate([_add_units(i, one.size) for i, one in enumerate(plans)])
+    adds = np.concatenate([_add_units(i, one.shape) for i, one in enumerate(plans)])
     job_table, adds_there, *units_there = upload([np.asarray(fields, dtype=np.int64), adds, *units], out.device)
     rows, partial = table.on(out.device), torch.empty(int(starts[-1]), dtype=torch.float64, device=out.device)
     with on(out.device):
@@ -154,7 +154,7 @@ def _launch(table: Table, jobs: Sequence[Job], plans: Sequence[Plan], out: torch
             products_kernel[(len(own),)](
                 there, job_table, rows, table.total, partial, seed & 0xFFFFFFFF, seed >> 32, **options(variant)
             )
-        add_kernel[(len(adds),)](adds_there, job_table, partial, out, BLOCK=_ADD_BLOCK)
+        add_kernel[(len(adds),)](adds_there, job_table, partial, out, **ADD_TILE)
 
 
 def options(variant: tuple[str, str, str, str, tl.dtype, Tile]) -> dict[str, object]:
@@ -181,9 +181,11 @@ def _pattern(left: int, right: int, splits: int, lower: Tile | None) -> NDArray[
     return np.stack([np.zeros_like(s), i, j, s], axis=1)[keep]
 
 
-def _add_units(i: int, size: int) -> NDArray[np.int64]:
-    starts = np.arange(0, size, _ADD_BLOCK)
-    return np.stack([np.full_like(starts, i), starts], axis=1)
+def _add_units(i: int, shape: tuple[int, int]) -> NDArray[np.int64]:
+    down, across = (-(-size // block) for size, block in zip(shape, ADD_TILE.values(), strict=True))
+    units = _pattern(down, across, 1, None)[:, :3].copy()
+    units[:, 0] = i
+    return units
 
 
 @triton.jit(do_not_specialize=["total", "seed_low", "seed_high"])
@@ -258,17 +260,17 @@ def products_kernel(
 
 
 @triton.jit
-def add_kernel(units, jobs, partial, out, BLOCK: tl.constexpr):
-    """Add the slabs of ``BLOCK`` entries of a job in order; the upper half of a symmetric answer is the lower one."""
-    unit = units + tl.program_id(0).to(tl.int64) * 2
+def add_kernel(units, jobs, partial, out, BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Add the slabs of a tile of a job in order; the upper half of a symmetric answer is the lower one."""
+    unit = units + tl.program_id(0).to(tl.int64) * 3
     job = jobs + tl.load(unit) * 10
-    entry = tl.load(unit + 1) + tl.arange(0, BLOCK)
+    i = (tl.load(unit + 1) * BLOCK_L + tl.arange(0, BLOCK_L))[:, None]
+    j = (tl.load(unit + 2) * BLOCK_R + tl.arange(0, BLOCK_R))[None, :]
     left, right, splits = tl.load(job + 1), tl.load(job + 3), tl.load(job + 8)
-    inside = entry < left * right
-    i, j = entry // right, entry % right
-    symmetric = tl.load(job + 9) != 0
-    source = tl.where(symmetric, tl.maximum(i, j) * right + tl.minimum(i, j), entry)
-    acc = tl.zeros((BLOCK,), tl.float64)
+    inside = (i < left) & (j < right)
+    upper = (tl.load(job + 9) != 0) & (i < j)
+    source = partial + tl.load(job + 6) + tl.where(upper, j * right + i, i * right + j)
+    acc = tl.zeros((BLOCK_L, BLOCK_R), tl.float64)
     for split in range(splits):
-        acc += tl.load(partial + tl.load(job + 6) + split * left * right + source, mask=inside, other=0.0)
-    tl.store(out + tl.load(job + 7) + entry, acc, mask=inside)
+        acc += tl.load(source + split * left * right, mask=inside, other=0.0)
+    tl.store(out + tl.load(job + 7) + i * right + j, acc, mask=inside)

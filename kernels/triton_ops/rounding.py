@@ -16,9 +16,7 @@ def narrow(values, TYPE: tl.constexpr):
         moves = (wide != values) & (wide == wide) & (bits & 1 == 0)
         step = tl.where(tl.abs(wide) > tl.abs(values), -1, 1)
         values = tl.where(moves, bits + step, bits).to(tl.float32, bitcast=True)
-    if tl.bfloat16 == TYPE:
-        return _bfloat16(values)
-    return values.to(TYPE)
+    return _bfloat16(values) if tl.bfloat16 == TYPE else values.to(TYPE)
 
 
 @triton.jit

@@ -81,18 +81,6 @@ def table(blocks: NDArray[np.int64], spans: Sequence[tuple[int, int, int]]) -> T
     return Table(fields, matrices)
 
 
-def form_of(matrix: torch.Tensor) -> str:
-    """Say how the entries of ``[m, k]`` (or of every member of ``[N, m, k]``) lie, as for the rows of a matrix."""
-    size = matrix.element_size()
-    *batch, down, across = matrix.stride()
-    m, k = matrix.shape[-2:]
-    if matrix.data_ptr() % 16 or any(step * size % 16 for step in batch):
-        return "any"
-    if across == 1 and (down * size % 16 == 0 or m == 1) and k * size % 16 == 0:
-        return "rows"
-    return "columns" if down == 1 and across * size % 16 == 0 and m * size % 16 == 0 else "any"
-
-
 @triton.jit
 def row_ends(rows, total, first, index, count, KIND: tl.constexpr, FORM: tl.constexpr):
     """Give address, distance of columns and dtype of rows ``first + index``; zeros from ``count`` on."""
@@ -118,8 +106,10 @@ def row_tile(address, stride, code, columns, inside, KIND: tl.constexpr, FORM: t
         its = (code == 2)[:, None]
         tile = tl.where(its, _tile(address, stride, columns, inside & its, "f32", FORM).to(TYPE), tile)
         its = (code == 3)[:, None]
-        return tl.where(its, _tile(address, stride, columns, inside & its, "f64", FORM).to(TYPE), tile)
-    return _tile(address, stride, columns, inside, KIND, FORM).to(TYPE)
+        tile = tl.where(its, _tile(address, stride, columns, inside & its, "f64", FORM).to(TYPE), tile)
+    else:
+        tile = _tile(address, stride, columns, inside, KIND, FORM).to(TYPE)
+    return tile
 
 
 @triton.jit

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from loraspan.triton_ops.launch import KINDS, compute_type, on, upload
 from loraspan.triton_ops.rounding import narrow
-from loraspan.triton_ops.rows import Rows, Table, element, form_of, row_ends, row_tile, vector
+from loraspan.triton_ops.rows import Rows, Table, element, row_ends, row_tile, vector
+from loraspan.triton_ops.strided import form_of, put
 
 
 class Job(NamedTuple):
@@ -49,7 +50,7 @@ class Tile(NamedTuple):
 TILES = {
     ("fp32", False, True): Tile(64, 16, 32, 4, 2),
     ("fp32", False, False): Tile(64, 32, 16, 4, 3),
-    ("fp32", True, True): Tile(32, 16, 16, 4, 1),
+    ("fp32", True, True): Tile(32, 16, 16, 2, 1),
     ("fp32", True, False): Tile(32, 32, 16, 4, 1),
     ("fp64", False, True): Tile(32, 16, 16, 4, 2),
     ("fp64", False, False): Tile(32, 32, 16, 4, 2),
@@ -78,17 +79,23 @@ def run(table: Table, jobs: Sequence[Job], wide: bool, device: torch.device) -> 
     rows = table.on(device)
     with on(device):
         for variant, own, there in zip(groups, units, units_there, strict=True):
-            kind, form, kind_v, form_v, compute, tile = variant
-            transposed_kernel[(len(own),)](
-                there, job_table, rows, table.total, weights,
-                KIND=kind, FORM=form, KIND_V=kind_v, FORM_V=form_v, TYPE=compute, **tile._asdict(),
-            )  # fmt: skip
+            transposed_kernel[(len(own),)](there, job_table, rows, table.total, weights, **options(variant))
+
+
+def options(variant: tuple[str, str, str, str, tl.dtype, Tile]) -> dict[str, object]:
+    """Give what ``transposed_kernel`` is compiled for, and how."""
+    return {**dict(zip(("KIND", "FORM", "KIND_V", "FORM_V", "TYPE"), variant, strict=False)), **variant[5]._asdict()}
+
+
+def tile_of(compute: tl.dtype, singly: bool, columns: int) -> Tile:
+    """Look a configuration up."""
+    return TILES[compute.name, singly, columns <= 16]
 
 
 def _variant(job: Job, wide: bool) -> tuple[str, str, str, str, tl.dtype, Tile]:
     """What the kernel is compiled for, by the job alone: a batch must give the bits of its members."""
     compute = compute_type([job.x.kind, "f32"], wide)
-    tile = TILES[compute.name, job.x.form == "any", job.w.shape[1] <= 16]
+    tile = tile_of(compute, job.x.form == "any", job.w.shape[1])
     return job.x.kind, job.x.form, KINDS[job.out.dtype], form_of(job.out), compute, tile
 
 
@@ -126,7 +133,8 @@ def transposed_kernel(
         x, w = _operands(
             rows, total, first, start + BLOCK_R, count, columns, d, weights, c, k, KIND, FORM, TYPE, BLOCK_R
         )
-    _store(out, down, across, columns, d, c, k, narrow(acc, element(KIND_V)), KIND_V, FORM_V)
+    out = out.to(tl.pointer_type(element(KIND_V)))
+    put(out, down, across, columns, d, c, k, narrow(acc, element(KIND_V)), KIND_V, FORM_V)
 
 
 @triton.jit
@@ -140,22 +148,3 @@ def _operands(
     x = row_tile(address, stride, code, columns, (r < count)[:, None] & (columns < d)[None, :], KIND, FORM, TYPE)
     w = tl.load(weights + r[:, None] * k + c[None, :], mask=(r < count)[:, None] & (c < k)[None, :], other=0.0)
     return x, w
-
-
-@triton.jit
-def _store(out, down, across, columns, d, c, k, values, KIND: tl.constexpr, FORM: tl.constexpr):
-    """Store ``[len(columns), len(c)]``; FORM as of rows, ``down`` and ``across`` the strides."""
-    start = out.to(tl.pointer_type(element(KIND)))
-    if FORM == "rows":
-        start = tl.multiple_of(start, 16)
-        down = tl.multiple_of(down + 0, vector(KIND))
-        k = tl.multiple_of(k + 0, vector(KIND))
-        at = start + columns[:, None] * down + c[None, :]
-    elif FORM == "columns":
-        start = tl.multiple_of(start, 16)
-        across = tl.multiple_of(across + 0, vector(KIND))
-        d = tl.multiple_of(d + 0, vector(KIND))
-        at = start + columns[:, None] + c[None, :] * across
-    else:
-        at = start + columns[:, None] * down + c[None, :] * across
-    tl.store(at, values, mask=(columns < d)[:, None] & (c < k)[None, :])

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import oracles
+from devices import shared_lora, shared_lora_
 from loraspan.errors import ArgumentError, BackendError, ShapeError
-from loraspan.ops import Cores, shared_lora, shared_lora_
+from loraspan.ops import Cores
 from loraspan.ops.shared_lora import TRANSPOSED
 from matrices import LAYOUTS, normal, stored
 from oracles import BF16, DTYPES, F16, F32, F64
@@ -81,12 +82,12 @@ def test_each_form_alone(backend, form):
     assert_right(*batch(9, 5, 50, 70, 6, 11), cores, torch.tensor([0, 1, 1, 0, -1]), backend=backend)
 
 
-@pytest.mark.parametrize("ends", [F16, BF16, F32])
-@pytest.mark.parametrize("bases", [F16, BF16, F32])
-@pytest.mark.parametrize(("y", "x"), [(F16, F32), (F32, BF16), (BF16, BF16)])
+@pytest.mark.parametrize("ends", DTYPES, ids=str)
+@pytest.mark.parametrize("bases", DTYPES, ids=str)
+@pytest.mark.parametrize(("y", "x"), [(F16, F32), (F32, BF16), (BF16, BF16), (F32, F64), (F64, F32)])
 def test_dtypes_may_differ(backend, y, x, bases, ends):
     cores = planted(10, COUNTS, 33, 65, 5, 6, dtype=ends, dense=[2])
-    first, second, v, u = batch(11, 9, 33, 65, 5, 6)
+    first, second, v, u = batch(11, 9, 33, 65, 5, 6, F64)
     assert_right(
         first.to(y), second.to(x), v.to(bases), u.to(bases), cores, random_tasks(12, 9, 1, 6)[:, 0], backend=backend
     )
