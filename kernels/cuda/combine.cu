@@ -7,7 +7,7 @@
 // where X is read twice unless it stays in cache. R = 1600, d = 4096, k = 64, half precision, B = 3.35e12, F = 3.3e13
 // (H100): 26 MB in 8 us, 8.4e8 products in 25 us. W is float32 by contract, so tensor cores do not take part. 0.6 of
 // the floor is to be expected, from the share of a warp's instructions that multiply.
-#include "dots.cuh"
+#include "rows.cuh"
 
 namespace loraspan {
 
@@ -22,47 +22,45 @@ struct Combine {
   std::int64_t stride, step, dtype;       // between rows of V, between its columns
 };
 
+// Columns of X and of W to a tile, and rows of both to a step.
 template <typename T>
-struct CombineShared {
-  // 64 k-bytes of T, or 128 of the narrower one
-  static constexpr int kColumns = sizeof(T) == 4 ? 128 : 64, kRank = 64, kDepth = 32;
-  Tile<T, kDepth, kColumns> x;
-  Tile<T, kDepth, kRank> w;
-};
+constexpr int kColumns = sizeof(T) == 4 ? 128 : 64;
+constexpr int kRank = 64, kRowsAtOnce = 16;
 
 // Grid: (tiles of V) of every job, those of the same columns beside each other. Thread (y, x) sums kHeight neighbouring
 // columns of X with 4 neighbouring columns of W, over the rows in their order.
 template <typename T>
 __global__ __launch_bounds__(kThreads, 2) void combine_kernel(const Combine* jobs, std::int64_t count,
                                                               const Row* rows) {
-  using Shared = CombineShared<T>;
-  constexpr int kHeight = Shared::kColumns / 16, kWidth = Shared::kRank / 16;
+  constexpr int kHeight = kColumns<T> / 16, kWidth = kRank / 16;
   const Combine& job = job_of(jobs, count, &Combine::first_block, blockIdx.x);
-  const std::int64_t wide = (job.rank + Shared::kRank - 1) / Shared::kRank, block = blockIdx.x - job.first_block;
-  const std::int64_t top = block / wide * Shared::kColumns, side = block % wide * Shared::kRank;
+  const std::int64_t wide = (job.rank + kRank - 1) / kRank, block = blockIdx.x - job.first_block;
+  const std::int64_t top = block / wide * kColumns<T>, side = block % wide * kRank;
   const int y = threadIdx.x / 16 * kHeight, x = threadIdx.x % 16 * kWidth;
 
-  Shared& memory = shared<Shared>();
+  auto& pairs = shared<Pairs<Tile<T, kRowsAtOnce, kColumns<T>>, Tile<T, kRowsAtOnce, kRank>>>();
   const EvenRows weights{job.weights, job.rank * 8, 1, kDouble};
   T sum[kHeight][kWidth] = {};
-  for (std::int64_t row = 0; row < job.rows; row += Shared::kDepth) {
-    stage(memory.x, TableOfRows{rows + job.first_row}, row, job.rows, top, job.columns, Reading(job.reading));
-    stage(memory.w, weights, row, job.rows, side, job.rank, kAlongColumns);
-    __syncthreads();
+  step_through<kRowsAtOnce>(
+      pairs, 0, job.rows,
+      [&](auto& pair, std::int64_t row) {
+        stage(pair.left, TableOfRows{rows + job.first_row}, row, job.rows, top, job.columns, Reading(job.reading));
+        stage(pair.right, weights, row, job.rows, side, job.rank, kAlongColumns);
+      },
+      [&](auto& pair, std::int64_t) {
 #pragma unroll 4
-    for (int r = 0; r < Shared::kDepth; ++r) {
-      T left[kHeight], right[kWidth];
+        for (int r = 0; r < kRowsAtOnce; ++r) {
+          T left[kHeight], right[kWidth];
 #pragma unroll
-      for (int i = 0; i < kHeight; ++i) left[i] = memory.x.entry[r][y + i];
+          for (int i = 0; i < kHeight; ++i) left[i] = pair.left.entry[r][y + i];
 #pragma unroll
-      for (int j = 0; j < kWidth; ++j) right[j] = memory.w.entry[r][x + j];
+          for (int j = 0; j < kWidth; ++j) right[j] = pair.right.entry[r][x + j];
 #pragma unroll
-      for (int i = 0; i < kHeight; ++i)
+          for (int i = 0; i < kHeight; ++i)
 #pragma unroll
-        for (int j = 0; j < kWidth; ++j) sum[i][j] = fused(left[i], right[j], sum[i][j]);
-    }
-    __syncthreads();
-  }
+            for (int j = 0; j < kWidth; ++j) sum[i][j] = fused(left[i], right[j], sum[i][j]);
+        }
+      });
 
 #pragma unroll
   for (int i = 0; i < kHeight; ++i)

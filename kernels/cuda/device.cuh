@@ -35,6 +35,21 @@ __device__ __forceinline__ std::uint16_t float_to_bfloat(float value) {
 __device__ __forceinline__ float bits_to_float(std::uint32_t bits) { return __uint_as_float(bits); }
 __device__ __forceinline__ std::uint32_t float_to_bits(float value) { return __float_as_uint(value); }
 
+// The same pointer, of which the compiler then knows that it is not into shared memory.
+template <typename T>
+__device__ __forceinline__ const T* in_global(const T* pointer) {
+  __builtin_assume(__isGlobal(pointer));
+  return pointer;
+}
+
+// Copies 16 bytes to shared memory while the thread goes on; they are there after wait_for_copies and a barrier.
+__device__ __forceinline__ void copy_aside(void* to, const void* from) {
+  const unsigned place = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(place), "l"(from) : "memory");
+}
+
+__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // Nearest float32, ties to even, whatever the mode of the host compiler's casts.
 __device__ __forceinline__ float double_to_float(double value) { return __double2float_rn(value); }
 

@@ -23,18 +23,6 @@ struct Dots {
   double* out;             // C [M, N], row-major
 };
 
-// The last job that begins at or before `block`.
-template <typename Job>
-__device__ __forceinline__ const Job& job_of(const Job* jobs, std::int64_t count, std::int64_t Job::* first,
-                                             std::int64_t block) {
-  std::int64_t low = 0, high = count;
-  while (high - low > 1) {
-    const std::int64_t middle = (low + high) / 2;
-    (jobs[middle].*first <= block ? low : high) = middle;
-  }
-  return jobs[low];
-}
-
 // The right side of a product by the table of rows.
 template <typename Policy>
 struct RowsOnTheRight {
@@ -52,8 +40,7 @@ struct RowsOnTheRight {
 
 template <typename Policy, template <typename> class RightSide>
 struct DotsShared {
-  typename Policy::Left left;
-  typename Policy::Right right;
+  PairsOf<Policy> pairs;
   typename RightSide<Policy>::Shared beside;
 };
 
@@ -76,22 +63,23 @@ __global__ __launch_bounds__(kThreads, 2) void dots_kernel(const Dots* jobs, std
 
   Policy sums;
   double total[Policy::kFlush ? Policy::kSums : 1] = {};
-  for (std::int64_t column = begin; column < end; column += Policy::kDepth) {
-    stage(memory.left, left, top, job.left_rows, column, end, Reading(job.left_reading));
-    right.stage_at(memory.right, job, side, begin, column, end);
-    __syncthreads();
-    sums.multiply(memory.left, memory.right);
-    if constexpr (Policy::kFlush != 0) {
-      const std::int64_t done = column + Policy::kDepth - begin;
-      if (done % Policy::kFlush == 0 || column + Policy::kDepth >= end)
-        sums.each([&](int, int, int i, float& sum) {
-          total[i] += sum;
-          sum = 0;
-        });
-    }
-    // before the tiles are filled anew
-    __syncthreads();
-  }
+  step_through<Policy::kDepth>(
+      memory.pairs, begin, end,
+      [&](auto& pair, std::int64_t column) {
+        stage(pair.left, left, top, job.left_rows, column, end, Reading(job.left_reading));
+        right.stage_at(pair.right, job, side, begin, column, end);
+      },
+      [&](auto& pair, std::int64_t column) {
+        sums.multiply(pair.left, pair.right);
+        if constexpr (Policy::kFlush != 0) {
+          const std::int64_t done = column + Policy::kDepth;
+          if ((done - begin) % Policy::kFlush == 0 || done >= end)
+            sums.each([&](int, int, int i, float& sum) {
+              total[i] += sum;
+              sum = 0;
+            });
+        }
+      });
 
   double* out = job.partial + slab * job.left_rows * job.right_rows;
   sums.each([&](int r, int c, int i, auto sum) {

@@ -51,18 +51,24 @@ __device__ __forceinline__ float brain_to_float(std::uint32_t bits) { return bit
 // Entry `index` of `data` as T; std::uint16_t stands for the bits of a half-precision entry as they are.
 template <typename T>
 __device__ __forceinline__ T get(const void* data, std::int64_t index, Dtype dtype) {
-  if constexpr (sizeof(T) == 2) return static_cast<const std::uint16_t*>(data)[index];
+  if constexpr (sizeof(T) == 2) return in_global(static_cast<const std::uint16_t*>(data))[index];
   switch (dtype) {
     case kHalf:
-      return static_cast<T>(half_to_float(static_cast<const std::uint16_t*>(data)[index]));
+      return static_cast<T>(half_to_float(in_global(static_cast<const std::uint16_t*>(data))[index]));
     case kBrain:
-      return static_cast<T>(brain_to_float(static_cast<const std::uint16_t*>(data)[index]));
+      return static_cast<T>(brain_to_float(in_global(static_cast<const std::uint16_t*>(data))[index]));
     case kFloat:
-      return static_cast<T>(static_cast<const float*>(data)[index]);
+      return static_cast<T>(in_global(static_cast<const float*>(data))[index]);
     default:
-      if constexpr (sizeof(T) == 4) return double_to_float(static_cast<const double*>(data)[index]);
-      return static_cast<T>(static_cast<const double*>(data)[index]);
+      if constexpr (sizeof(T) == 4) return double_to_float(in_global(static_cast<const double*>(data))[index]);
+      return static_cast<T>(in_global(static_cast<const double*>(data))[index]);
   }
+}
+
+// Whether entries of this dtype go into a tile of T as they are; of half precision, tiles have the bits.
+template <typename T>
+__device__ __forceinline__ bool as_it_is(std::int64_t dtype) {
+  return sizeof(T) == 2 || dtype == (sizeof(T) == 4 ? kFloat : kDouble);
 }
 
 template <typename T>
@@ -76,9 +82,9 @@ template <typename T>
 __device__ __forceinline__ Eight<T> get_eight(const void* data, std::int64_t index, Dtype dtype) {
   Eight<T> out;
   if constexpr (sizeof(T) == 2) {
-    out.quad[0] = *reinterpret_cast<const Quad*>(static_cast<const std::uint16_t*>(data) + index);
+    out.quad[0] = *in_global(reinterpret_cast<const Quad*>(static_cast<const std::uint16_t*>(data) + index));
   } else if (dtype == kHalf || dtype == kBrain) {
-    const Quad got = *reinterpret_cast<const Quad*>(static_cast<const std::uint16_t*>(data) + index);
+    const Quad got = *in_global(reinterpret_cast<const Quad*>(static_cast<const std::uint16_t*>(data) + index));
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const std::uint32_t bits = got.word[i / 2] >> (i % 2 * 16) & 0xffffu;
@@ -86,7 +92,7 @@ __device__ __forceinline__ Eight<T> get_eight(const void* data, std::int64_t ind
       out.entry[i] = static_cast<T>(dtype == kHalf ? half_to_float(half) : brain_to_float(bits));
     }
   } else if (dtype == kFloat) {
-    const Quad* from = reinterpret_cast<const Quad*>(static_cast<const float*>(data) + index);
+    const Quad* from = in_global(reinterpret_cast<const Quad*>(static_cast<const float*>(data) + index));
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const Quad got = from[i];
@@ -97,7 +103,7 @@ __device__ __forceinline__ Eight<T> get_eight(const void* data, std::int64_t ind
     struct alignas(16) Pair {
       double value[2];
     };
-    const Pair* from = reinterpret_cast<const Pair*>(static_cast<const double*>(data) + index);
+    const Pair* from = in_global(reinterpret_cast<const Pair*>(static_cast<const double*>(data) + index));
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const Pair got = from[i];

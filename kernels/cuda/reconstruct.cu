@@ -43,12 +43,6 @@ __device__ __forceinline__ void multiply_all(Tensor<kBrain>& sums, const typenam
   sums.multiply_by_eights(left, right, rest < Tensor<kBrain>::kDepth ? static_cast<int>(rest) : Tensor<kBrain>::kDepth);
 }
 
-template <typename Policy>
-struct ReconstructShared {
-  typename Policy::Left basis;
-  typename Policy::Right loadings;
-};
-
 // Grid: (tiles of out) x (members) of every piece. Sums run over all of k, in float32 or float64.
 template <typename Policy>
 __global__ __launch_bounds__(kThreads, 2) void reconstruct_kernel(const __grid_constant__ Pieces pieces) {
@@ -59,16 +53,15 @@ __global__ __launch_bounds__(kThreads, 2) void reconstruct_kernel(const __grid_c
   const std::int64_t wide = (piece.columns + Policy::kCols - 1) / Policy::kCols, tile = block % piece.tiles;
   const std::int64_t top = tile / wide * Policy::kRows, side = tile % wide * Policy::kCols;
 
-  auto& memory = shared<ReconstructShared<Policy>>();
   const EvenRows basis = lines_of(piece.basis, member, false), loadings = lines_of(piece.loadings, member, true);
   Policy sums;
-  for (std::int64_t k = 0; k < piece.rank; k += Policy::kDepth) {
-    stage(memory.basis, basis, top, piece.rows, k, piece.rank, Reading(piece.basis.reading));
-    stage(memory.loadings, loadings, side, piece.columns, k, piece.rank, Reading(piece.loadings.reading));
-    __syncthreads();
-    multiply_all(sums, memory.basis, memory.loadings, piece.rank - k);
-    __syncthreads();
-  }
+  step_through<Policy::kDepth>(
+      shared<PairsOf<Policy>>(), 0, piece.rank,
+      [&](auto& pair, std::int64_t k) {
+        stage(pair.left, basis, top, piece.rows, k, piece.rank, Reading(piece.basis.reading));
+        stage(pair.right, loadings, side, piece.columns, k, piece.rank, Reading(piece.loadings.reading));
+      },
+      [&](auto& pair, std::int64_t k) { multiply_all(sums, pair.left, pair.right, piece.rank - k); });
   sums.each([&](int r, int c, int, auto sum) {
     if (top + r < piece.rows && side + c < piece.columns) write(piece, member, top + r, side + c, sum);
   });

@@ -7,6 +7,18 @@ namespace loraspan {
 
 constexpr int kThreads = 256;
 
+// The last job that begins at or before `block`.
+template <typename Job>
+__device__ __forceinline__ const Job& job_of(const Job* jobs, std::int64_t count, std::int64_t Job::* first,
+                                             std::int64_t block) {
+  std::int64_t low = 0, high = count;
+  while (high - low > 1) {
+    const std::int64_t middle = (low + high) / 2;
+    (jobs[middle].*first <= block ? low : high) = middle;
+  }
+  return jobs[low];
+}
+
 // One row of a matrix; entry j is at data + j * stride, counted in entries. Tables of these are made by the caller.
 struct Row {
   const void* data;
@@ -62,8 +74,8 @@ struct Tile {
   alignas(16) Entry entry[kRows][kStride];
 };
 
-// Fills `tile` with rows [first, first + kRows) and columns [column, column + kDepth); zeros at and past row `rows` and
-// column `end`.
+// Fills `tile`, whole only after wait_for_copies and a barrier, with rows [first, first + kRows) and columns [column,
+// column + kDepth); zeros at and past row `rows` and column `end`.
 template <typename Entry, int kRows, int kDepth, typename Source>
 __device__ void stage(Tile<Entry, kRows, kDepth>& tile, const Source& source, std::int64_t first, std::int64_t rows,
                       std::int64_t column, std::int64_t end, Reading reading) {
@@ -71,17 +83,24 @@ __device__ void stage(Tile<Entry, kRows, kDepth>& tile, const Source& source, st
   const int high = rows - first < kRows ? static_cast<int>(rows - first) : kRows;
   const int wide = end - column < kDepth ? static_cast<int>(end - column) : kDepth;
   if (reading == kEights) {
+    constexpr int kQuads = static_cast<int>(sizeof(Entry)) / 2;
 #pragma unroll
     for (int unit = threadIdx.x; unit < kRows * kDepth / 8; unit += kThreads) {
       const int r = unit / (kDepth / 8), c = unit % (kDepth / 8) * 8;
+      Quad* to = reinterpret_cast<Quad*>(&tile.entry[r][c]);
       Eight<Entry> got{};
       if (r < high && c < wide) {
         const Row row = source(first + r);
+        if (as_it_is<Entry>(row.dtype)) {
+          const Entry* from = static_cast<const Entry*>(row.data) + column + c;
+#pragma unroll
+          for (int i = 0; i < kQuads; ++i) copy_aside(to + i, reinterpret_cast<const Quad*>(from) + i);
+          continue;
+        }
         got = get_eight<Entry>(row.data, column + c, Dtype(row.dtype));
       }
-      Quad* to = reinterpret_cast<Quad*>(&tile.entry[r][c]);
 #pragma unroll
-      for (int i = 0; i < static_cast<int>(sizeof(Entry)) / 2; ++i) to[i] = got.quad[i];
+      for (int i = 0; i < kQuads; ++i) to[i] = got.quad[i];
     }
     return;
   }
@@ -95,6 +114,30 @@ __device__ void stage(Tile<Entry, kRows, kDepth>& tile, const Source& source, st
       got = get<Entry>(row.data, (column + c) * row.stride, Dtype(row.dtype));
     }
     tile.entry[r][c] = got;
+  }
+}
+
+// Both sides of one step, twice over: one pair is filled while the other is multiplied.
+template <typename Left, typename Right>
+struct Pairs {
+  struct Pair {
+    Left left;
+    Right right;
+  } pair[2];
+};
+
+// Steps of kDepth over [begin, end): fill(pair, k) stages both sides, use(pair, k) multiplies them. One barrier a step:
+// it shows all threads the pair to come, and that none is still in the pair to be filled.
+template <int kDepth, typename Left, typename Right, typename Fill, typename Use>
+__device__ __forceinline__ void step_through(Pairs<Left, Right>& pairs, std::int64_t begin, std::int64_t end,
+                                             const Fill& fill, const Use& use) {
+  if (begin < end) fill(pairs.pair[0], begin);
+  int now = 0;
+  for (std::int64_t k = begin; k < end; k += kDepth, now ^= 1) {
+    wait_for_copies();
+    __syncthreads();
+    if (k + kDepth < end) fill(pairs.pair[now ^ 1], k + kDepth);
+    use(pairs.pair[now], k);
   }
 }
 

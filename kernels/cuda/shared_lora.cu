@@ -54,12 +54,6 @@ __device__ __forceinline__ const std::int64_t* task_of(const SharedLora& call, s
   return found[kDense] && found[kSs] != call.rank_in ? nullptr : found;
 }
 
-template <typename Policy>
-struct ShrinkShared {
-  typename Policy::Left x;
-  typename Policy::Right v;
-};
-
 __device__ __forceinline__ void multiply_all(Plain<float>& sums, const Plain<float>::Left& x,
                                              const Plain<float>::Right& v) {
   sums.multiply(x, v);
@@ -81,16 +75,15 @@ __device__ __forceinline__ void shrink(const SharedLora& call, std::int64_t bloc
   const std::int64_t begin = slab * call.slab;
   const std::int64_t end = begin + call.slab < call.inputs ? begin + call.slab : call.inputs;
 
-  auto& memory = shared<ShrinkShared<Policy>>();
   const EvenRows x = lines_of(call.x, 0, false), v = lines_of(call.v, 0, true);
   Policy sums;
-  for (std::int64_t k = begin; k < end; k += Policy::kDepth) {
-    stage(memory.x, x, top, call.rows, k, end, Reading(call.x.reading));
-    stage(memory.v, v, side, call.rank_in, k, end, Reading(call.v.reading));
-    __syncthreads();
-    multiply_all(sums, memory.x, memory.v);
-    __syncthreads();
-  }
+  step_through<Policy::kDepth>(
+      shared<PairsOf<Policy>>(), begin, end,
+      [&](auto& pair, std::int64_t k) {
+        stage(pair.left, x, top, call.rows, k, end, Reading(call.x.reading));
+        stage(pair.right, v, side, call.rank_in, k, end, Reading(call.v.reading));
+      },
+      [&](auto& pair, std::int64_t) { multiply_all(sums, pair.left, pair.right); });
   float* out = call.z + slab * call.rows * call.rank_in;
   sums.each([&](int r, int c, int, float sum) {
     if (top + r < call.rows && side + c < call.rank_in) out[(top + r) * call.rank_in + side + c] = sum;

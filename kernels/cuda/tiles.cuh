@@ -12,7 +12,7 @@ namespace loraspan {
 template <typename T>
 struct Plain {
   using Entry = T;
-  static constexpr int kRows = 64, kCols = 64, kDepth = 32;
+  static constexpr int kRows = 64, kCols = 64, kDepth = sizeof(T) == 4 ? 32 : 16;
   static constexpr int kHeight = kRows / 16, kWidth = kCols / 16, kSums = kHeight * kWidth;
   // entries in 16 bytes
   static constexpr int kPack = 16 / static_cast<int>(sizeof(T));
@@ -30,7 +30,7 @@ struct Plain {
   // One fused multiply-add per product, columns in their order.
   __device__ __forceinline__ void multiply(const Left& a, const Right& b) {
     const int y = threadIdx.x / 16, x = threadIdx.x % 16;
-#pragma unroll 2
+#pragma unroll 1
     for (int k = 0; k < kDepth; k += kPack) {
       Pack right[kWidth];
 #pragma unroll
@@ -137,5 +137,8 @@ struct Tensor {
             sum[i][j][e]);
   }
 };
+
+template <typename Policy>
+using PairsOf = Pairs<typename Policy::Left, typename Policy::Right>;
 
 }  // namespace loraspan

@@ -7,9 +7,10 @@
 """
 
 import hashlib
+import os
 import shutil
 import subprocess
-import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 from loraspan._cuda import library
@@ -21,7 +22,9 @@ CACHE = ROOT / "build" / "emulation"
 ORDERS = ("forward", "reverse", "random")
 # -fno-gnu-unique: two libraries in one process, each with state of its own
 FLAGS = ("-std=c++17", "-fPIC", "-fno-gnu-unique", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
-SANITIZED = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1")
+SANITIZED = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+# faults are many: compiled as fast as can be, and what they leave unused is not said
+FAULTY = ("-O0", "-w", "-fsanitize=address")
 
 
 def compiler():
@@ -33,37 +36,55 @@ def sources():
     return sorted(path for path in KERNELS.glob("*.cu") if path.stem != "library")
 
 
-def compile_object(source, place, *flags, headers=KERNELS):
-    """Compile one source, CUDA's or the emulation's own."""
-    kind = ("-x", "c++", "-DLORASPAN_EMULATED")
-    command = [compiler(), *FLAGS, *flags, *kind, f"-I{headers}", f"-I{EMULATION}", "-c", str(source), "-o", str(place)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return place
-
-
-def build(folder):
-    """Compile the emulated library into ``folder``, unless it is there already from the same sources."""
-    read = sorted([*KERNELS.iterdir(), *EMULATION.iterdir(), Path(__file__)])
-    stamp = hashlib.sha256(b"".join(path.read_bytes() for path in read if path.is_file())).hexdigest()[:16]
-    folder.mkdir(parents=True, exist_ok=True)
-    place = folder / f"libloraspan_cuda_emulated_{stamp}.so"
+def compile_object(source, *flags, headers=KERNELS):
+    """Compile one source, CUDA's or the emulation's own, unless the same was compiled before with the same flags."""
+    read = [source, *sorted(headers.glob("*.cuh")), *sorted(EMULATION.glob("*.hpp"))]
+    stamp = hashlib.sha256(b"".join([path.read_bytes() for path in read] + [repr(flags).encode()])).hexdigest()[:16]
+    place = CACHE / f"{source.stem}_{stamp}.o"
     if not place.exists():
-        with tempfile.TemporaryDirectory() as made:
-            objects = [
-                str(compile_object(source, Path(made) / f"{source.stem}.o", "-O2"))
-                for source in [*sources(), EMULATION / "emulate.cpp"]
-            ]
-            # moved when it is whole: another process may look for it
-            subprocess.run([compiler(), "-shared", "-o", f"{made}/whole.so", *objects], check=True)
-            shutil.copy(f"{made}/whole.so", place.with_suffix(".part"))
-            place.with_suffix(".part").rename(place)
+        kind = ("-x", "c++", "-DLORASPAN_EMULATED", f"-I{headers}", f"-I{EMULATION}")
+        with made_whole(place) as part:
+            command = [compiler(), *FLAGS, *flags, *kind, "-c", str(source), "-o", str(part)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
     return place
 
 
-def opened(folder, order="forward"):
+@contextmanager
+def made_whole(place):
+    """Give a name to write to, which becomes ``place`` at the end: another process may look for it meanwhile."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    part = place.with_name(f"{os.getpid()}_{place.name}")
+    yield part
+    part.rename(place)
+
+
+def link(read, place, *flags, headers=KERNELS):
+    """Compile sources, one after the other, and make them one library."""
+    objects = [str(compile_object(source, *flags, headers=headers)) for source in read]
+    with made_whole(place) as part:
+        subprocess.run([compiler(), "-shared", *flags, "-o", str(part), *objects], check=True)
+    return place
+
+
+def runtime_of(name):
+    """Give the path of a library of the compiler's, or None."""
+    asked = [compiler(), f"-print-file-name=lib{name}.so"]
+    found = Path(subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip())
+    return str(found) if found.is_absolute() else None
+
+
+def build():
+    """Compile the emulated library, unless it is there already from the same sources."""
+    objects = [compile_object(source, "-O2") for source in [*sources(), EMULATION / "emulate.cpp"]]
+    stamp = hashlib.sha256("".join(path.name for path in objects).encode()).hexdigest()[:16]
+    place = CACHE / f"libloraspan_cuda_emulated_{stamp}.so"
+    return place if place.exists() else link([*sources(), EMULATION / "emulate.cpp"], place, "-O2")
+
+
+def opened(order="forward"):
     """Give the emulated library with its threads in an order."""
-    found = library.Library(build(folder))
+    found = library.Library(build())
     set_order(found, order)
     return found
 
@@ -80,5 +101,5 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     if config.getoption("--emulate-cuda"):
-        found = opened(CACHE, config.getoption("--thread-order"))
+        found = opened(config.getoption("--thread-order"))
         library.library = lambda: found

@@ -9,6 +9,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <utility>
+#include <vector>
 
 #include "fibers.hpp"
 
@@ -41,6 +43,9 @@ inline void take_memory(std::size_t bytes) {
 
 // What each lane of each warp has laid out for the others. Two places in turn: nobody is more than one step ahead.
 constexpr int kWords = 8;
+// what each thread has begun to copy
+inline std::vector<std::pair<void*, const void*>> copies[1024];
+
 inline std::uint32_t laid_out[2][1024][kWords];
 inline unsigned steps[1024];
 
@@ -89,6 +94,23 @@ inline std::uint16_t float_to_bfloat(float value) {
   const std::uint32_t bits = float_to_bits(value);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fff;
   return static_cast<std::uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+
+template <typename T>
+const T* in_global(const T* pointer) {
+  return pointer;
+}
+
+// As late as can be: a copy happens when its thread waits for it.
+inline void copy_aside(void* to, const void* from) { emulation::copies[threadIdx.x].push_back({to, from}); }
+
+inline void wait_for_copies() {
+  struct alignas(16) Quad {
+    char byte[16];
+  };
+  for (const auto& [to, from] : emulation::copies[threadIdx.x])
+    *static_cast<Quad*>(to) = *static_cast<const Quad*>(from);
+  emulation::copies[threadIdx.x].clear();
 }
 
 inline float double_to_float(double value) { return static_cast<float>(value); }
@@ -190,6 +212,7 @@ int launch_with(std::int64_t bytes, void (*kernel)(Parameters...), std::int64_t 
         threads, [&] { kernel(arguments...); }, [](int lane) { threadIdx.x = static_cast<unsigned>(lane); }, order);
     std::free(block_memory);
     block_memory = nullptr;
+    for (auto& begun : copies) begun.clear();
     if (!ended) return 719;  // cudaErrorLaunchFailure: some wait for others that are elsewhere
   }
   return 0;

@@ -1,0 +1,167 @@
+"""Small cases for every CUDA kernel, run on an emulated and sanitized library in a process of its own.
+
+Reads lines ``LIBRARY OPERATOR ORDER`` and answers each with ``ok`` or with why not: a bound that is broken, or what the
+sanitizer says. Each line is a fork, so that a fault ends nothing but itself; torch is imported once.
+"""
+
+import os
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import numpy as np
+import torch
+
+import oracles
+from kernels.emulation import set_order
+from loraspan._cuda import library
+from loraspan._cuda import reconstruct as cuda_reconstruct
+from loraspan.ops import Piece, combine_many, gram, power, reconstruct_many, shared_lora, sketch
+from matrices import blocks, normal, stored, swallowing
+from oracles import BF16, F16, F32, F64
+from task_cores import batch, expected, planted
+
+# so that no backend but the one under test can answer
+CUDA = {"backend": "cuda"}
+
+
+def check_gram():
+    # past every tile; rows by 16 bytes and entry by entry; two slabs
+    for rows, d, kind, layout in [
+        ([70, 3], 136, "f16", "row-major"),
+        ([70, 3], 131, "bf16", "column-major"),
+        ([66], 1100, "f32", "strided"),
+        ([5], 1024, "mixed", "odd-offset"),
+    ]:
+        x = blocks(1, rows, d, kind, layout)
+        stacked = oracles.stack(x)
+        for precision in ("f32", "f64")[: 2 if d < 200 else 1]:
+            found = gram(x, precision=precision, **CUDA)
+            oracles.assert_within(found, oracles.gram(stacked), oracles.gram_bound(stacked, precision))
+    # what a float32 sum over all of a slab would lose
+    for dtype in (BF16, F32):
+        x = swallowing(1040, dtype)
+        stacked = oracles.to_numpy(x)
+        oracles.assert_within(gram(x, **CUDA), oracles.gram(stacked), oracles.gram_bound(stacked, "f32"))
+
+
+def check_combine():
+    for rows, d, k, kind, layout in [([40], 150, 66, "f16", "row-major"), ([3, 34], 129, 5, "mixed", "column-major")]:
+        x, w = blocks(2, rows, d, kind, layout), normal(3, sum(rows), k)
+        stacked, weight = oracles.stack(x), w.numpy()
+        for dtype, precision, place in ((F32, "f32", "strided"), (F16, "f64", "row-major")):
+            out = stored(torch.full((d, k), float("nan"), dtype=dtype), place)
+            [found] = combine_many([(x, w)], dtype=dtype, precision=precision, out=[out], **CUDA)
+            bound = oracles.combine_v_bound(stacked, weight, dtype, precision)
+            oracles.assert_within(found.v, oracles.combine_v(stacked, weight), bound)
+            if place == "strided":
+                assert torch.isnan(out._base).sum() == out._base.numel() - out.numel()
+
+
+def check_sketch():
+    for rows, d, width, kind in [([3], 300, 130, "f16"), ([9], 1100, 65, "f32"), ([66], 70, 7, "bf16")]:
+        x = blocks(4, rows, d, kind)
+        stacked = oracles.stack(x)
+        for precision in ("f32", "f64"):
+            found = sketch(x, width, seed=5, precision=precision, **CUDA)
+            oracles.assert_within(
+                found, stacked @ oracles.omega(d, width, 5), oracles.sketch_bound(stacked, width, precision)
+            )
+
+
+def check_power():
+    x, q = blocks(6, [40, 29], 140, "f16"), normal(7, 69, 5)
+    stacked = oracles.stack(x)
+    oracles.assert_within(
+        power(x, q, **CUDA), oracles.power(stacked, q.numpy()), oracles.power_bound(stacked, q.numpy(), "f32")
+    )
+
+
+def check_reconstruct():
+    for dtype, out_dtype, m, k, n, layout in [
+        (F16, F16, 70, 72, 66, "row-major"),
+        (BF16, F32, 33, 19, 5, "column-major"),
+        (F32, BF16, 66, 40, 3, "strided"),
+        (F64, F16, 5, 33, 65, "row-major"),
+    ]:
+        basis, loadings = stored(normal(8, m, k, dtype=dtype), layout), stored(normal(9, k, n, dtype=dtype), layout)
+        members = normal(10, 2, m, k, dtype=dtype), normal(11, 2, k, n, dtype=dtype)
+        out = stored(torch.full((m, n), float("nan"), dtype=out_dtype), "strided")
+        private = torch.empty(m, k, dtype=out_dtype)
+        reconstruct_many([Piece(basis, loadings, out, 0.3), Piece(basis, None, private, 0.7)], **CUDA)
+        whole = torch.empty(2, m, n, dtype=out_dtype)
+        cuda_reconstruct.run([Piece(*members, whole, 0.3)])
+        cases = [(out, basis, loadings, 0.3), (private, basis, None, 0.7)]
+        cases += [(o, b, l, 0.3) for o, b, l in zip(whole, *members, strict=True)]
+        for found, b, l, scale in cases:
+            b, l = oracles.to_numpy(b), None if l is None else oracles.to_numpy(l)
+            bound = oracles.reconstruct_bound(b, l, scale, out_dtype, F64 if F64 in (dtype, out_dtype) else F32)
+            oracles.assert_within(found, oracles.reconstruct(b, l, scale), bound)
+        assert torch.isnan(out._base).sum() == out._base.numel() - out.numel()
+
+
+def check_shared_lora():
+    counts = [(5, 0, 0, 0), (2, 1, 3, 2), (0, 4, 0, 0), (1, 0, 2, 3)]
+    for dtype, rows, n, d, k_out, k_in, layout in [
+        (F16, 19, 264, 272, 8, 72, "row-major"),
+        (BF16, 5, 37, 67, 9, 5, "strided"),
+        (F32, 66, 40, 300, 33, 65, "column-major"),
+    ]:
+        cores = planted(12, counts, n, d, k_out, k_in, dtype=dtype, dense=[3])
+        y, x, v, u = (stored(t, layout) for t in batch(13, rows, n, d, k_out, k_in, dtype))
+        tasks = torch.randint(-1, 4, (rows, 2), generator=torch.Generator().manual_seed(14))
+        tasks[1], shares = -1, normal(15, rows, 2, dtype=F32)
+        y[1] = -0.0
+        before, at = y.clone(), torch.arange(rows) != 3
+        tasks[3], tasks[3, 1] = -1, 4
+        found = shared_lora(y, x, v, u, cores, tasks, shares=shares, scale=0.3, **CUDA)
+        # a task that is not there spoils its row and no other
+        assert torch.isnan(found[3]).all()
+        assert oracles.same_bits(found[1], before[1])
+        known = (before[at], x[at], v, u, cores, tasks[at], shares[at], 0.3)
+        oracles.assert_within(found[at], *expected(*known))
+
+
+CHECKS = {name.removeprefix("check_"): check for name, check in list(globals().items()) if name.startswith("check_")}
+
+
+def answer(path, operator, order):
+    """Run one operator's cases in a fork and say how it went."""
+    with tempfile.TemporaryFile("w+") as said:
+        child = os.fork()
+        if child == 0:
+            os.dup2(said.fileno(), 2)
+            code = 1
+            try:
+                found = library.Library(Path(path))
+                set_order(found, order)
+                library.library = lambda: found
+                CHECKS[operator]()
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+        _, status = os.waitpid(child, 0)
+        if status == 0:
+            return "ok"
+        said.seek(0)
+        lines = [line.strip() for line in said.read().splitlines() if line.strip()]
+    telling = [line for line in lines if "ERROR: " in line or "runtime error" in line or "Error: " in line]
+    return (telling or lines or [f"status {status}"])[-1 if not telling else 0][:300]
+
+
+def main():
+    torch.set_num_threads(1)
+    np.seterr(all="ignore")
+    for line in sys.stdin:
+        sys.stdout.write(answer(*line.split()) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

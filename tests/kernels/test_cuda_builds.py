@@ -1,0 +1,75 @@
+"""nvcc on every CUDA source for every target: no spills, registers and shared memory within what blocks count on."""
+
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from kernels import emulation
+
+NVCC = shutil.which("nvcc")
+TARGETS = ("80", "90a", "100")
+SOURCES = [path.stem for path in emulation.sources()]
+# __launch_bounds__(256, 2): two blocks share the 65536 registers of a multiprocessor
+REGISTERS = 128
+# what a block may have without asking; two of them fit on every card
+SHARED = 48 * 1024
+# kernels in each source, and those of them for half precision, whose products are to be those of tensor cores
+KERNELS = {"gram": (5, 2), "combine": (2, 0), "sketch": (5, 2), "reconstruct": (6, 2), "shared_lora": (6, 2)}
+
+pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc is here; the CUDA kernels are left out of the build")
+
+
+@pytest.fixture(scope="module", params=TARGETS)
+def target(request):
+    known = subprocess.run([NVCC, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    if f"compute_{request.param.rstrip('a')}" not in known:
+        pytest.skip(f"this nvcc does not know compute capability {request.param}")
+    return request.param
+
+
+@pytest.fixture(scope="module", params=SOURCES)
+def compiled(request, target, tmp_path_factory):
+    """The name of a source, its resource report and its PTX."""
+    folder = tmp_path_factory.mktemp("nvcc")
+    source = emulation.KERNELS / f"{request.param}.cu"
+    command = [NVCC, "-std=c++17", "-O3", "-Xptxas", "-v", f"-arch=sm_{target}", "-Werror=all-warnings", "-cubin"]
+    command += ["-keep", "-keep-dir", str(folder), "-o", str(folder / "out.cubin"), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return request.param, done.stdout + done.stderr, (folder / f"{request.param}.ptx").read_text()
+
+
+def kernels(report):
+    """Registers, bytes spilled and bytes of shared memory of each kernel that ptxas lists."""
+    pattern = r"(\d+) bytes spill stores, (\d+) bytes spill loads\n.*?Used (\d+) registers(.*)"
+    found = re.findall(pattern, report)
+    return [
+        (int(registers), int(stores) + int(loads), int((re.search(r"(\d+) bytes smem", rest) or [0, 0])[1]))
+        for stores, loads, registers, rest in found
+    ]
+
+
+def test_nothing_spills_and_two_blocks_fit(compiled):
+    name, report, _ = compiled
+    found = kernels(report)
+    assert len(found) == KERNELS[name][0], report
+    for registers, spilled, shared in found:
+        assert spilled == 0, report
+        assert registers <= REGISTERS, report
+        assert shared <= SHARED, report
+
+
+def test_half_precision_goes_to_tensor_cores(compiled):
+    """Each of the two dtypes by its own instruction, in the kernels that are for it and in no other."""
+    name, _, ptx = compiled
+    bodies = re.split(r"^\.visible \.entry |^\.entry ", ptx, flags=re.MULTILINE)[1:]
+    assert len(bodies) == KERNELS[name][0]
+    kinds = [set(re.findall(r"mma\.sync\.aligned\.m16n8k\d+\.row\.col\.f32\.(\w+)\.", body)) for body in bodies]
+    assert sorted(map(sorted, filter(None, kinds))) == [["bf16"], ["f16"]][: KERNELS[name][1]]
+
+
+def test_16_bytes_are_loaded_at_once(compiled):
+    name, _, ptx = compiled
+    assert re.search(r"ld\.global(\.nc)?\.v4", ptx), name

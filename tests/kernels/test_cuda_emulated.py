@@ -1,0 +1,135 @@
+"""The CUDA kernels under g++, fibers and sanitizers: right in three orders of threads, and wrong where a fault is put.
+
+``pytest --emulate-cuda tests/ops`` runs all tests of the operators on them; this is the part that every run affords.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kernels import emulation
+
+OPERATORS = {
+    "gram": ("gram",),
+    "combine": ("combine", "gram"),
+    "sketch": ("sketch",),
+    "power": ("combine", "gram"),
+    "reconstruct": ("reconstruct",),
+    "shared_lora": ("shared_lora",),
+}
+BARRIER = ("rows.cuh", "    wait_for_copies();\n    __syncthreads();", "    wait_for_copies();")
+# per operator, faults by name: the file, what is there, and what is put in its place, in a copy
+FAULTS = {
+    "gram": {
+        "no barrier between steps": BARRIER,
+        "copies are not waited for": ("rows.cuh", "    wait_for_copies();\n", ""),
+        "the pair in use is filled": ("rows.cuh", "fill(pairs.pair[now ^ 1]", "fill(pairs.pair[now]"),
+        "no mask on what is written": ("dots.cuh", "row >= job.left_rows || col >= job.right_rows || ", ""),
+        "no mask on the rows that are read": ("rows.cuh", "if (r < high && c < wide) {", "if (c < wide) {"),
+        "no mask on the columns that are read": ("rows.cuh", "if (r < high && c < wide) {", "if (r < high) {"),
+        "the stride of a row is left out": ("rows.cuh", "(column + c) * row.stride", "(column + c)"),
+        "a wrong stride between slabs": ("dots.cuh", "[slab * size + i]", "[slab * (size - 1) + i]"),
+        "float32 sums run on over all columns": ("dots.cuh", "(done - begin) % Policy::kFlush == 0 ||", ""),
+    },
+    "combine": {
+        "no barrier between steps": BARRIER,
+        "no mask on the vectors that are written": ("combine.cu", " && side + x + j < job.rank)", ")"),
+        "a wrong stride between rows of W": ("combine.cu", "job.rank * 8", "(job.rank + 1) * 8"),
+    },
+    "sketch": {
+        "no barrier after the draw": ("sketch.cu", "[threadIdx.x]);\n      __syncthreads();", "[threadIdx.x]);"),
+        "no mask on the columns that are read": ("rows.cuh", "if (r < high && c < wide) {", "if (r < high) {"),
+        "a wrong stride between draws": ("sketch.cu", "words.word[offset + k]", "words.word[k]"),
+        "half of a Philox block is drawn twice": ("sketch.cu", "c % 128 != 0", "false"),
+    },
+    "reconstruct": {
+        "no barrier between steps": BARRIER,
+        "no mask on what is written": ("reconstruct.cu", "if (top + r < piece.rows && side + c < piece.columns)", ""),
+        "a wrong stride between members": ("rows.cuh", "member * matrix.apart", "member"),
+        "the last columns are left out": ("reconstruct.cu", "static_cast<int>(rest)", "static_cast<int>(rest - 8)"),
+    },
+    "shared_lora": {
+        "no barrier between steps": BARRIER,
+        "no barrier before g is read": ("shared_lora.cu", "  __syncthreads();\n  if (output", "  if (output"),
+        "no barrier within a warp": (
+            "shared_lora.cu",
+            "  __syncwarp();\n  for (std::int64_t k",
+            "  for (std::int64_t k",
+        ),
+        "no mask on the outputs": ("shared_lora.cu", "if (output >= call.outputs) return;", ""),
+        "rows without a task are written": (
+            "shared_lora.cu",
+            "if (wish == kLeave) continue;",
+            "if (r >= height) continue;",
+        ),
+        "a wrong stride between slabs": ("shared_lora.cu", "(slab * call.rows + row)", "(slab + row)"),
+    },
+}
+
+pytestmark = [
+    pytest.mark.skipif(emulation.compiler() is None, reason="no g++ is here to compile the emulation"),
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the sanitizers are preloaded as on Linux"),
+]
+
+
+def sources_of(operator, headers=emulation.KERNELS):
+    return [*(headers / f"{name}.cu" for name in OPERATORS[operator]), emulation.EMULATION / "emulate.cpp"]
+
+
+@pytest.fixture(scope="module")
+def ask():
+    """A process with the sanitizers beneath Python, which runs cases on the libraries that it is told."""
+    preload = [emulation.runtime_of(name) for name in ("asan", "ubsan", "stdc++")]
+    if None in preload:
+        pytest.skip("the sanitizers' libraries are not beside the compiler")
+    options = {"LD_PRELOAD": " ".join(preload), "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "1"}
+    script = Path(__file__).parent / "cuda_cases.py"
+    with subprocess.Popen(
+        [sys.executable, str(script)],
+        env={**os.environ, **options},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+
+        def run(path, operator, order):
+            process.stdin.write(f"{path} {operator} {order}\n")
+            process.stdin.flush()
+            return process.stdout.readline().strip()
+
+        yield run
+        process.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory):
+    """All kernels with both sanitizers."""
+    read = [*emulation.sources(), emulation.EMULATION / "emulate.cpp"]
+    return emulation.link(read, tmp_path_factory.mktemp("cuda") / "sanitized.so", *emulation.SANITIZED)
+
+
+@pytest.mark.parametrize("order", emulation.ORDERS)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_no_order_of_threads_matters(ask, sanitized, operator, order):
+    assert ask(sanitized, operator, order) == "ok"
+
+
+@pytest.mark.parametrize(("operator", "name"), [(operator, name) for operator in FAULTS for name in FAULTS[operator]])
+def test_a_fault_is_seen(ask, tmp_path, operator, name):
+    file, there, instead = FAULTS[operator][name]
+    for path in emulation.KERNELS.glob("*.cu*"):
+        text = path.read_text()
+        if path.name == file:
+            assert there in text, f"{file} has changed: {there!r} is not in it"
+            text = text.replace(there, instead)
+        (tmp_path / path.name).write_text(text)
+    read = sources_of(operator, tmp_path)
+    library = emulation.link(read, tmp_path / "faulty.so", *emulation.FAULTY, headers=tmp_path)
+    # the first order in which it is seen
+    answers = (ask(library, operator, order) for order in emulation.ORDERS)
+    seen = next((answer for answer in answers if answer != "ok"), None)
+    assert seen is not None, f"nobody saw that {name}"
+    assert seen, "the process that runs the cases is gone"
