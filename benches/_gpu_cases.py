@@ -113,6 +113,10 @@ class Data(NamedTuple):
         drawn = torch.randn(rows, width, generator=self.generator, dtype=torch.float64)
         return torch.linalg.qr(drawn).Q if width <= rows else drawn
 
+    def ready(self, block: Tensor) -> dict[torch.dtype, Tensor]:
+        """Give a block on the device, in the dtypes that torch multiplies in."""
+        return {kind: block.to(self.xs[0].device, kind) for kind in (DTYPES[self.dtype], torch.float32)}
+
 
 def _data(matrices: tuple[int, int, int], dtype: str, device: torch.device) -> Data:
     members, rows, columns = matrices
@@ -196,7 +200,8 @@ def power_case(matrices: tuple[int, int, int], dtype: str, width: int, device: t
             for i, x in data.checked.items()
         )
 
-    theirs = _rivals(data, lambda x, kind: [x @ (x.T @ q.to(device, kind))])
+    ready = data.ready(q)
+    theirs = _rivals(data, lambda x, kind: [x @ (x.T @ ready[kind])])
     cost = costs.power(rows, columns, width, dtype).times(members)
     ours = partial(_ours, power_many, [(x, q) for x in data.xs])
     return Case("power", _shape(matrices, f", l {width}"), dtype, "f32", cost, ours, excess, theirs, ())
@@ -220,8 +225,10 @@ def combine_case(matrices: tuple[int, int, int], dtype: str, rank: int, device: 
             ]
         return worst_of(worst)
 
+    ready = data.ready(w)
+
     def three(x: Tensor, kind: torch.dtype) -> Sequence[Tensor]:
-        v = x.T @ w.to(device, kind)
+        v = x.T @ ready[kind]
         return [x @ v, v.T @ v]
 
     cost = costs.combine(rows, columns, rank, dtype).times(members)

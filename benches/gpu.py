@@ -130,6 +130,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="15, or 2 if small")
     parser.add_argument("--no-tests", action="store_true", help="benches alone")
     options = parser.parse_args(arguments)
+    if options.device == "cpu" and not options.small:
+        parser.error("--device cpu goes with --small; benches/ops.py is what measures a CPU")
     options.only = options.only.split(",")
     if unknown := set(options.only) - {*OPERATORS, *WHOLE}:
         parser.error(f"--only is of {', '.join((*OPERATORS, *WHOLE))}; got {', '.join(sorted(unknown))}")

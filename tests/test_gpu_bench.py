@@ -96,6 +96,13 @@ def test_without_a_gpu_it_stops_at_once_and_says_so(bench, capsys, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_cpu_is_not_measured_in_full(bench, capsys):
+    with pytest.raises(SystemExit) as stop:
+        bench.main(["--device", "cpu"])
+    assert stop.value.code == 2
+    assert "--device cpu goes with --small" in capsys.readouterr().err
+
+
 def off(operator, change):
     """``operator`` with one entry of what it gives or writes made wrong."""
 
