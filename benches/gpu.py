@@ -155,6 +155,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if (reason := missing(options.device)) is not None:
         print(f"gpu.sh: {reason}", file=sys.stderr)
         return 2
+    if options.device == "cpu":
+        # two threads of tiny work wait for each other where others are at work
+        torch.set_num_threads(1)
     here = facts(options.device)
     print("\n".join(f"{key:<18}{value}" for key, value in here.items()), flush=True)
     report = Report(here, _path(options, here))

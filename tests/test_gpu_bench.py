@@ -22,10 +22,12 @@ MODULES = ("device", "costs", "cases", "shared_lora", "runs", "report")
 
 @pytest.fixture
 def bench(monkeypatch):
-    """The modules of the bench, by the last part of their names, and ``main``."""
+    """The modules of the bench, by the last part of their names, and ``main``, which sets the number of threads."""
     monkeypatch.syspath_prepend(BENCHES)
     parts = {name: importlib.import_module(f"_gpu_{name}") for name in MODULES}
-    return SimpleNamespace(**parts, main=importlib.import_module("gpu").main)
+    threads = torch.get_num_threads()
+    yield SimpleNamespace(**parts, main=importlib.import_module("gpu").main)
+    torch.set_num_threads(threads)
 
 
 def run(bench, folder, only):
@@ -43,8 +45,7 @@ def whole(tmp_path_factory):
         pytest.skip("there is no bash")
     where = tmp_path_factory.mktemp("node")
     command = [bash, str(BENCHES / "gpu.sh"), "--small", "--device", "cpu", "--out", "figures"]
-    # one thread: two of them wait for each other where others are at work
-    variables = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "HOME": str(where), "OMP_NUM_THREADS": "1"}
+    variables = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "HOME": str(where)}
     done = subprocess.run(command, cwd=where, env=variables, capture_output=True, text=True, check=False, timeout=600)
     lines = [json.loads(line) for file in (where / "figures").glob("*") for line in file.read_text().splitlines()]
     return SimpleNamespace(code=done.returncode, out=done.stdout, err=done.stderr, where=where, lines=lines)
