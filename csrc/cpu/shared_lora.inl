@@ -151,8 +151,7 @@ void run_alone(const SharedLoraJob& job, std::int64_t task, const Active& active
   for (std::int64_t c = 0; c < stride; ++c) weights[c] = 0;
   std::int64_t at = 0;
   for (const FormColumns& form : forms)
-    for (std::int64_t j = 0; j < form.count; ++j)
-      weights[at++] = static_cast<const T*>(job.cores.weights)[form.weight + j];
+    for (std::int64_t j = 0; j < form.count; ++j) weights[at++] = static_cast<T>(weight_at(job.cores, form.weight + j));
   for (std::int64_t i = 0; i < count; ++i) {
     const T share = static_cast<T>(job.scale) * (job.shares ? static_cast<T>(job.shares[active.rows[i]]) : T{1});
     for (std::int64_t c = 0; c < columns; ++c) z[i * stride + c] *= weights[c] * share;

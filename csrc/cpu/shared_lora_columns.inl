@@ -29,6 +29,11 @@ inline Sides sides_of(const SharedLoraJob& job) {
   return {c.right, c.right_private, c.left, c.left_private, job.k_in, job.k_out, job.d, job.n, c.dtype};
 }
 
+inline double weight_at(const Cores& cores, std::int64_t i) {
+  return cores.dtype == Dtype::f64 ? static_cast<const double*>(cores.weights)[i]
+                                   : static_cast<const float*>(cores.weights)[i];
+}
+
 // Forms ss, sp, ps, pp of a task, in `forms`.
 inline void read_forms(const SharedLoraJob& job, std::int64_t task, FormColumns* forms) {
   const std::int64_t* f = job.cores.index + task * kTaskFields;
@@ -108,7 +113,7 @@ inline std::int64_t add_task(const SharedLoraJob& job, const Sides& sides, std::
       const std::int64_t length = in_own ? sides.d : sides.k_in;
       const S* table = static_cast<const S*>(in_own ? sides.in_own : sides.in);
       for (std::int64_t j = 0; j < form.count; ++j) {
-        const T weight = static_cast<const T*>(job.cores.weights)[form.weight + j] * share;
+        const T weight = static_cast<T>(weight_at(job.cores, form.weight + j)) * share;
         const T* target = in_own ? row.x : row.z;
         const T product =
             form.in.kind == End::axes ? row.z[j] : dot_with<T>(table + (form.in.first + j) * length, target, length);

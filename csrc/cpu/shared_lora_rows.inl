@@ -15,11 +15,12 @@ struct PickedRows {
   std::int64_t count;
 };
 
-// out[i * out_step + j * L] (+)= sum over c in [0, n) of rows[i][c] * vector j at b + c * step + j * vector_step.
-template <typename T, int N>
+// out[i * out_step + j * L] (+)= sum over c in [0, n) of rows[i][c] * vector j at b + c * step + j * vector_step, for M
+// rows i and N vectors j. A row's sum is the same whatever M is.
+template <typename T, int M, int N>
 __attribute__((noinline)) void thin_tile(const T* const* rows, const T* b, std::int64_t step, std::int64_t vector_step,
                                          std::int64_t n, bool add, T* out, std::int64_t out_step) {
-  constexpr int L = kLanes<T>, M = kTileRows;
+  constexpr int L = kLanes<T>;
   const T* x[M];
   LORASPAN_UNROLL
   for (int i = 0; i < M; ++i) x[i] = rows[i];
@@ -46,6 +47,16 @@ __attribute__((noinline)) void thin_tile(const T* const* rows, const T* b, std::
       const Vec<T> sum = load(static_cast<const T*>(done) + (i * N + j) * L);
       store(p, add ? load(static_cast<const T*>(p)) + sum : sum);
     }
+}
+
+// A full tile of rows, or a lone one.
+template <typename T, int N>
+inline void thin_rows_of(std::int64_t real, const T* const* rows, const T* b, std::int64_t step,
+                         std::int64_t vector_step, std::int64_t n, bool add, T* out, std::int64_t out_step) {
+  if (real == 1)
+    thin_tile<T, 1, N>(rows, b, step, vector_step, n, add, out, out_step);
+  else
+    thin_tile<T, kTileRows, N>(rows, b, step, vector_step, n, add, out, out_step);
 }
 
 // Pointers to columns [c0, c0 + n) of kTileRows picked rows from `first` on, as T: where they lie, or copied to `copy`.
@@ -123,7 +134,7 @@ void project_block(const PickedRows& x, std::int64_t first, std::int64_t last, s
     T* out = real == kTileRows ? z + i * stride : spare;
     if (out == spare && add) __builtin_memcpy(spare, z + i * stride, static_cast<size_t>(real * stride) * sizeof(T));
     for_vectors(stride / L, [&](std::int64_t at, auto size) {
-      thin_tile<T, decltype(size)::value>(rows, thin + at * L, step, L, n, add, out + at * L, stride);
+      thin_rows_of<T, decltype(size)::value>(real, rows, thin + at * L, step, L, n, add, out + at * L, stride);
     });
     if (out == spare) __builtin_memcpy(z + i * stride, spare, static_cast<size_t>(real * stride) * sizeof(T));
   }
@@ -227,7 +238,8 @@ void expand(const PickedRows& y, std::int64_t n, const Matrix& u, std::int64_t k
       const T* rows[kTileRows];
       for (int r = 0; r < kTileRows; ++r) rows[r] = g + min_of(i + r, y.count - 1) * stride;
       for_vectors(vectors, [&](std::int64_t at, auto size) {
-        thin_tile<T, decltype(size)::value>(rows, panels + at * panel, L, panel, k, false, sums + at * L, kWidth);
+        thin_rows_of<T, decltype(size)::value>(y.count - i, rows, panels + at * panel, L, panel, k, false,
+                                               sums + at * L, kWidth);
       });
       for (std::int64_t r = 0; r < min_of(kTileRows, y.count - i); ++r) {
         if (own) add_own_ends(*own, i + r, c0, width, sums + r * kWidth);

@@ -131,6 +131,7 @@ class Strided {
   Block block() const { return {data(), rows_, row_stride_, column_stride_, dtype_}; }
   Matrix matrix() const { return {data(), row_stride_, column_stride_, dtype_}; }
   double at(std::int64_t i, std::int64_t j) const { return get(index(i, j)); }
+  void put(std::int64_t i, std::int64_t j, double value) { set(index(i, j), value); }
 
   // The entries in float64, row-major and compact, for loops that read each of them often.
   std::vector<double> values() const {
