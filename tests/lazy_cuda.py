@@ -1,8 +1,9 @@
-"""A stand-in for CUDA's streams that does every copy as late as it may, and sees one that comes too early.
+"""A stand-in for CUDA's streams on which everything happens as late as it may.
 
-Work at hand is done at once, as calls on shadows are; a copy on another stream waits until something waits for it. So
-what reads a buffer before its copy, or writes to pinned memory that has not been copied yet, gets wrong numbers; and a
-copy to a buffer that is in use, without having waited for that, is a fault.
+A copy that need not wait, and work on what it brings, are noted on their streams, and done when something waits for
+them or, on the current stream, when a number on the device is asked for. So pinned memory that is written to before it
+has been copied, a buffer that is copied to while work still needs it, and work that does not wait for its copy all give
+wrong numbers.
 """
 
 import contextlib
@@ -12,6 +13,8 @@ import torch
 
 import shadow
 from loraspan import _device
+
+_LOCK = threading.RLock()
 
 
 class Event:
@@ -25,46 +28,35 @@ class Event:
 
 
 class Stream:
-    def __init__(self, device=None, *, current=None):
-        self.device, self.current = device, current
+    """What was asked for, in order, and how much of it is done."""
+
+    def __init__(self, _device=None):
         self.asked, self.done = [], 0
-        # how far the work at hand is known to have got
-        self.seen = 0
 
     def record_event(self):
         return Event(self, len(self.asked))
 
     def wait_event(self, event):
-        if self.current is None:
-            event.synchronize()
-        else:
-            self.asked.append(lambda: self._see(event.position))
+        self.asked.append(event.synchronize)
 
     def wait_stream(self, other):
         self.wait_event(other.record_event())
 
-    def _see(self, position):
-        self.seen = max(self.seen, position)
-
     def run(self, position):
-        while self.done < position:
-            self.asked[self.done]()
-            self.done += 1
+        with _LOCK:
+            while self.done < position:
+                self.done += 1
+                self.asked[self.done - 1]()
 
 
 class Cuda:
     """One GPU, with its current stream and the copies asked for on others."""
 
     def __init__(self, machine):
-        self.place, self.rules = machine.place, machine.rules
-        self.put = machine.put
+        self.place, self.rules, self.put = machine.place, machine.rules, machine.put
         self.current = Stream()
-        self.copies = 0
-        self.used = {}
+        self.copies, self.wrong = 0, 0
         self._there = threading.local()
-
-    def stream(self, device=None):
-        return Stream(device, current=self.current)
 
     @contextlib.contextmanager
     def on(self, stream):
@@ -73,27 +65,21 @@ class Cuda:
         self._there.stream = None
 
     def copy(self, target, source):
-        """What a copy that need not wait does: wait for its turn on its stream."""
-        stream, self.copies = self._there.stream, self.copies + 1
+        """Note a copy on the stream that it was asked for on."""
+        self.copies += 1
+        self._there.stream.asked.append(lambda: target.inner.copy_(source))
 
-        def do():
-            # the last use of the buffer, if it had one
-            if stream.seen < self.used.get(_memory(target), 0):
-                raise shadow.Fault("a copy to a buffer does not wait for the work that reads it")
-            target.inner.copy_(source)
-
-        stream.asked.append(do)
-
-    def use(self, x):
-        """Do some work that reads a matrix."""
-        self.current.asked.append(lambda: None)
+    def finish(self):
+        """Do all work of the current stream."""
         self.current.run(len(self.current.asked))
-        for block in x.blocks:
-            self.used[_memory(block)] = len(self.current.asked)
 
+    def compare(self, x, wanted):
+        """Note work that finds out whether ``x`` is ``wanted`` on the device."""
 
-def _memory(tensor):
-    return tensor.inner.untyped_storage().data_ptr()
+        def work():
+            self.wrong += not torch.equal(x.inner, wanted)
+
+        self.current.asked.append(work)
 
 
 REAL = torch.cuda.is_available()
@@ -123,8 +109,8 @@ def cuda(monkeypatch):
     monkeypatch.setattr(_device, "_find", _no_kernels)
     with shadow.machine("cuda", monkeypatch) as machine:
         found = Cuda(machine)
-        machine.rules.copy_later = found.copy
-        monkeypatch.setattr(torch.cuda, "Stream", found.stream)
+        machine.rules.copy_later, machine.rules.before = found.copy, found.finish
+        monkeypatch.setattr(torch.cuda, "Stream", Stream)
         monkeypatch.setattr(torch.cuda, "stream", found.on)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda _device=None: found.current)
         yield found

@@ -52,14 +52,16 @@ class Rules:
         self.kind = kind
         self.calls = []
         self.moves = []
-        # what does a copy that need not wait, where streams are simulated
-        self.copy_later = None
+        # what does a copy that need not wait, and what comes before numbers are read, where streams are simulated
+        self.copy_later = self.before = None
 
     @property
     def names(self):
         return {call.name for call in self.calls}
 
     def check(self, name, tensors):
+        if self.before is not None and name not in VIEWS.split():
+            self.before()
         here = [t for t in tensors if isinstance(t, Shadow)]
         self.calls.append(Call(name, tuple((tuple(t.shape), t.dtype, t.stride()) for t in here)))
         # a number in a call becomes a tensor without dimensions, which torch takes along
@@ -81,6 +83,8 @@ class Rules:
             raise Fault(f"{name} makes a {tensor.dtype} tensor on Metal")
 
     def move(self, tensor, direction, dtype):
+        if self.before is not None:
+            self.before()
         self.moves.append((direction, tensor.numel() * tensor.element_size(), threading.current_thread()))
         if dtype is not None and dtype != tensor.dtype:
             raise Fault(f"a move {direction} the device converts at once, {tensor.dtype} to {dtype}")

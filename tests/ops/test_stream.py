@@ -138,13 +138,15 @@ def test_copies_wait_for_work_and_work_for_copies(cuda):
     x = normal(2, 17, 5000, dtype=F32)
     matrix, start = RowBlocks([x]).on(cuda.place), 0
     for [chunk] in in_chunks([matrix], wide=False):
+        # done once something waits for it, long after the next chunk was packed
         width = chunk.x.columns
-        # on its way, the next one must neither take the place of this one nor its pinned memory
-        assert torch.equal(chunk.x.blocks[0].cpu(), x[:, start : start + width])
-        cuda.use(chunk.x)
+        cuda.compare(chunk.x.blocks[0], x[:, start : start + width])
         start += width
+    cuda.finish()
     assert start == 5000
     assert cuda.copies == -(-5000 // 128)
+    assert cuda.current.done > cuda.copies
+    assert cuda.wrong == 0
 
 
 @pytest.mark.skipif(REAL, reason="on a GPU the streams are its own")

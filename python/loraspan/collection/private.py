@@ -176,7 +176,7 @@ def stored_ends(frame: Frame, coordinates: Tensor, counts: Tensor, dtype: torch.
     for i, (factors, extra) in enumerate(zip(frame.factors, frame.extra, strict=True)):
         wanted = coordinates[i, :, : int(counts[i])]
         raw = frame.transform[i, : factors.shape[0]] @ wanted[:size]
-        rows = RowBlocks([factors, extra.to(factors.device)]).on(frame.place)
+        rows = RowBlocks([factors, extra if factors.is_cpu else extra.to(factors.device)]).on(frame.place)
         jobs.append((rows, torch.cat([raw, wanted[size : size + extra.shape[0]]])))
     ends = combine_many(jobs, dtype=dtype, precision="f64")
     seen = torch.zeros_like(coordinates)
@@ -186,7 +186,7 @@ def stored_ends(frame: Frame, coordinates: Tensor, counts: Tensor, dtype: torch.
         seen[i, :size, :kept] = frame.transform[i, :rank].T @ xv[:rank]
         seen[i, size : size + xv.shape[0] - rank, :kept] = xv[rank:]
         inner[i, :kept, :kept] = vtv
-    return torch.cat([end.v.T.cpu() for end in ends]) if ends else torch.empty(0, 0, dtype=dtype), seen, inner
+    return torch.cat([end.v.T for end in ends]).cpu() if ends else torch.empty(0, 0, dtype=dtype), seen, inner
 
 
 def split_rows(rows: Tensor, counts: Tensor) -> list[Tensor]:

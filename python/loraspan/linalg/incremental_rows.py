@@ -186,7 +186,8 @@ def _combined(weights: Tensor, x: Tensor, room: Tensor | None) -> Tensor:
     """Give ``weights @ x``, in the first rows of ``room`` if there is one."""
     out = x.new_empty(len(weights), x.shape[1]) if room is None else room[: len(weights)]
     # `room` may be `x`: a block of columns of all rows is read before any of it is written
-    reconstruct_many([Piece(x.T, carried(weights, x.device, x.dtype).T, out.T)])
+    weights = weights.to(x.dtype) if x.is_cpu else carried(weights, x.device, x.dtype)
+    reconstruct_many([Piece(x.T, weights.T, out.T)])
     return out
 
 

@@ -56,7 +56,7 @@ def column_signs(u: Tensor) -> Tensor:
     """
     if not u.numel():
         return u.new_ones(*u.shape[:-2], u.shape[-1])
-    if u.device.type == "mps":
+    if u.is_mps:
         # which of several equal ones an extreme is, no GPU promises
         return column_signs(u.cpu()).to(u.device)
     # each is torch's fastest in its layout

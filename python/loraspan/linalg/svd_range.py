@@ -211,7 +211,7 @@ def project_vectors(jobs: Sequence[Job], ranges: Sequence[Range], backend: str |
     found = []
     for i, (job, r, (u, v)) in enumerate(zip(jobs, ranges, places, strict=True)):
         if fine[i]:
-            u[:, :count] = w[i] if u.device == w.device else carried(w[i], u.device, u.dtype)
+            u[:, :count] = w[i] if u.is_cpu else carried(w[i], u.device, u.dtype)
             assert r.left is not None, "a Gram says what it leaves"
             found.append(_turned(job, _result(s[i], (u, v), torch.tensor(r.left, dtype=torch.float64))))
         else:
@@ -243,7 +243,7 @@ def _result(s: Tensor, places: tuple[Tensor, Tensor], discarded: Tensor) -> SVD:
         u[:, keep:] = 0
         v[:, keep:] = 0
         s = torch.cat([s, s.new_zeros(places_held - keep)])
-    return SVD(u, carried(s, u.device, u.dtype), v.mT, discarded)
+    return SVD(u, s.to(u.dtype) if u.is_cpu else carried(s, u.device, u.dtype), v.mT, discarded)
 
 
 def _turned(job: Job, found: SVD) -> SVD:

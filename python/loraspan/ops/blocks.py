@@ -66,7 +66,8 @@ class RowBlocks:
         self.rows = [block.shape[0] for block in self.blocks]
         self.shape = (sum(self.rows), self.columns)
         self.device = self.blocks[0].device if self.blocks else None
-        if self.device is not None and self.device.type == "mps":
+        # torch.device.type takes a microsecond
+        if self.blocks and self.blocks[0].is_mps:
             self.plain = False
         self._table: NDArray[np.int64] | None = None
 
@@ -102,7 +103,8 @@ class RowBlocks:
 
     def home(self, dtype: torch.dtype) -> torch.device | None:
         """Say where a result of ``dtype`` that is as long as the rows lies: beside them, if float64 can."""
-        return CPU if dtype == torch.float64 and self.device is not None and self.device.type == "mps" else self.device
+        on_metal = dtype == torch.float64 and not self.plain and self.blocks[0].is_mps
+        return CPU if on_metal else self.device
 
     @property
     def table(self) -> NDArray[np.int64]:

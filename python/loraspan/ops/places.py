@@ -54,7 +54,7 @@ def _count(kind: str) -> tuple[int, int]:
 
 def off_metal(tensor: Tensor) -> Tensor:
     """Give ``tensor``, on the CPU if it lies on MPS: there is no float64, and sums and extremes are not trusted."""
-    return tensor.cpu() if tensor.device.type == "mps" else tensor
+    return tensor.cpu() if tensor.is_mps else tensor
 
 
 def carried(tensor: Tensor, device: torch.device | None, dtype: torch.dtype) -> Tensor:
@@ -78,7 +78,7 @@ class Partials:
 
     def add(self, total: Tensor, part: Tensor) -> None:
         """Add ``part`` to ``total``, float64 on the CPU, now or at the next :meth:`flush`."""
-        if part.device.type == "cpu":
+        if part.is_cpu:
             total += part
             return
         self._waiting.append((total, part))
