@@ -77,7 +77,7 @@ union Eight {
   Quad quad[sizeof(T) / 2];
 };
 
-// Entries [index, index + 8) of `data`, which is aligned to 16 bytes, as `index` is to 8 entries.
+// Entries [index, index + 8) of `data`, of which the first is aligned to 16 bytes.
 template <typename T>
 __device__ __forceinline__ Eight<T> get_eight(const void* data, std::int64_t index, Dtype dtype) {
   Eight<T> out;

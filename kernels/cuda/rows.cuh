@@ -32,6 +32,7 @@ enum Reading : std::int64_t {
   kAlongRows = 1,     // neighbouring threads take neighbouring rows: columns lie together in memory
   kEights = 2,        // a thread takes 8 columns by loads of 16 bytes: all rows aligned to 16 bytes, column stride 1,
                       // the number of columns a multiple of 8
+  kEightsAcross = 3,  // a thread takes one column of 8 rows, which lie beside each other and aligned to 16 bytes
 };
 
 // Rows by a table.
@@ -101,6 +102,21 @@ __device__ void stage(Tile<Entry, kRows, kDepth>& tile, const Source& source, st
       }
 #pragma unroll
       for (int i = 0; i < kQuads; ++i) to[i] = got.quad[i];
+    }
+    return;
+  }
+  if (reading == kEightsAcross) {
+#pragma unroll
+    for (int unit = threadIdx.x; unit < kRows * kDepth / 8; unit += kThreads) {
+      // two threads take 32 bytes of one column, which is what memory gives at least; the next two the next column
+      const int c = unit / 2 % kDepth, r = (unit / (2 * kDepth) * 2 + unit % 2) * 8;
+      Eight<Entry> got{};
+      if (r < high && c < wide) {
+        const Row row = source(first + r);
+        got = get_eight<Entry>(row.data, (column + c) * row.stride, Dtype(row.dtype));
+      }
+#pragma unroll
+      for (int i = 0; i < 8; ++i) tile.entry[r + i][c] = got.entry[i];
     }
     return;
   }

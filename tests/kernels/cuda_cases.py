@@ -29,10 +29,12 @@ CUDA = {"backend": "cuda"}
 
 
 def check_gram():
-    # past every tile; rows by 16 bytes and entry by entry; two slabs
+    # past every tile; by 16 bytes along rows and across them, and entry by entry; two slabs
     for rows, d, kind, layout in [
         ([70, 3], 136, "f16", "row-major"),
         ([70, 3], 131, "bf16", "column-major"),
+        ([16, 48, 8], 68, "f16", "column-major"),
+        ([8], 33, "mixed", "column-major"),
         ([66], 1100, "f32", "strided"),
         ([5], 1024, "mixed", "odd-offset"),
     ]:
@@ -82,7 +84,7 @@ def check_power():
 
 def check_reconstruct():
     for dtype, out_dtype, m, k, n, layout in [
-        (F16, F16, 70, 72, 66, "row-major"),
+        (F16, F16, 70, 72, 72, "row-major"),
         (BF16, F32, 33, 19, 5, "column-major"),
         (F32, BF16, 66, 40, 3, "strided"),
         (F64, F16, 5, 33, 65, "row-major"),

@@ -1,12 +1,16 @@
 """nvcc on every CUDA source for every target: no spills, registers and shared memory within what blocks count on."""
 
+import hashlib
+import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
 from kernels import emulation
+from loraspan._cuda import library
 
 NVCC = shutil.which("nvcc")
 TARGETS = ("80", "90a", "100")
@@ -31,14 +35,32 @@ def target(request):
 
 @pytest.fixture(scope="module", params=SOURCES)
 def compiled(request, target, tmp_path_factory):
-    """The name of a source, its resource report and its PTX."""
-    folder = tmp_path_factory.mktemp("nvcc")
-    source = emulation.KERNELS / f"{request.param}.cu"
+    """The name of a source, its resource report and its PTX; kept for the next run, since nvcc takes seconds for each."""
+    name = request.param
+    read = [emulation.KERNELS / f"{name}.cu", *sorted(emulation.KERNELS.glob("*.cuh"))]
+    version = subprocess.run([NVCC, "--version"], capture_output=True, check=True).stdout
+    stamp = hashlib.sha256(b"".join([version, *(path.read_bytes() for path in read)])).hexdigest()[:16]
+    place = emulation.CACHE / f"{name}_sm{target}_{stamp}.json"
+    if not place.exists():
+        found = report_and_ptx(name, target, tmp_path_factory.mktemp("nvcc"))
+        with emulation.made_whole(place) as part:
+            part.write_text(json.dumps(found))
+    return name, *json.loads(place.read_text())
+
+
+def report_and_ptx(name, target, folder):
     command = [NVCC, "-std=c++17", "-O3", "-Xptxas", "-v", f"-arch=sm_{target}", "-Werror=all-warnings", "-cubin"]
-    command += ["-keep", "-keep-dir", str(folder), "-o", str(folder / "out.cubin"), str(source)]
+    command += [
+        "-keep",
+        "-keep-dir",
+        str(folder),
+        "-o",
+        str(folder / "out.cubin"),
+        str(emulation.KERNELS / f"{name}.cu"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return request.param, done.stdout + done.stderr, (folder / f"{request.param}.ptx").read_text()
+    return done.stdout + done.stderr, (folder / f"{name}.ptx").read_text()
 
 
 def kernels(report):
@@ -73,3 +95,20 @@ def test_half_precision_goes_to_tensor_cores(compiled):
 def test_16_bytes_are_loaded_at_once(compiled):
     name, _, ptx = compiled
     assert re.search(r"ld\.global(\.nc)?\.v4", ptx), name
+
+
+def test_copies_go_aside_while_tiles_are_multiplied(compiled):
+    name, _, ptx = compiled
+    assert "cp.async.cg.shared.global" in ptx, name
+
+
+def test_the_library_loads_without_a_driver(tmp_path):
+    """And says in words what is missing, where something is."""
+    place = tmp_path / "library.so"
+    command = [NVCC, "-std=c++17", "-shared", "-Xcompiler", "-fPIC", "-cudart", "static", "-o", str(place)]
+    subprocess.run([*command, str(emulation.KERNELS / "library.cu")], check=True)
+    found = library.Library(place)
+    assert not found.emulated
+    if Path("/dev/nvidiactl").exists():
+        pytest.skip("a driver is here")
+    assert re.match(r"CUDA finds no device: .+ \(error \d+\)$", found.refuses())

@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loraspan import _core
 from loraspan.errors import BackendError
 
 NAME = "libloraspan_cuda.so"
@@ -58,7 +58,8 @@ class Library:
 @cache
 def library() -> Library | None:
     """Open the library beside the compiled core, once; None where the build had no CUDA compiler."""
-    path = Path(_core.__file__).with_name(NAME)
+    core = find_spec("loraspan._core")
+    path = Path(core.origin if core and core.origin else __file__).with_name(NAME)
     return Library(path) if path.exists() else None
 
 

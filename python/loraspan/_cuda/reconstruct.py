@@ -72,8 +72,8 @@ def matrix_fields(matrix: Tensor | None, across: bool) -> tuple[int, ...]:
     height, width = matrix.shape[-2:]
     line = (width, step, stride) if across else (height, stride, step)
     how = rows.reading(_block(matrix.data_ptr(), *line, code), height if across else width)
-    if how == rows.EIGHTS and apart * int(rows.SIZES[code]) % 16:
-        how = rows.ALONG_COLUMNS
+    if how >= rows.EIGHTS and apart * int(rows.SIZES[code]) % 16:
+        how = rows.ALONG_COLUMNS if how == rows.EIGHTS else rows.ALONG_ROWS
     return matrix.data_ptr(), apart, stride, step, code, how
 
 

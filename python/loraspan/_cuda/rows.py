@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from loraspan.ops.blocks import RowBlocks
 
-ALONG_COLUMNS, ALONG_ROWS, EIGHTS = 0, 1, 2
+ALONG_COLUMNS, ALONG_ROWS, EIGHTS, EIGHTS_ACROSS = 0, 1, 2, 3
 F16, BF16, F32, F64 = 0, 1, 2, 3
 # bytes of an entry, by the code of its dtype
 SIZES = np.asarray([2, 2, 4, 8], dtype=np.int64)
@@ -33,7 +33,10 @@ def reading(blocks: NDArray[np.int64], columns: int) -> int:
     between = np.where(heights > 1, stride * SIZES[dtype], 0)
     if columns % 8 == 0 and not ((address | between) % 16).any() and (step == 1).all():
         return EIGHTS
-    return ALONG_ROWS if ((stride == 1) & (step != 1)).all() else ALONG_COLUMNS
+    if not ((stride == 1) & (step != 1)).all():
+        return ALONG_COLUMNS
+    across = np.where(columns > 1, step * SIZES[dtype], 0)
+    return ALONG_ROWS if (heights % 8).any() or ((address | across) % 16).any() else EIGHTS_ACROSS
 
 
 def kind(blocks: NDArray[np.int64]) -> int:
