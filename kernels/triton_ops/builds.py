@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import triton.language as tl
 
-from loraspan.triton_ops import products, reconstruct, shared_lora, transposed
+from loraspan.triton_ops import products, reconstruct, shared_lora, shared_lora_kernels, transposed
 from loraspan.triton_ops.launch import compute_type
 
 _POINTERS = {"f16": "*fp16", "bf16": "*bf16", "f32": "*fp32", "f64": "*fp64"}
@@ -76,12 +76,12 @@ _RECONSTRUCT = (
 _SHARED_LORA = (
     (("f16", "rows"), ("f16", "rows"), ("f16", "rows"), 64, 64, 1),
     (("bf16", "rows"), ("bf16", "rows"), ("f32", "rows"), 64, 64, 4096),
-    (("bf16", "rows"), ("bf16", "columns"), ("bf16", "rows"), 256, 256, 64),
+    (("bf16", "rows"), ("bf16", "columns"), ("bf16", "rows"), 512, 512, 64),
     (("f32", "rows"), ("f32", "rows"), ("f32", "rows"), 64, 64, 64),
     (("f32", "rows"), ("f16", "rows"), ("bf16", "rows"), 32, 64, 512),
     (("f16", "any"), ("f32", "any"), ("f16", "any"), 32, 128, 512),
     (("f64", "rows"), ("f64", "rows"), ("f64", "rows"), 64, 64, 64),
-    (("f64", "rows"), ("f32", "columns"), ("f16", "rows"), 16, 32, 512),
+    (("f64", "rows"), ("f32", "columns"), ("f16", "rows"), 128, 16, 512),
 )
 
 
@@ -161,25 +161,29 @@ def _shared_lora(
 ) -> Iterator[Build]:
     wide = "f64" in (data[0], bases[0], ends[0])
     compute = compute_type([data[0], bases[0]], wide)
-    tile = shared_lora.tile_of(compute, rows, "any" in (data[1], bases[1], ends[1]) or max(k_in, k_out) > 64)
-    variant = shared_lora.Variant(*data, *data, *bases, *bases, *ends, compute, k_in, k_out, rows > 64, tile)
+    singly = "any" in (data[1], bases[1], ends[1])
+    tile = shared_lora.tile_of(compute, rows, singly)
+    expansion = shared_lora.EXPANSIONS[wide, singly or k_in > 64]
+    variant = shared_lora.Variant(
+        *data, *data, *bases, *bases, *ends, compute, k_in, min(k_out, 64), k_out <= 64, rows > 64, tile, expansion
+    )
     name = _name("shared_lora", data, bases, ends) + f" {k_in} {k_out} {rows} {compute.name}"
     own, end, integers = _POINTERS[data[0]], _POINTERS[ends[0]], dict.fromkeys(("index", "tasks"), "*i64")
     sums = {"sums": "*fp64" if wide else "*fp32"}
     vectors = bases[1] != "any" and not (wide and data[0] != "f64")
 
     shrink = {"x": own, "v": _POINTERS[bases[0]], "right_private": end} | integers | sums
-    shrink |= dict.fromkeys(shared_lora.SHRINK_NUMBERS, "i64")
+    shrink |= dict.fromkeys(shared_lora_kernels.SHRINK_NUMBERS, "i64")
     options = shared_lora.shrink_options(variant)
-    yield Build(f"{name} shrink", shared_lora.shrink_kernel, shrink, options, compute != tl.float32, vectors)
+    yield Build(f"{name} shrink", shared_lora_kernels.shrink_kernel, shrink, options, compute != tl.float32, vectors)
 
     expand = {"y": own, "u": _POINTERS[bases[0]], "weights": "*fp32", "shares": "*fp32"} | integers | sums
-    expand |= dict.fromkeys(("left", "left_private", "right", "right_private"), end)
-    expand |= dict.fromkeys(shared_lora.EXPAND_NUMBERS, "i64")
+    expand |= dict.fromkeys(("left", "left_private", "right"), end)
+    expand |= dict.fromkeys(shared_lora_kernels.EXPAND_NUMBERS, "i64")
     # g is of float32 and goes to the tensor cores in parts
     yield Build(
         f"{name} expand",
-        shared_lora.expand_kernel,
+        shared_lora_kernels.expand_kernel,
         expand,
         shared_lora.expand_options(variant, architecture),
         True,

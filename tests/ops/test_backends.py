@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import oracles
+from devices import interpreting
 from loraspan import _core, _native
 from loraspan._dispatch import Backend, choose
 from loraspan.errors import BackendError
@@ -82,6 +83,12 @@ def test_every_operator_has_every_backend(operator):
 def test_what_the_processor_has_runs(operator):
     for name in ("cpu", *(f"cpu:{name}" for name in must_run()), "reference"):
         assert not CALLS[operator](name).isnan().any()
+
+
+@pytest.mark.skipif(not interpreting(), reason="TRITON_INTERPRET=1 is not set: Triton's kernels do not run on the CPU")
+@pytest.mark.parametrize("operator", sorted(ON_A_GPU))
+def test_interpreted_kernels_run(operator):
+    assert not CALLS[operator]("triton").isnan().any()
 
 
 @pytest.mark.parametrize("operator", CALLS)
