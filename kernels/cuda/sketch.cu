@@ -1,10 +1,10 @@
-// sketch: Y = X Omega, an Omega of random signs drawn in registers: Philox4x32-10 (Salmon, Moraes, Dror, Shaw, Parallel
-// random numbers: as easy as 1, 2, 3, 2011), counter (j low, j high, c / 128, 0), key (seed low, seed high); bit c %
-// 128 set is -1. The power step X (X^T Q) is one product of combine.cu and one of gram.cu.
+// sketch: Y = X Omega, an Omega of random signs drawn where they are used: Philox4x32-10 (Salmon, Moraes, Dror, Shaw,
+// Parallel random numbers: as easy as 1, 2, 3, 2011), counter (j low, j high, c / 128, 0), key (seed low, seed high);
+// bit c % 128 set is -1. The power step X (X^T Q) is one product of combine.cu and one of gram.cu.
 //
 // Omega costs no bytes: b R d are read and 8 R l written, for R d l products; at l = 42 and half precision on the
 // tensor cores max(b R d / B, R d l / F) is the bytes on every card, 4 us for R = 1600, d = 4096 at 3.35e12 bytes a
-// second. A sign takes one operation to expand and a block of 128 about 60 to draw, each once per tile of 64 rows: 0.5
+// second. A sign takes one operation to expand and a block of 128 about 60 to draw, each once per tile of 64 rows: 0.4
 // of the floor is to be expected, and of float32, whose floor is R d l / F = 8 us at 3.3e13, 0.6.
 #include "dots.cuh"
 

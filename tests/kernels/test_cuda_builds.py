@@ -35,7 +35,7 @@ def target(request):
 
 @pytest.fixture(scope="module", params=SOURCES)
 def compiled(request, target, tmp_path_factory):
-    """The name of a source, its resource report and its PTX; kept for the next run, since nvcc takes seconds for each."""
+    """The name of a source, its resource report and its PTX; kept for the next run, as nvcc takes seconds for each."""
     name = request.param
     read = [emulation.KERNELS / f"{name}.cu", *sorted(emulation.KERNELS.glob("*.cuh"))]
     version = subprocess.run([NVCC, "--version"], capture_output=True, check=True).stdout
