@@ -44,14 +44,15 @@ def test_short_sides_are_exact(decompose, m, n, kind, past):
     assert np.abs(s - true[: len(s)]).max() <= 1e-6 * true[0]
 
 
-@pytest.mark.parametrize("kind", ["fast", "flat", "six decades"])
-@pytest.mark.parametrize(("m", "n"), [(500, 420), (420, 500)])
-def test_long_sides_are_within_the_bound_of_their_projection(decompose, mps, m, n, kind):
+@pytest.mark.parametrize("kind", ["fast", "slow", "flat"])
+@pytest.mark.parametrize(("m", "n", "power_iterations"), [(500, 420, 1), (420, 500, 0)])
+def test_long_sides_are_within_the_bound_of_their_projection(decompose, mps, m, n, power_iterations, kind):
+    """Without power iterations what is projected is far from orthogonal, and is made so there."""
     x = with_values(m, n, SPECTRA[kind](min(m, n), 10), 2).to(F32)
-    found = decompose(x, 10, oversample=8, power_iterations=1, seed=4)
+    found = decompose(x, 10, oversample=8, power_iterations=power_iterations, seed=4)
     true = np.linalg.svd(x.double().numpy(), compute_uv=False)
     # Markov: 5 times the expectation fails less than once in five, and the seed is fixed
-    assert_decomposes(x, found, 10, 5 * expected_range_error(true, 10, 8, 1), F32)
+    assert_decomposes(x, found, 10, 5 * expected_range_error(true, 10, 8, power_iterations), F32)
     assert "mm" in mps.rules.names
 
 
