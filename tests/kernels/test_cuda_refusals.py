@@ -52,6 +52,8 @@ BLOCKS = [
 def test_rows_are_read_by_16_bytes_only_where_all_are_aligned(block, how):
     x = RowBlocks([as_half(block())])
     assert rows.reading(x.table, x.columns) == how
+    [(address, height, stride, step, _)] = x.table.tolist()
+    assert rows.reading_of_one(address, height, stride, step, 2, x.columns) == how
 
 
 def as_half(block):

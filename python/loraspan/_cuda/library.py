@@ -32,6 +32,7 @@ class Library:
         self._functions = ctypes.CDLL(str(path))
         self._functions.loraspan_cuda_error.restype = ctypes.c_char_p
         self.emulated = bool(self._functions.loraspan_cuda_emulated())
+        self._ready = self.emulated
 
     def call(self, operator: str, *arguments: int) -> None:
         """Launch ``loraspan_cuda_<operator>``; an error of the launch is raised as a BackendError."""
@@ -41,13 +42,14 @@ class Library:
 
     def refuses(self) -> str | None:
         """Say why no kernel can run on this machine, if so."""
-        if self.emulated:
+        if self._ready:
             return None
         count = ctypes.c_int()
         if code := self._functions.loraspan_cuda_devices(ctypes.byref(count)):
             return f"CUDA finds no device: {self._words(code)}"
         if not torch.cuda.is_available():
             return f"torch {torch.__version__} cannot use CUDA: install a CUDA build of torch"
+        self._ready = True
         return None
 
     def _words(self, code: int) -> str:
@@ -81,9 +83,14 @@ def refuses(devices: Sequence[torch.device]) -> str | None:
     for device in devices:
         if device.type != memory:
             return f"it reads {memory.upper()} memory, and a tensor is on {device}"
-        if memory == "cuda" and torch.cuda.get_device_capability(device) < _CAPABILITY:
+        if memory == "cuda" and not _capable(device):
             return f"it needs compute capability 8.0 or more, and {torch.cuda.get_device_name(device)} has less"
     return None
+
+
+@cache
+def _capable(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= _CAPABILITY
 
 
 @contextmanager

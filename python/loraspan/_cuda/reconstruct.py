@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import struct
 from collections.abc import Sequence
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from loraspan import _native
@@ -39,8 +38,8 @@ def _path(piece: Piece) -> int:
 
 def _launch(path: int, pieces: Sequence[Piece]) -> None:
     device = pieces[0].out.device
-    table = np.zeros(1 + _PIECES * _FIELDS, dtype=np.int64)
-    table[0] = len(pieces)
+    # the launch copies it
+    table = (ctypes.c_int64 * (1 + _PIECES * _FIELDS))(len(pieces))
     blocks, kept = 0, []
     for i, piece in enumerate(pieces):
         basis = piece.basis
@@ -52,11 +51,11 @@ def _launch(path: int, pieces: Sequence[Piece]) -> None:
         tiles = -(-m * p // _ENTRIES) if piece.loadings is None else -(-m // _TILE) * -(-p // _TILE)
         scale = struct.unpack("q", struct.pack("d", piece.scale))[0]
         fields = (*matrix_fields(basis, False), *matrix_fields(piece.loadings, True), *matrix_fields(piece.out, False))
-        table[1 + i * _FIELDS :][:_FIELDS] = (blocks, max(tiles, 1), *fields, m, k, p, scale)
+        table[1 + i * _FIELDS : 1 + (i + 1) * _FIELDS] = [blocks, max(tiles, 1), *fields, m, k, p, scale]
         blocks += tiles * (piece.out.shape[0] if piece.out.ndim == 3 else 1)
     if blocks:
         with library.stream_of(device) as stream:
-            library.opened().call("reconstruct", path, table.ctypes.data, blocks, stream)
+            library.opened().call("reconstruct", path, ctypes.addressof(table), blocks, stream)
 
 
 def matrix_fields(matrix: Tensor | None, across: bool) -> tuple[int, ...]:
@@ -71,14 +70,11 @@ def matrix_fields(matrix: Tensor | None, across: bool) -> tuple[int, ...]:
     code = _native.DTYPE_CODES[matrix.dtype]
     height, width = matrix.shape[-2:]
     line = (width, step, stride) if across else (height, stride, step)
-    how = rows.reading(_block(matrix.data_ptr(), *line, code), height if across else width)
-    if how >= rows.EIGHTS and apart * int(rows.SIZES[code]) % 16:
+    size = matrix.element_size()
+    how = rows.reading_of_one(matrix.data_ptr(), *line, size, height if across else width)
+    if how >= rows.EIGHTS and apart * size % 16:
         how = rows.ALONG_COLUMNS if how == rows.EIGHTS else rows.ALONG_ROWS
     return matrix.data_ptr(), apart, stride, step, code, how
-
-
-def _block(*fields: int) -> NDArray[np.int64]:
-    return np.asarray([fields], dtype=np.int64)
 
 
 def refuses(pieces: Sequence[Piece]) -> str | None:

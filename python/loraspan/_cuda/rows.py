@@ -39,6 +39,17 @@ def reading(blocks: NDArray[np.int64], columns: int) -> int:
     return ALONG_ROWS if (heights % 8).any() or ((address | across) % 16).any() else EIGHTS_ACROSS
 
 
+def reading_of_one(address: int, height: int, stride: int, step: int, size: int, columns: int) -> int:
+    """Give :func:`reading` of one block with entries of ``size`` bytes, and make no array: served rows wait for it."""
+    between = stride * size if height > 1 else 0
+    if columns % 8 == 0 and step == 1 and not (address | between) % 16:
+        return EIGHTS
+    if stride != 1 or step == 1:
+        return ALONG_COLUMNS
+    across = step * size if columns > 1 else 0
+    return ALONG_ROWS if height % 8 or (address | across) % 16 else EIGHTS_ACROSS
+
+
 def kind(blocks: NDArray[np.int64]) -> int:
     """Give the one dtype of all rows, by its code; that of float32 where they are mixed."""
     found = set(blocks[blocks[:, 1] > 0, 4].tolist())

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import struct
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,12 +56,12 @@ def run(
     ]
     if cores.right_private.data_ptr() % 16 and fields[11] == rows.EIGHTS:
         fields[11] = rows.ALONG_COLUMNS
-    table = np.asarray(fields, dtype=np.int64)
+    table = (ctypes.c_int64 * len(fields))(*fields)
     codes = {_native.DTYPE_CODES[t.dtype] for t in (x, v)}
     path = codes.pop() if len(codes) == 1 and codes <= {rows.F16, rows.BF16} else rows.F32
     blocks = -(-count // height) * -(-n // _OUTPUTS)
     with library.stream_of(y.device) as stream:
-        arguments = table.ctypes.data, tiles * slabs, blocks, height * _row(cores, mixture, k_in, k_out), stream
+        arguments = ctypes.addressof(table), tiles * slabs, blocks, height * _row(cores, mixture, k_in, k_out), stream
         library.opened().call("shared_lora", path, *arguments)
 
 
