@@ -14,7 +14,7 @@ TESTS = Path(__file__).parents[1] / "ops"
 CHOSEN = {
     "test_gram.py": "past-a-tile-f16 or past-a-tile-f32 or ragged-mixed",
     "test_combine.py": "float64 and past-a-tile and bfloat16",
-    "test_sketch.py": "float64 and (past-a-tile-f16 or ragged-mixed) or same_signs and f32-4294967296",
+    "test_sketch.py": "float64 and (past-a-tile-f16 or ragged-mixed)",
     "test_reconstruct.py": "float64 and past-a-tile or pieces_fill",
     "test_shared_lora.py": "each_form_alone or beside_y or mixes_tasks and float16-2",
 }
