@@ -44,7 +44,7 @@ def run(
     slabs = max(-(-d // slab), 1)
     own = mixture * (cores.most[1] + cores.most[3])
     space = torch.empty(count * (slabs * k_in + own), dtype=torch.float32, device=y.device)
-    height = _height(cores, mixture, k_in, k_out)
+    height = _height(count, cores, mixture, k_in, k_out)
     assert height is not None
     fields = [
         *(*matrix_fields(y, False), *matrix_fields(x, False), *matrix_fields(v, True), *matrix_fields(u, False)),
@@ -70,10 +70,11 @@ def _row(cores: Cores, mixture: int, k_in: int, k_out: int) -> int:
     return 4 * (k_in + mixture * sum(cores.most) + k_out)
 
 
-def _height(cores: Cores, mixture: int, k_in: int, k_out: int) -> int | None:
-    """Give the rows to a block, or None if not even one fits."""
+def _height(count: int, cores: Cores, mixture: int, k_in: int, k_out: int) -> int | None:
+    """Give the rows to a block, of which few stay idle, or None if not even one fits."""
     size = _row(cores, mixture, k_in, k_out)
-    return next((height for height in _HEIGHTS if height * size <= _SHARED), None)
+    fit = (height for height in _HEIGHTS if height * size <= _SHARED)
+    return next((height for height in fit if height == 1 or 4 * count > height), None)
 
 
 def refuses(
@@ -94,7 +95,7 @@ def refuses(
         return "its sums are float32, and a tensor is float64"
     if y.is_neg() or x.is_neg() or v.is_neg() or u.is_neg():
         return "it reads memory, which does not say the values of a negative view: use .resolve_neg()"
-    if _height(cores, tasks.shape[1], v.shape[1], u.shape[1]) is None:
+    if _height(1, cores, tasks.shape[1], v.shape[1], u.shape[1]) is None:
         size = _row(cores, tasks.shape[1], v.shape[1], u.shape[1])
         return f"a row's coefficients take {size} bytes of shared memory, and a block has {_SHARED}"
     return None
