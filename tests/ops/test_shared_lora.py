@@ -12,7 +12,7 @@ import oracles
 from devices import shared_lora, shared_lora_
 from loraspan.errors import ArgumentError, BackendError, ShapeError
 from loraspan.ops import Cores
-from loraspan.ops.shared_lora import TRANSPOSED
+from loraspan.ops.shared_lora_run import TRANSPOSED
 from matrices import LAYOUTS, normal, stored
 from oracles import BF16, DTYPES, F16, F32, F64
 from task_cores import batch, delta, expected, planted, random_tasks

@@ -1,6 +1,5 @@
 """The operators: each one file with its signature, its checks, a plain reference and a table of backends."""
 
-from loraspan.ops import library as library  # torch.ops.loraspan is there once this is imported
 from loraspan.ops.blocks import RowBlocks
 from loraspan.ops.combine import Combined, combine, combine_many
 from loraspan.ops.cores import Cores

@@ -100,6 +100,11 @@ class Cores:
         ends_of = (left, left_private, right, right_private)
         return cls(index.to(left.device), weights.to(wide), *ends_of, (most[0], most[1], most[2], most[3]))
 
+    def fields(self) -> tuple[Tensor | list[int], ...]:
+        """Give the attributes in order, as a torch operator takes them."""
+        tables = (self.weights, self.left, self.left_private, self.right, self.right_private)
+        return (self.index, *tables, list(self.most))
+
     @property
     def tasks(self) -> int:
         """How many tasks the table has room for, ``R``."""

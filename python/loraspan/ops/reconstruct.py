@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from loraspan import _core, _device, _native
 from loraspan._dispatch import Backend, choose
 from loraspan.errors import ShapeError
+from loraspan.ops.library import register
 from loraspan.ops.rounding import narrow
 
 
@@ -75,9 +76,8 @@ def reconstruct(
         )
     wants_gradient = torch.is_grad_enabled() and (basis.requires_grad or loadings.requires_grad)
     if wants_gradient or torch.compiler.is_compiling():
-        from loraspan.ops import library
-
-        return library.reconstruct(basis, loadings, scale, dtype, backend)
+        found: Tensor = torch.ops.loraspan.reconstruct(basis, loadings, scale, dtype, backend)
+        return found
     return rebuild(basis, loadings, scale, dtype, backend)
 
 
@@ -186,4 +186,32 @@ BACKENDS = (
     *_native.backends(_cpu, _refuses),
     *_device.backends("reconstruct"),
     Backend("reference", reference, lambda *_: None),
+)
+
+
+def _fake_rebuild(basis: Tensor, loadings: Tensor, _scale: float, dtype: torch.dtype | None, _: str | None) -> Tensor:
+    return basis.new_empty(*basis.shape[:-1], loadings.shape[-1], dtype=dtype or basis.dtype)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001 (torch passes it by name)
+    basis, loadings, ctx.scale, _, ctx.backend = inputs
+    ctx.save_for_backward(basis, loadings)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    basis, loadings = ctx.saved_tensors
+    of_basis = of_loadings = None
+    if ctx.needs_input_grad[0]:
+        of_basis = torch.ops.loraspan.reconstruct(grad, loadings.mT, ctx.scale, basis.dtype, ctx.backend)
+    if ctx.needs_input_grad[1]:
+        of_loadings = torch.ops.loraspan.reconstruct(basis.mT, grad, ctx.scale, loadings.dtype, ctx.backend)
+    return of_basis, of_loadings, None, None, None
+
+
+register(
+    "reconstruct(Tensor basis, Tensor loadings, float scale, ScalarType? dtype, str? backend) -> Tensor",
+    rebuild,
+    _fake_rebuild,
+    backward=_backward,
+    keep=_keep,
 )

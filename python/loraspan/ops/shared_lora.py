@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from loraspan import _device, _native
-from loraspan._dispatch import Backend, choose
-from loraspan.errors import ArgumentError, ShapeError
-from loraspan.ops import shared_lora_cpu
+from loraspan.errors import ArgumentError
 from loraspan.ops.cores import Cores
-from loraspan.ops.shared_lora_reference import reference as _everywhere
+from loraspan.ops.shared_lora_graph import differentiable
+from loraspan.ops.shared_lora_run import BACKENDS, add, check
 
-_CODES = _native.DTYPE_CODES
+__all__ = ["BACKENDS", "shared_lora", "shared_lora_"]
 
 
 def shared_lora(
@@ -79,14 +74,11 @@ def shared_lora(
         *Accuracy and Stability of Numerical Algorithms*, 2nd ed., section 3.5.
     """
     if torch.compiler.is_compiling():
-        from loraspan.ops import library
-
-        _check(y, x, v, u, cores, tasks, shares)
-        return library.shared_lora(y, x, v, u, cores, tasks, shares, scale, backend)
+        check(y, x, v, u, cores, tasks, shares)
+        found: Tensor = torch.ops.loraspan.shared_lora(y, x, v, u, *cores.fields(), tasks, shares, scale, backend)
+        return found
     if torch.is_grad_enabled() and _wants_gradient(y, x, v, u, cores, shares):
-        from loraspan.ops import library
-
-        return library.differentiable(y, x, v, u, cores, tasks, shares, scale, backend)
+        return differentiable(y, x, v, u, cores, tasks, shares, scale, backend)
     out = y.clone()
     add(out, x, v, u, cores, tasks, shares, scale, backend)
     return out
@@ -135,10 +127,9 @@ def shared_lora_(
                 [5.]])
     """
     if torch.compiler.is_compiling():
-        from loraspan.ops import library
-
-        _check(y, x, v, u, cores, tasks, shares)
-        return library.shared_lora_(y, x, v, u, cores, tasks, shares, scale, backend)
+        check(y, x, v, u, cores, tasks, shares)
+        torch.ops.loraspan.shared_lora_(y, x, v, u, *cores.fields(), tasks, shares, scale, backend)
+        return y
     if torch.is_grad_enabled():
         if _wants_gradient(y, x, v, u, cores, shares):
             raise ArgumentError("shared_lora_: the form in place has no gradient; use shared_lora, or torch.no_grad()")
@@ -146,30 +137,6 @@ def shared_lora_(
         torch.autograd.graph.increment_version(y)
     add(y, x, v, u, cores, tasks, shares, scale, backend)
     return y
-
-
-def add(
-    y: Tensor,
-    x: Tensor,
-    v: Tensor,
-    u: Tensor,
-    cores: Cores,
-    tasks: Tensor,
-    shares: Tensor | None,
-    scale: float,
-    backend: str | None,
-) -> None:
-    """Check and run, with no thought of gradients or graphs: `shared_lora_` below both."""
-    if backend is None and shared_lora_cpu.run_again(y, x, v, u, cores, tasks, shares, scale):
-        return
-    _check(y, x, v, u, cores, tasks, shares)
-    if 0 in y.stride() and y.numel() > 1 and not y.is_contiguous():
-        raise ShapeError(f"shared_lora: rows of y share memory, strides {y.stride()}: use .contiguous() or shared_lora")
-    shared_lora_cpu.remember(v, u, cores)
-    if tasks.ndim == 1:
-        tasks, shares = tasks[:, None], None if shares is None else shares[:, None]
-    args = (y, x, v, u, cores, tasks, shares, scale)
-    choose("shared_lora", BACKENDS, backend, *args).run(*args)
 
 
 def _wants_gradient(y: Tensor, x: Tensor, v: Tensor, u: Tensor, cores: Cores, shares: Tensor | None) -> bool:
@@ -185,113 +152,3 @@ def _wants_gradient(y: Tensor, x: Tensor, v: Tensor, u: Tensor, cores: Cores, sh
         or cores.right_private.requires_grad
         or (shares is not None and shares.requires_grad)
     )
-
-
-def _check(y: Tensor, x: Tensor, v: Tensor, u: Tensor, cores: Cores, tasks: Tensor, shares: Tensor | None) -> None:
-    d, n = v.shape[0], u.shape[0]
-    rows = tasks.shape[0] if tasks.ndim else -1
-    fits = v.ndim == u.ndim == 2 and 1 <= tasks.ndim <= 2 and x.shape == (rows, d) and y.shape == (rows, n)
-    if not fits or (shares is not None and shares.shape != tasks.shape):
-        raise ShapeError(
-            f"shared_lora: y [T, n], x [T, d], v [d, k_in], u [n, k_out], tasks [T] or [T, m] and shares like tasks "
-            f"have to fit; got {list(y.shape)}, {list(x.shape)}, {list(v.shape)}, {list(u.shape)}, "
-            f"{list(tasks.shape)} and {None if shares is None else list(shares.shape)}"
-        )
-    _check_ends(v, u, cores)
-    for name, tensor in (("y", y), ("x", x), ("v", v), ("u", u)):
-        if tensor.dtype not in _CODES or tensor.device != y.device:
-            raise ShapeError(
-                f"shared_lora: tensors are float16, bfloat16, float32 or float64 and on one device; "
-                f"{name} is {tensor.dtype} on {tensor.device}, y {y.dtype} on {y.device}"
-            )
-    if tasks.dtype != torch.int64 or (shares is not None and shares.dtype != torch.float32):
-        raise ShapeError(
-            f"shared_lora: tasks are int64 and shares float32; got {tasks.dtype} and "
-            f"{None if shares is None else shares.dtype}"
-        )
-    if tasks.device != y.device or cores.index.device != y.device or (shares is not None and shares.device != y.device):
-        raise ShapeError(
-            f"shared_lora: tasks, shares and cores are on the device of y, {y.device}; tasks are on {tasks.device}, "
-            f"cores on {cores.index.device}: use .to({str(y.device)!r})"
-        )
-
-
-def _check_ends(v: Tensor, u: Tensor, cores: Cores) -> None:
-    pairs = (
-        ("left", cores.left, u.shape[1]),
-        ("right", cores.right, v.shape[1]),
-        ("left_private", cores.left_private, u.shape[0]),
-        ("right_private", cores.right_private, v.shape[0]),
-    )
-    for name, table, width in pairs:
-        # a table without rows may have any width
-        if table.shape[1] != width and table.shape[0]:
-            raise ShapeError(
-                f"shared_lora: cores.{name} has {table.shape[1]} columns and needs {width}, for v {list(v.shape)} and "
-                f"u {list(u.shape)}"
-            )
-
-
-def _cpu(
-    y: Tensor,
-    x: Tensor,
-    v: Tensor,
-    u: Tensor,
-    cores: Cores,
-    tasks: Tensor,
-    shares: Tensor | None,
-    scale: float,
-    *,
-    isa: str,
-    transposed: bool = False,
-) -> None:
-    wrong = shared_lora_cpu.run(y, x, v, u, cores, tasks, shares, scale, isa=isa, transposed=transposed)
-    if wrong >= 0:
-        _refuse_task(cores, tasks, wrong)
-
-
-def _refuse_task(cores: Cores, tasks: Tensor, row: int) -> None:
-    raise ArgumentError(
-        f"shared_lora: tasks are -1 for none or rows of cores, below {cores.tasks}, whose columns lie in its tables; "
-        f"row {row} has {tasks[row].tolist()}"
-    )
-
-
-def reference(
-    y: Tensor,
-    x: Tensor,
-    v: Tensor,
-    u: Tensor,
-    cores: Cores,
-    tasks: Tensor,
-    shares: Tensor | None,
-    scale: float,
-    *,
-    transposed: bool = False,
-) -> None:
-    """Say it in torch, on whatever device the tensors are (MPS among them)."""
-    if y.device.type == "cpu":
-        wrong = ((tasks < -1) | (tasks >= cores.tasks)).any(dim=1).nonzero()
-        if len(wrong):
-            _refuse_task(cores, tasks, int(wrong[0]))
-    _everywhere(y, x, v, u, cores, tasks, shares, scale, transposed=transposed)
-
-
-def _refuses(y: Tensor, x: Tensor, v: Tensor, u: Tensor, *_: object) -> str | None:
-    if y.device.type != "cpu":
-        return f"it writes CPU memory, and y is on {y.device}"
-    if y.is_neg() or x.is_neg() or v.is_neg() or u.is_neg():
-        return "it reads memory, which does not say the values of a negative view: use .resolve_neg()"
-    return None
-
-
-BACKENDS: tuple[Backend[Any], ...] = (
-    *_native.backends(_cpu, _refuses),
-    *_device.backends("shared_lora"),
-    Backend("reference", reference, lambda *_: None),
-)
-# the same with dW^T for dW: what takes the gradient of y to that of x
-TRANSPOSED: tuple[Backend[Any], ...] = (
-    *_native.backends(partial(_cpu, transposed=True), _refuses),
-    Backend("reference", partial(reference, transposed=True), lambda *_: None),
-)

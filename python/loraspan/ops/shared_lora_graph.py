@@ -1,0 +1,146 @@
+"""`shared_lora` where gradients or graphs are asked for: operators of torch, and their gradients in eager code."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loraspan._dispatch import choose
+from loraspan.ops.cores import Cores
+from loraspan.ops.library import register
+from loraspan.ops.shared_lora_gradients import column_gradients
+from loraspan.ops.shared_lora_run import TRANSPOSED, add
+
+_CORES = (
+    "Tensor v, Tensor u, Tensor index, Tensor weights, Tensor left, Tensor left_private, Tensor right, "
+    "Tensor right_private, SymInt[] most, Tensor tasks, Tensor? shares, float scale"
+)
+# of the operands of shared_lora: x, and what gradients of columns and shares need x for
+_X, _COLUMNS = 1, (5, 6, 7, 8, 9, 12)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001 (torch passes it by name)
+    _, x, v, u, *fields, tasks, shares, scale, backend = inputs
+    ctx.dtype, ctx.most, ctx.scale, ctx.backend = x.dtype, fields[-1], scale, backend
+    # x is as large as the batch: kept only for those who need it
+    wanted = any(ctx.needs_input_grad[i] for i in _COLUMNS)
+    ctx.save_for_backward(v, u, *fields[:-1], tasks, shares, x if wanted else None)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    of_x, tables, of_shares = _gradients(ctx, grad, ctx.needs_input_grad[_X])
+    return (grad, of_x, None, None, None, *tables, None, None, of_shares, None, None)
+
+
+def _gradients(ctx: Any, grad: Tensor, wants_x: bool) -> tuple[Tensor | None, tuple[Tensor | None, ...], Tensor | None]:
+    """Give the gradients of x, of the five tables and of the shares, as far as they are wanted."""
+    *rest, tasks, shares, x = ctx.saved_tensors
+    of_x: Tensor | None = None
+    columns: tuple[Tensor | None, ...] = (None,) * len(_COLUMNS)
+    args = (*rest, ctx.most, tasks, shares, ctx.scale)
+    if wants_x:
+        of_x = torch.ops.loraspan.shared_lora_transposed(grad, ctx.dtype, *args, ctx.backend)
+    if x is not None:
+        columns = torch.ops.loraspan.shared_lora_columns(grad, x, *args)
+    return of_x, columns[:-1], None if shares is None else columns[-1]
+
+
+class _Differentiable(torch.autograd.Function):
+    """The operator for eager code: a gradient registered with torch.library would cost several times the call."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, shares: Tensor | None, *rest: Any) -> Tensor:
+        # the tables are handed over one by one, for their gradients; `cores` has them as well
+        *tables, (v, u, cores, tasks, scale, backend) = rest
+        out = y.clone()
+        add(out, x, v, u, cores, tasks, shares, scale, backend)
+        ctx.dtype, ctx.most, ctx.scale, ctx.backend = x.dtype, list(cores.most), scale, backend
+        wanted = any(ctx.needs_input_grad[2:8])
+        ctx.save_for_backward(v, u, cores.index, *tables, tasks, shares, x if wanted else None)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        of_x, tables, of_shares = _gradients(ctx, grad, ctx.needs_input_grad[1])
+        return (grad, of_x, of_shares, *tables, None)
+
+
+def differentiable(
+    y: Tensor, x: Tensor, v: Tensor, u: Tensor, cores: Cores, tasks: Tensor, shares: Tensor | None, *rest: Any
+) -> Tensor:
+    """Give what the operator does, in eager code; ``rest`` is the scale and the backend."""
+    tables = (cores.weights, cores.left, cores.left_private, cores.right, cores.right_private)
+    found: Tensor = _Differentiable.apply(y, x, shares, *tables, (v, u, cores, tasks, *rest))  # type: ignore[no-untyped-call]
+    return found
+
+
+def _cores(fields: Sequence[Any]) -> Cores:
+    index, weights, left, left_private, right, right_private, most = fields
+    return Cores(index, weights, left, left_private, right, right_private, tuple(most))
+
+
+def _add(y: Tensor, x: Tensor, v: Tensor, u: Tensor, *rest: Any) -> None:
+    *fields, tasks, shares, scale, backend = rest
+    add(y, x, v, u, _cores(fields), tasks, shares, scale, backend)
+
+
+def _add_to_copy(y: Tensor, *rest: Any) -> Tensor:
+    out = y.clone()
+    _add(out, *rest)
+    return out
+
+
+def _two_axes(tasks: Tensor, shares: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    if tasks.ndim == 2:
+        return tasks, shares
+    return tasks[:, None], None if shares is None else shares[:, None]
+
+
+def _transposed(grad: Tensor, dtype: torch.dtype, v: Tensor, u: Tensor, *rest: Any) -> Tensor:
+    *fields, tasks, shares, scale, backend = rest
+    out = grad.new_zeros(grad.shape[0], v.shape[0], dtype=dtype)
+    named = backend if backend in [b.name for b in TRANSPOSED] else None
+    args = (out, grad, u, v, _cores(fields), *_two_axes(tasks, shares), scale)
+    choose("shared_lora", TRANSPOSED, named, *args).run(*args)
+    return out
+
+
+def _columns(grad: Tensor, x: Tensor, v: Tensor, u: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *fields, tasks, shares, scale = rest
+    cores = _cores(fields)
+    found = column_gradients(grad, x, v, u, cores, *_two_axes(tasks, shares), scale)
+    tables = (cores.weights, cores.left, cores.left_private, cores.right, cores.right_private)
+    narrowed = [t.to(like.dtype) for t, like in zip(found, tables, strict=False)]
+    return (*narrowed, found.shares.to(torch.float32).reshape(tasks.shape))
+
+
+def _columns_fake(*args: Any) -> tuple[Tensor, ...]:
+    _, _, _, _, *fields, tasks, _, _ = args
+    return (*(torch.empty_like(t) for t in fields[1:6]), torch.empty_like(tasks, dtype=torch.float32))
+
+
+for _schema, _run, _fake in (
+    (f"shared_lora_(Tensor(a!) y, Tensor x, {_CORES}, str? backend) -> ()", _add, lambda *_: None),
+    (
+        f"shared_lora_transposed(Tensor grad, ScalarType dtype, {_CORES}, str? backend) -> Tensor",
+        _transposed,
+        lambda grad, dtype, v, *_: grad.new_empty(grad.shape[0], v.shape[0], dtype=dtype),
+    ),
+    (
+        f"shared_lora_columns(Tensor grad, Tensor x, {_CORES}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+        _columns,
+        _columns_fake,
+    ),
+):
+    register(_schema, _run, _fake)
+register(
+    f"shared_lora(Tensor y, Tensor x, {_CORES}, str? backend) -> Tensor",
+    _add_to_copy,
+    lambda y, *_: torch.empty_like(y),
+    backward=_backward,
+    keep=_keep,
+)
