@@ -95,3 +95,35 @@ def test_tables_of_the_last_calls_are_kept():
             oracles.to_numpy(torch.cat([piece.basis for piece in pieces], dim=1)), None, module._KEPT + 2.3, F32, F32
         ),
     )
+
+
+@here
+def test_nothing_is_written_past_a_workspace(monkeypatch):
+    """The last entries of every workspace and answer are where the last tile would overflow."""
+    honest, guards = torch.empty, []
+
+    def guarded(*size, **options):
+        if len(size) != 1 or not isinstance(size[0], int):
+            return honest(*size, **options)
+        whole = honest(size[0] + 256, **options).fill_(5)
+        guards.append(whole[size[0] :])
+        return whole[: size[0]].fill_(float("nan"))
+
+    monkeypatch.setattr(torch, "empty", guarded)
+    x, q = [normal(8, 17, 129, dtype=F16), normal(9, 20, 129, dtype=F16)], normal(10, 37, 5)
+    for call in (
+        lambda: gram(x, backend="triton"),
+        lambda: combine(x, q, backend="triton").xv,
+        lambda: sketch(x, 5, backend="triton"),
+        lambda: power(x, q, backend="triton"),
+        lambda: shared_lora(
+            *batch(11, 3, 19, 21, 5, 3),
+            planted(12, [(1, 1, 1, 1)], 19, 21, 5, 3),
+            torch.zeros(3, 1).long(),
+            backend="triton",
+        ),
+    ):
+        guards.clear()
+        assert not call().isnan().any()
+        assert guards
+        assert all((guard == 5).all() for guard in guards)
