@@ -15,7 +15,7 @@ import lazy_cuda
 import loraspan
 import oracles
 from lazy_cuda import REAL
-from loraspan import _device
+from loraspan import _core, _device
 from loraspan.cli import main
 from loraspan.errors import ArgumentError, BackendError
 from loraspan.linalg import IncrementalSVD, factored_svd, merged_svd, randomized_svd
@@ -115,6 +115,29 @@ def test_a_backend_of_the_device_leaves_small_problems_to_the_cpu(monkeypatch):
     factored_svd(normal(11, 30, 4), normal(12, 4, 50), device="cuda", backend="triton")
     with pytest.raises(BackendError, match="reads CPU memory, and the blocks are on cuda:0"):
         randomized_svd(normal(9, 40, 300), 5, device="cuda", backend="cpu")
+
+
+@pytest.mark.skipif(REAL, reason="on a GPU its kernels are tested")
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("goal", [{"rank": 6}, {"max_error": 0.01}], ids=str)
+def test_nothing_as_long_as_a_factor_is_multiplied_here(monkeypatch, goal):
+    n, d = 211, 307
+
+    def watched(name):
+        honest = getattr(_core, name)
+
+        def call(table, *rest):
+            jobs = rest[0] if name != "reconstruct" else table
+            assert not {n, d} & set(jobs[:, -3:].flatten().tolist() if name == "reconstruct" else jobs[:, 2].tolist())
+            return honest(table, *rest)
+
+        return call
+
+    for name in ("gram", "combine", "sketch", "power", "reconstruct"):
+        monkeypatch.setattr(_core, name, watched(name))
+    loraspan.compress(planted.adapters(shape=(n, d), count=5), device="cuda", **goal)
+    b, a = normal(14, 2, n, 4) * torch.logspace(0, 9, 4, dtype=torch.float64), normal(15, 2, 4, d)
+    factored_svd(b, a, device="cuda")
 
 
 CALLS = {
