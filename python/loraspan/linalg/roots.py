@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from loraspan.ops import gram, reconstruct
 from loraspan.ops.dense import Root, gram_root
+from loraspan.ops.gram import gram
 from loraspan.ops.places import backend_at
+from loraspan.ops.reconstruct import reconstruct
 
 __all__ = ["Root", "gram_root", "orthonormalize"]
 
