@@ -256,7 +256,9 @@ def products_kernel(
 
     at = partial + tl.load(job + 6) + (split * left + i[:, None]) * right + j[None, :]
     inside = (i < left)[:, None] & (j < right)[None, :]
-    tl.store(at, acc, mask=inside & ((tl.load(job + 9) == 0) | (i[:, None] >= j[None, :])))
+    # of a symmetric answer the lower half
+    beyond = tl.where(tl.load(job + 9) == 0, right, 0)
+    tl.store(at, acc, mask=inside & (i[:, None] + beyond >= j[None, :]))
 
 
 @triton.jit
@@ -268,7 +270,7 @@ def add_kernel(units, jobs, partial, out, BLOCK_L: tl.constexpr, BLOCK_R: tl.con
     j = (tl.load(unit + 2) * BLOCK_R + tl.arange(0, BLOCK_R))[None, :]
     left, right, splits = tl.load(job + 1), tl.load(job + 3), tl.load(job + 8)
     inside = (i < left) & (j < right)
-    upper = (tl.load(job + 9) != 0) & (i < j)
+    upper = i + tl.where(tl.load(job + 9) == 0, right, 0) < j
     source = partial + tl.load(job + 6) + tl.where(upper, j * right + i, i * right + j)
     acc = tl.zeros((BLOCK_L, BLOCK_R), tl.float64)
     for split in range(splits):
