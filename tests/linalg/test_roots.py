@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loraspan.linalg.eig import top_eigenpairs
 from loraspan.linalg.roots import gram_root, orthonormalize
 
 
@@ -66,3 +67,10 @@ def test_dependent_columns_come_out_as_zeros_and_the_rest_spans():
     q = orthonormalize(torch.from_numpy(np.hstack([block, block @ rng.standard_normal((3, 2))]))).numpy()
     assert np.linalg.matrix_rank(q, tol=1e-6) == 3
     assert np.linalg.norm(block - q @ (q.T @ block)) <= 1e-10
+
+
+def test_what_trains_is_read_without_a_graph():
+    """A gradient through one of the steps alone would be a wrong one."""
+    block = torch.nn.Parameter(torch.eye(5, 3, dtype=torch.float64) + 0.1)
+    assert not orthonormalize(block).requires_grad
+    assert not top_eigenpairs(torch.nn.Parameter(torch.eye(40, dtype=torch.float64)), 2)[1].requires_grad

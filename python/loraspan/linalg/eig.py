@@ -18,6 +18,7 @@ _OVERSAMPLE = 16
 _MAX_STEPS = 60
 
 
+@torch.no_grad()
 def top_eigenpairs(gram: Tensor, count: int, *, tolerance: float = 1e-12) -> tuple[Tensor, Tensor]:
     r"""Give the ``count`` largest eigenvalues of a symmetric positive semidefinite matrix, and their vectors.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from loraspan.ops.dense import Root, gram_root
@@ -15,6 +16,7 @@ __all__ = ["Root", "gram_root", "orthonormalize"]
 _NEARLY_ORTHOGONAL = 1.5
 
 
+@torch.no_grad()
 def orthonormalize(block: Tensor, *, backend: str | None = None) -> Tensor:
     r"""Make the columns of a tall float64 block orthonormal by Cholesky QR, in two rounds where they were far from it.
 
