@@ -19,25 +19,43 @@ from loraspan._dispatch import Backend
 from loraspan.cli.output import add_row, put, put_json, table
 from loraspan.errors import BackendError
 
-Probe = Callable[[str], Tensor]
+Probe = Callable[[str, str], Tensor]
 
 _REQUIRED = ("loraspan", "torch", "numpy", "safetensors", "filelock", "click", "rich")
 _OPTIONAL = {
     "scikit-learn": "pip install 'loraspan[demo]'",
     "matplotlib": "pip install 'loraspan[demo]'",
     "huggingface_hub": "pip install 'loraspan[hub]'",
+    "triton": "pip install 'loraspan[gpu]'",
     "peft": "only for those who load the exported adapters",
 }
-# operator -> the module of its table, the table, and a small call; a backend's answer is compared with the reference
 _X = torch.linspace(-1, 1, 6 * 40).reshape(6, 40)
 _W = torch.linspace(-1, 1, 6 * 3, dtype=torch.float64).reshape(6, 3)
+
+
+def _shared_lora(backend: str, device: str) -> Tensor:
+    ends, none = _W.float().T.contiguous().to(device), torch.empty(0, 1, device=device)
+    cores = ops.Cores.of([(3, 0, 0, 0)], ends[:, 0].abs(), ends, none, ends, none)
+    x, basis, tasks = _X.to(device), _X.T.contiguous().to(device), torch.tensor([0, -1, 0, 0, -1, 0], device=device)
+    return ops.shared_lora(x, x, basis, basis, cores, tasks, backend=backend)
+
+
+# operator -> the module of its table, the table, and a small call of a backend on a device; its answer is compared with
+# the reference
 _PROBES: dict[str, tuple[str, str, Probe]] = {
-    "gram": ("gram", "BACKENDS", lambda backend: ops.gram(_X, backend=backend)),
-    "sketch": ("sketch", "BACKENDS", lambda backend: ops.sketch(_X, 3, seed=7, backend=backend)),
-    "power": ("sketch", "POWER_BACKENDS", lambda backend: ops.power(_X, _W, backend=backend)),
-    "combine": ("combine", "BACKENDS", lambda backend: ops.combine(_X, _W, backend=backend).xv),
-    "reconstruct": ("reconstruct", "BACKENDS", lambda backend: ops.reconstruct(_X.T, _W, backend=backend)),
+    "gram": ("gram", "BACKENDS", lambda backend, at: ops.gram(_X.to(at), backend=backend)),
+    "sketch": ("sketch", "BACKENDS", lambda backend, at: ops.sketch(_X.to(at), 3, seed=7, backend=backend)),
+    "power": ("sketch", "POWER_BACKENDS", lambda backend, at: ops.power(_X.to(at), _W, backend=backend)),
+    "combine": ("combine", "BACKENDS", lambda backend, at: ops.combine(_X.to(at), _W, backend=backend).xv),
+    "reconstruct": (
+        "reconstruct",
+        "BACKENDS",
+        lambda backend, at: ops.reconstruct(_X.T.to(at), _W.to(at), backend=backend),
+    ),
+    "shared_lora": ("shared_lora", "BACKENDS", _shared_lora),
 }
+# the backends that want tensors on a GPU, where there is one
+_ON_A_GPU = ("cuda", "triton")
 _RUNS = "runs"
 # float32 sums of 40 products of numbers up to 1
 _TOLERANCE = 1e-4
@@ -83,11 +101,12 @@ def examine() -> dict[str, Any]:
 def _operator(operator: str) -> list[dict[str, Any]]:
     module, attribute, probe = _PROBES[operator]
     backends: Sequence[Backend[Any]] = getattr(importlib.import_module(f"loraspan.ops.{module}"), attribute)
-    want = probe("reference")
+    want = probe("reference", "cpu")
     rows = []
     for backend in backends:
         try:
-            wrong = float((probe(backend.name) - want).abs().max())
+            at = "cuda" if backend.name in _ON_A_GPU and torch.cuda.is_available() else "cpu"
+            wrong = float((probe(backend.name, at).cpu() - want).abs().max())
         except BackendError as refusal:
             rows.append({"operator": operator, "backend": backend.name, "well": True, "says": _reason(str(refusal))})
         else:
