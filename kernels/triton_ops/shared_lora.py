@@ -143,6 +143,9 @@ def variant_of(y: Tensor, x: Tensor, v: Tensor, u: Tensor, cores: Cores, shares:
     singly = "any" in kinds
     expansion = EXPANSIONS[wide, singly or width_in > 64]
     tile = tile_of(compute, rows, singly)
+    if INTERPRETING:
+        # the interpreter's time is in programs and turns of loops, not in entries
+        tile, expansion = tile._replace(BLOCK_D=128), expansion._replace(BLOCK_T=32, BLOCK_N=128)
     return Variant(*kinds, compute, width_in, min(width_out, 64), width_out <= 64, shares is not None, tile, expansion)
 
 
