@@ -235,6 +235,34 @@ def test_transposed_kernels_take_dw_transposed(name, rows):
         np.testing.assert_allclose(out[row].numpy(), wanted, rtol=0, atol=144 * 2.0**-53 * 1e3)
 
 
+def test_what_is_kept_from_call_to_call_is_not_kept_too_long():
+    """Bases and tables turned, moved or replaced between two calls with the very same tensors."""
+    cores, (y, x, v, u) = planted(46, COUNTS, 12, 12, 3, 3), batch(47, 6, 12, 12, 3, 3)
+    tasks = torch.tensor([0, 2, 3, 4, 5, -1])
+
+    def changed(change):
+        shared_lora(y, x, v, u, cores, tasks)
+        change()
+        assert_right(y, x, v, u, cores, tasks)
+
+    square = v[:3].clone()
+    u.data, v.data = normal(48, 12, 3, dtype=F32), normal(49, 12, 3, dtype=F32)
+    changed(lambda: None)
+    changed(lambda: setattr(v, "data", normal(50, 12, 3, dtype=F32)))
+    changed(lambda: u.copy_(normal(51, 12, 3, dtype=F32)))
+    changed(lambda: cores.left.mul_(2))
+    changed(lambda: setattr(cores.right, "data", normal(52, *cores.right.shape, dtype=F32)))
+    changed(lambda: setattr(v, "data", normal(53, 3, 12, dtype=F32).T))
+    small, short = planted(54, [(2, 0, 0, 0)], 12, 3, 3, 3), x[:, :3].contiguous()
+    shared_lora(y, short, square, u, small, tasks.clamp(max=0))
+    square.t_()
+    assert_right(y, short, square, u, small, tasks.clamp(max=0))
+    with pytest.raises(ArgumentError, match=r"row 1 has \[2\]"):
+        shared_lora(y, short, square, u, small, tasks)
+    with pytest.raises(ShapeError, match="have to fit"):
+        shared_lora(y, x, square, u, small, tasks)
+
+
 def test_the_functional_form_leaves_y_alone():
     cores, (y, x, v, u) = planted(34, COUNTS, 9, 8, 3, 3), batch(35, 4, 9, 8, 3, 3)
     before = y.clone()
