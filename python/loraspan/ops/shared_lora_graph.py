@@ -23,11 +23,11 @@ _X, _COLUMNS = 1, (5, 6, 7, 8, 9, 12)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001 (torch passes it by name)
-    _, x, v, u, *fields, tasks, shares, scale, backend = inputs
-    ctx.dtype, ctx.most, ctx.scale, ctx.backend = x.dtype, fields[-1], scale, backend
+    _, x, v, u, index, *tables, most, tasks, shares, scale, backend = inputs
     # x is as large as the batch: kept only for those who need it
     wanted = any(ctx.needs_input_grad[i] for i in _COLUMNS)
-    ctx.save_for_backward(v, u, *fields[:-1], tasks, shares, x if wanted else None)
+    ctx.rest = (x.dtype, most, scale, backend)
+    ctx.save_for_backward(v, u, index, tasks, shares, x if wanted else None, *tables)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -37,12 +37,13 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def _gradients(ctx: Any, grad: Tensor, wants_x: bool) -> tuple[Tensor | None, tuple[Tensor | None, ...], Tensor | None]:
     """Give the gradients of x, of the five tables and of the shares, as far as they are wanted."""
-    *rest, tasks, shares, x = ctx.saved_tensors
+    v, u, index, tasks, shares, x, *tables = ctx.saved_tensors
+    dtype, most, scale, backend = ctx.rest
     of_x: Tensor | None = None
     columns: tuple[Tensor | None, ...] = (None,) * len(_COLUMNS)
-    args = (*rest, ctx.most, tasks, shares, ctx.scale)
+    args = (v, u, index, *tables, most, tasks, shares, scale)
     if wants_x:
-        of_x = torch.ops.loraspan.shared_lora_transposed(grad, ctx.dtype, *args, ctx.backend)
+        of_x = torch.ops.loraspan.shared_lora_transposed(grad, dtype, *args, backend)
     if x is not None:
         columns = torch.ops.loraspan.shared_lora_columns(grad, x, *args)
     return of_x, columns[:-1], None if shares is None else columns[-1]
@@ -54,12 +55,12 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, shares: Tensor | None, *rest: Any) -> Tensor:
         # the tables are handed over one by one, for their gradients; `cores` has them as well
-        *tables, (v, u, cores, tasks, scale, backend) = rest
+        weights, left, left_private, right, right_private, (v, u, cores, tasks, scale, backend) = rest
         out = y.clone()
         add(out, x, v, u, cores, tasks, shares, scale, backend)
-        ctx.dtype, ctx.most, ctx.scale, ctx.backend = x.dtype, list(cores.most), scale, backend
-        wanted = any(ctx.needs_input_grad[2:8])
-        ctx.save_for_backward(v, u, cores.index, *tables, tasks, shares, x if wanted else None)
+        ctx.rest = (x.dtype, cores.most, scale, backend)
+        kept = x if True in ctx.needs_input_grad[2:8] else None
+        ctx.save_for_backward(v, u, cores.index, tasks, shares, kept, weights, left, left_private, right, right_private)
         return out
 
     @staticmethod
