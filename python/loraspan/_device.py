@@ -11,12 +11,13 @@ from loraspan._dispatch import Backend
 
 # Which of the two is tried first on a CUDA device, and why. Neither has been measured on one yet.
 ORDER = {
-    "gram": ("cuda", "triton"),  # ready at once, and its rows are read through a table of addresses in one launch
+    # a fit calls these a few times on shapes of its own: what is built beforehand keeps nobody waiting for a compiler
+    "gram": ("cuda", "triton"),
     "combine": ("cuda", "triton"),
-    "sketch": ("cuda", "triton"),  # Philox in registers, beside the products
+    "sketch": ("cuda", "triton"),
     "power": ("cuda", "triton"),
     "reconstruct": ("cuda", "triton"),
-    # the tensor cores of each generation by way of Triton's compiler, and half-precision is what models serve in
+    # a model calls this for ever in few shapes and in half precision: there Triton has each generation's tensor cores
     "shared_lora": ("triton", "cuda"),
 }
 # the module of each package that has an operator, where it is not named as the operator is
