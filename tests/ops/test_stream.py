@@ -16,8 +16,9 @@ import lazy_cuda
 import oracles
 from lazy_cuda import REAL
 from loraspan.ops import RowBlocks, combine_many, gram_many, power_many, sketch_many, stream
+from loraspan.ops.packing import Packing, groups
 from loraspan.ops.slots import CudaSlots, ahead
-from loraspan.ops.stream import Packing, groups, in_chunks
+from loraspan.ops.stream import in_chunks
 from matrices import KINDS, blocks, normal
 from oracles import F16, F32, F64
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 
-if TYPE_CHECKING:
-    from loraspan.ops.stream import Chunk, Packing
+from loraspan.ops.packing import Chunk, Packing
 
 Item = TypeVar("Item")
 Sent = TypeVar("Sent", contravariant=True)
