@@ -60,7 +60,8 @@ def test_the_stub_lists_the_choices(name):
 def test_the_top_of_the_package_is_small():
     public = {name for name in vars(loraspan) if not name.startswith("_")} - {"annotations", "TYPE_CHECKING"}
     modules = {name for name in public if isinstance(getattr(loraspan, name), type(sys))}
-    assert modules <= ROOMS | {"cli"}
+    # kernels for a GPU are there once a call has asked for them
+    assert modules <= ROOMS | {"cli", "triton_ops"}
     assert public - modules <= PUBLIC
     names = set(getattr(loraspan, "__all__", ()))
     assert names <= PUBLIC | ROOMS
