@@ -121,6 +121,15 @@ def test_the_form_in_place_refuses_gradients():
         shared_lora(y, x, v.requires_grad_(), u, cores, tasks)
 
 
+def test_who_kept_y_for_a_gradient_is_told_that_it_changed():
+    cores, (y, x, v, u) = planted(23, COUNTS, 6, 7, 3, 2), batch(24, 4, 6, 7, 3, 2)
+    weight = torch.ones(4, 6, requires_grad=True)
+    product = weight * y
+    shared_lora_(y, x, v, u, cores, torch.tensor([0, 1, 2, 3]))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
+
+
 def operands(function_of_grad):
     _, leaves, (v, u, cores, tasks, shares) = problem()
     y, x, *tables = leaves if function_of_grad else [leaf.detach() for leaf in leaves]

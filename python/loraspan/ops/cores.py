@@ -15,7 +15,7 @@ from loraspan.errors import ShapeError
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Cores:
     """Columns of ``R`` tasks, one ragged table each for weights and ends: ``dW = sum_c weight_c left_c right_c^T``.
 
@@ -45,7 +45,7 @@ class Cores:
     right: Tensor
     right_private: Tensor
     most: tuple[int, int, int, int]
-    known: list[Any] = field(default_factory=list, init=False, compare=False, repr=False)
+    known: list[Any] = field(default_factory=list, init=False, repr=False)
 
     @classmethod
     def of(

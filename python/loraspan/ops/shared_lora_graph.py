@@ -12,7 +12,7 @@ from loraspan._dispatch import choose
 from loraspan.ops.cores import Cores
 from loraspan.ops.library import register
 from loraspan.ops.shared_lora_gradients import column_gradients
-from loraspan.ops.shared_lora_run import TRANSPOSED, add
+from loraspan.ops.shared_lora_run import TRANSPOSED, add, two_axes
 
 _CORES = (
     "Tensor v, Tensor u, Tensor index, Tensor weights, Tensor left, Tensor left_private, Tensor right, "
@@ -95,17 +95,11 @@ def _add_to_copy(y: Tensor, *rest: Any) -> Tensor:
     return out
 
 
-def _two_axes(tasks: Tensor, shares: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    if tasks.ndim == 2:
-        return tasks, shares
-    return tasks[:, None], None if shares is None else shares[:, None]
-
-
 def _transposed(grad: Tensor, dtype: torch.dtype, v: Tensor, u: Tensor, *rest: Any) -> Tensor:
     *fields, tasks, shares, scale, backend = rest
     out = grad.new_zeros(grad.shape[0], v.shape[0], dtype=dtype)
     named = backend if backend in [b.name for b in TRANSPOSED] else None
-    args = (out, grad, u, v, _cores(fields), *_two_axes(tasks, shares), scale)
+    args = (out, grad, u, v, _cores(fields), *two_axes(tasks, shares), scale)
     choose("shared_lora", TRANSPOSED, named, *args).run(*args)
     return out
 
@@ -113,7 +107,7 @@ def _transposed(grad: Tensor, dtype: torch.dtype, v: Tensor, u: Tensor, *rest: A
 def _columns(grad: Tensor, x: Tensor, v: Tensor, u: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     *fields, tasks, shares, scale = rest
     cores = _cores(fields)
-    found = column_gradients(grad, x, v, u, cores, *_two_axes(tasks, shares), scale)
+    found = column_gradients(grad, x, v, u, cores, *two_axes(tasks, shares), scale)
     tables = (cores.weights, cores.left, cores.left_private, cores.right, cores.right_private)
     narrowed = [t.to(like.dtype) for t, like in zip(found, tables, strict=False)]
     return (*narrowed, found.shares.to(torch.float32).reshape(tasks.shape))

@@ -36,10 +36,15 @@ def add(
     if 0 in y.stride() and y.numel() > 1 and not y.is_contiguous():
         raise ShapeError(f"shared_lora: rows of y share memory, strides {y.stride()}: use .contiguous() or shared_lora")
     remember(v, u, cores)
-    if tasks.ndim == 1:
-        tasks, shares = tasks[:, None], None if shares is None else shares[:, None]
-    args = (y, x, v, u, cores, tasks, shares, scale)
+    args = (y, x, v, u, cores, *two_axes(tasks, shares), scale)
     choose("shared_lora", BACKENDS, backend, *args).run(*args)
+
+
+def two_axes(tasks: Tensor, shares: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Give both as ``[T, m]``, with one task to a row where they are ``[T]``."""
+    if tasks.ndim == 2:
+        return tasks, shares
+    return tasks[:, None], None if shares is None else shares[:, None]
 
 
 def check(y: Tensor, x: Tensor, v: Tensor, u: Tensor, cores: Cores, tasks: Tensor, shares: Tensor | None) -> None:
@@ -88,22 +93,9 @@ def _check_ends(v: Tensor, u: Tensor, cores: Cores) -> None:
             )
 
 
-def _cpu(
-    y: Tensor,
-    x: Tensor,
-    v: Tensor,
-    u: Tensor,
-    cores: Cores,
-    tasks: Tensor,
-    shares: Tensor | None,
-    scale: float,
-    *,
-    isa: str,
-    transposed: bool = False,
-) -> None:
-    wrong = run(y, x, v, u, cores, tasks, shares, scale, isa=isa, transposed=transposed)
-    if wrong >= 0:
-        _refuse_task(cores, tasks, wrong)
+def _cpu(*call: Any, isa: str, transposed: bool = False) -> None:
+    if (wrong := run(*call, isa=isa, transposed=transposed)) >= 0:
+        _refuse_task(call[4], call[5], wrong)
 
 
 def _refuse_task(cores: Cores, tasks: Tensor, row: int) -> None:
@@ -113,24 +105,14 @@ def _refuse_task(cores: Cores, tasks: Tensor, row: int) -> None:
     )
 
 
-def reference(
-    y: Tensor,
-    x: Tensor,
-    v: Tensor,
-    u: Tensor,
-    cores: Cores,
-    tasks: Tensor,
-    shares: Tensor | None,
-    scale: float,
-    *,
-    transposed: bool = False,
-) -> None:
+def reference(*call: Any, transposed: bool = False) -> None:
     """Say it in torch, on whatever device the tensors are (MPS among them)."""
+    y, _, _, _, cores, tasks, _, _ = call
     if y.device.type == "cpu":
         wrong = ((tasks < -1) | (tasks >= cores.tasks)).any(dim=1).nonzero()
         if len(wrong):
             _refuse_task(cores, tasks, int(wrong[0]))
-    _everywhere(y, x, v, u, cores, tasks, shares, scale, transposed=transposed)
+    _everywhere(*call, transposed=transposed)
 
 
 def _refuses(y: Tensor, x: Tensor, v: Tensor, u: Tensor, *_: object) -> str | None:
