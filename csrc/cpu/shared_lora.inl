@@ -139,16 +139,13 @@ void run_alone(const SharedLoraJob& job, std::int64_t task, const Active& active
   T* z = scratch<T>(Use::rows, count * stride + stride * (job.d + job.n));
   T* down = z + count * stride;
   T* up = down + job.d * stride;
-  // what is past the columns
-  for (std::int64_t i = 0; i < job.d + job.n; ++i)
-    for (std::int64_t c = columns; c < stride; ++c) down[i * stride + c] = 0;
+  // what lies past the columns, in the factors and in z, is computed with and never used
   ReconstructJob jobs[8];
   const std::int64_t found = factor_jobs(job, forms, false, down, stride, jobs);
   reconstruct(jobs, found + factor_jobs(job, forms, true, up, stride, jobs + found), threads);
   const Dtype own = sizeof(T) == 4 ? Dtype::f32 : Dtype::f64;
   project<T>({job.x, active.rows, count}, job.d, {down, stride, 1, own}, stride, z, stride, threads);
-  T* weights = scratch<T>(Use::factors, stride);
-  for (std::int64_t c = 0; c < stride; ++c) weights[c] = 0;
+  T* weights = scratch<T>(Use::factors, columns);
   std::int64_t at = 0;
   for (const FormColumns& form : forms)
     for (std::int64_t j = 0; j < form.count; ++j) weights[at++] = static_cast<T>(weight_at(job.cores, form.weight + j));
