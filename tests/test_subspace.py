@@ -140,7 +140,8 @@ def test_report_adds_up():
     space = loraspan.compress(planted.adapters(), max_error=0.02)
     report = space.report()
     assert [line.name for line in report.tasks] == space.tasks
-    tensors = sum(tensor.nbytes for s in space.collection.slots.values() for tensor in s.columns.tensors().values())
+    columns = space.collection.segments[0].columns.values()
+    tensors = sum(tensor.nbytes for held in columns for tensor in held.tensors().values())
     assert sum(line.nbytes for line in report.tasks) == tensors
     assert report.basis_nbytes + tensors < report.nbytes
     assert np.isclose(report.as_dict()["tasks"][0]["error"], space.errors["task 0"])

@@ -15,7 +15,7 @@ from loraspan.adapters.base import Adapter
 from loraspan.collection.collection import Collection
 from loraspan.collection.fit import Goal, fit
 from loraspan.collection.layout import collection_bytes
-from loraspan.collection.rebuild import find_task, rebuild
+from loraspan.collection.rebuild import rebuild
 from loraspan.collection.summary import Report, make_report, summarize
 from loraspan.ops.places import find_device
 from loraspan.store import Finding, verify
@@ -113,7 +113,7 @@ class Subspace:
             UnknownTaskError: if there is no such task.
             FormatError: if the folder is there already and is not an adapter.
         """
-        task = self.collection.tasks[find_task(self.collection, name)]
+        task = self.collection.task(name)
         peft.write(self.reconstruct(name, dtype=dtype or _dtype_named(task.factor_dtype)), Path(folder))
 
     def __repr__(self) -> str:

@@ -53,10 +53,12 @@ def delta(slot):
     return slot.scale * slot.up.double().numpy() @ slot.down.double().numpy()
 
 
-def stored_delta(space, task):
+def stored_delta(collection, path, task):
     """``dW`` of a task as a slot's columns define it, read off the definition column by column."""
-    columns = space.columns
-    row = int(np.flatnonzero(columns.tasks == task)[0])
+    name = task if isinstance(task, str) else collection.tasks[task].name
+    space, (segment, place) = collection.slots[path], collection.find(name)
+    columns = segment.columns[path]
+    row = int(np.flatnonzero(columns.tasks == place)[0])
     ss, sp, ps, pp = columns.counts[row]
     starts, stops = columns.offsets()[row], columns.offsets()[row + 1]
     weights, left, left_own, right, right_own = (

@@ -40,7 +40,7 @@ GOALS = {
 def measured(collection, adapters):
     """Every task's error by the definition of the stored columns, in float64."""
     return [
-        planted.relative_error(adapter, lambda path, i=i: planted.stored_delta(collection.slots[path], i))
+        planted.relative_error(adapter, lambda path, i=i: planted.stored_delta(collection, path, i))
         for i, adapter in enumerate(adapters)
     ]
 
@@ -68,7 +68,7 @@ def test_rebuilt_adapter_is_what_is_stored(case, goal):
         slots = rebuild(collection, adapter.name).slots
         assert slots.keys() == adapter.slots.keys()
         for path, slot in slots.items():
-            stored = planted.stored_delta(collection.slots[path], i)
+            stored = planted.stored_delta(collection, path, i)
             # factors rounded once to float32, sums over at most 128 terms
             assert np.linalg.norm(planted.delta(slot) - stored) <= 1e-6 * np.linalg.norm(stored)
             assert slot.scale == 1.0
@@ -81,7 +81,7 @@ def test_rebuilt_adapter_is_what_is_stored(case, goal):
 def test_form_follows_structure(case, form):
     """Where one end is shared and the other is not, most columns have that form; where none is, all are private."""
     collection = fit(planted.adapters(**CASES[case] | {"noise": 0.001}), Goal(max_error=0.05))
-    counts = sum(space.columns.counts.sum(axis=0) for space in collection.slots.values())
+    counts = sum(held.counts.sum(axis=0) for held in collection.segments[0].columns.values())
     assert counts.argmax() == form
 
 
@@ -99,10 +99,10 @@ def test_gauge_changes_nothing(goal):
             slots[path] = Slot(torch.linalg.solve(gauge, slot.down) * 2.5, slot.up @ gauge, slot.scale / 2.5)
         turned.append(Adapter(adapter.name, slots))
     one, two = fit(adapters, goal), fit(turned, goal)
-    for path, space in one.slots.items():
-        assert np.array_equal(space.columns.counts, two.slots[path].columns.counts)
+    for path, held in one.segments[0].columns.items():
+        assert np.array_equal(held.counts, two.segments[0].columns[path].counts)
         for i in range(len(adapters)):
-            a, b = (planted.stored_delta(c.slots[path], i) for c in (one, two))
+            a, b = (planted.stored_delta(c, path, i) for c in (one, two))
             assert np.linalg.norm(a - b) <= 1e-6 * np.linalg.norm(a)
 
 
@@ -113,8 +113,8 @@ def test_order_changes_nothing(goal):
     one, two = fit(adapters, goal), fit([adapters[i] for i in order], goal)
     for place, i in enumerate(order):
         for path in adapters[i].slots:
-            a = planted.stored_delta(one.slots[path], int(i))
-            b = planted.stored_delta(two.slots[path], place)
+            a = planted.stored_delta(one, path, int(i))
+            b = planted.stored_delta(two, path, place)
             assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(a)
 
 
@@ -196,7 +196,7 @@ def test_a_task_may_lack_slots():
     path = "layers.1.q_proj"
     adapters[2] = Adapter("partial", {path: adapters[2].slots[path]})
     collection = fit(adapters, Goal(max_error=0.01))
-    assert list(collection.slots["layers.0.q_proj"].columns.tasks) == [0, 1, 3]
+    assert list(collection.segments[0].columns["layers.0.q_proj"].tasks) == [0, 1, 3]
     assert list(rebuild(collection, "partial").slots) == [path]
 
 

@@ -21,7 +21,9 @@ CASES = {
 
 def tensors(space):
     for slot in space.collection.slots.values():
-        yield from (slot.u, slot.v, *slot.columns.tensors().values())
+        yield from (slot.u, slot.v)
+    for columns in space.collection.segments[0].columns.values():
+        yield from columns.tensors().values()
 
 
 @pytest.mark.parametrize("goal", GOALS, ids=str)

@@ -11,8 +11,9 @@ import torch
 
 from loraspan import store
 from loraspan.adapters.base import Source
-from loraspan.collection.collection import Collection, SlotSpace, Task
+from loraspan.collection.collection import Collection, Segment, SlotSpace, Task
 from loraspan.collection.columns import Columns
+from loraspan.collection.segments import merge
 from loraspan.store import segment, transaction
 
 NAMES = ("sql", "../../etc/passwd", "名前 🦥", "", "a\nb\0c", "\udc80 not utf-8", "CURRENT", "x" * 10_000)
@@ -49,7 +50,7 @@ def collection(seed=0, *, slots=3, tasks=4, dtype=torch.float32, names=None, ext
     """A random collection: tasks lack slots, bases may have no width, cores may be dense, configurations repeat."""
     rng = torch.Generator().manual_seed(seed)
     draw = np.random.default_rng(seed)
-    spaces = {}
+    spaces, of_slots = {}, {}
     for j in range(slots):
         n, d = (int(size) for size in draw.integers(1, 9, 2))
         k_out, k_in = int(draw.integers(0, n + 1)), int(draw.integers(0, d + 1))
@@ -60,12 +61,13 @@ def collection(seed=0, *, slots=3, tasks=4, dtype=torch.float32, names=None, ext
         u, v = orthonormal(rng, n, k_out, dtype), orthonormal(rng, d, k_in, dtype)
         kind, kernel = ("conv2d", (d, 1, 1)) if j == 1 else ("linear", None)
         held = columns(rng, members, (n, d, k_out, k_in), counts, dense, dtype)
-        spaces[f"layers.{j}.weights"] = SlotSpace(u, v, held, kind, kernel)
+        spaces[f"layers.{j}.weights"] = SlotSpace(u, v, kind, kernel)
+        of_slots[f"layers.{j}.weights"] = held
     known = tuple(
-        task(i, draw, {s: i in space.columns.tasks for s, space in spaces.items()}, names, extras or {})
-        for i in range(tasks)
+        task(i, draw, {s: i in held.tasks for s, held in of_slots.items()}, names, extras or {}) for i in range(tasks)
     )
-    return Collection(spaces, known, dtype, "base/model" if seed % 2 else None, "Half of it — is shared.")
+    one = Segment(known, {s: held for s, held in of_slots.items() if len(held.tasks)})
+    return Collection(spaces, (one,), dtype, "base/model" if seed % 2 else None, "Half of it — is shared.")
 
 
 def task(i, draw, has, names, extras):
@@ -99,12 +101,7 @@ def assert_same(got, want):
         assert (other.kind, other.kernel) == (slot.kind, slot.kernel)
         same_bytes(other.u, slot.u)
         same_bytes(other.v, slot.v)
-        for field in ("tasks", "counts", "dense"):
-            ours, theirs = getattr(other.columns, field), getattr(slot.columns, field)
-            assert ours.dtype == theirs.dtype
-            np.testing.assert_array_equal(ours, theirs)
-        for field, tensor in slot.columns.tensors().items():
-            same_bytes(getattr(other.columns, field), tensor)
+    assert_same_columns(merge(got.segments), merge(want.segments))
     assert len(got.tasks) == len(want.tasks)
     for ours, theirs in zip(got.tasks, want.tasks, strict=True):
         for field in Task.__dataclass_fields__:
@@ -115,14 +112,33 @@ def assert_same(got, want):
             same_bytes(ours.extras[key], extra)
 
 
+def assert_same_columns(got, want):
+    assert got.columns.keys() == want.columns.keys()
+    for name, held in want.columns.items():
+        other = got.columns[name]
+        for field in ("tasks", "counts", "dense"):
+            ours, theirs = getattr(other, field), getattr(held, field)
+            assert ours.dtype == theirs.dtype
+            np.testing.assert_array_equal(ours, theirs)
+        for field, tensor in held.tensors().items():
+            same_bytes(getattr(other, field), tensor)
+
+
 def listing(folder):
     return sorted(entry.name for entry in Path(folder).iterdir() if entry.name != ".lock")
+
+
+def part_of(held, first, last):
+    """Give a segment with the tasks ``first`` to ``last - 1`` of a collection."""
+    whole = merge(held.segments)
+    alive = [task if first <= i < last else None for i, task in enumerate(whole.tasks)]
+    return merge([Segment(tuple(alive), whole.columns)])
 
 
 def save_in_segments(held, folder, cuts):
     """Save with one segment between each two cuts, as adding tasks one after another leaves it."""
     planned = [("basis", segment.basis_tensors(held), 0)]
-    planned += [("tasks", segment.task_tensors(held, a, b), b - a) for a, b in itertools.pairwise(cuts)]
+    planned += [("tasks", segment.task_tensors(part_of(held, a, b)), b - a) for a, b in itertools.pairwise(cuts)]
     return transaction.publish(held, Path(folder), planned, overwrite=False)
 
 

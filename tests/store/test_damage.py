@@ -299,7 +299,7 @@ def test_values_are_verified(tmp_path, problem):
 
 def test_the_task_of_a_bad_value_is_named(tmp_path):
     path = saved(tmp_path, seed=2)
-    columns = store.open(path).slots[S].columns
+    columns = store.open(path).segments[0].columns[S]
     last = int(columns.tasks[-1])
     edit_tensors(path, "tasks", lambda t: t[f"weights.{S}"][-1:].fill_(float("nan")))
 

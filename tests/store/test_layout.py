@@ -31,11 +31,12 @@ def test_bases_and_columns_take_what_is_said(tmp_path_factory, seed, dtype):
     store.save(held, path)
 
     basis, five, index = 0, 0, 0
-    for slot in held.slots.values():
+    for name, slot in held.slots.items():
         shape = {"n": slot.u.shape[0], "d": slot.v.shape[0], "k_out": slot.u.shape[1], "k_in": slot.v.shape[1]}
         basis += layout.basis_bytes(**shape, dtype=dtype)
-        five += int(layout.columns_bytes(slot.columns.counts, **shape, dtype=dtype, dense=slot.columns.dense).sum())
-        index += layout.index_bytes(slot.columns, len(held.tasks))
+        for segment, part in held.columns_of(name):
+            five += int(layout.columns_bytes(part.counts, **shape, dtype=dtype, dense=part.dense).sum())
+            index += layout.index_bytes(part, len(segment.tasks))
     head = json.loads(_header(path, "tasks-*"))
     rest = sum(e["data_offsets"][1] - e["data_offsets"][0] for n, e in head.items() if n.startswith(("rec", "origin")))
 

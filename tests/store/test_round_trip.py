@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from loraspan import store
 from loraspan.adapters.header import DTYPES
-from loraspan.collection.collection import Collection, SlotSpace, Task
+from loraspan.collection.collection import Collection, Segment, SlotSpace, Task
 from loraspan.collection.layout import DTYPE_NAMES
 from loraspan.errors import ArgumentError, ShapeError
 from store.samples import (
@@ -90,9 +90,9 @@ def test_every_field_of_a_task_is_kept(tmp_path):
 def test_integers_are_as_wide_as_they_have_to_be(tmp_path, count):
     rng = torch.Generator().manual_seed(0)
     held = columns(rng, [1], (2, 2, 0, 0), np.array([[count, 0, 0, 1]]), np.zeros(1, bool), torch.float32)
-    space = SlotSpace(torch.zeros(2, 0), torch.zeros(2, 0), held)
-    tasks = tuple(Task(str(i), 0.0, "measured", 1.0, {}, {}) for i in range(2))
-    want = Collection({"a": space}, tasks)
+    space = SlotSpace(torch.zeros(2, 0), torch.zeros(2, 0))
+    tasks = tuple(Task(str(i), 0.0, "measured", 1.0, {"a": 1.0} if i else {}, {"a": 8} if i else {}) for i in range(2))
+    want = Collection({"a": space}, (Segment(tasks, {"a": held}),))
 
     store.save(want, tmp_path / "a")
 
@@ -100,10 +100,10 @@ def test_integers_are_as_wide_as_they_have_to_be(tmp_path, count):
 
 
 def test_many_different_scales(tmp_path):
-    plain = collection(5, slots=1, tasks=1)
-    slot = next(iter(plain.slots))
+    rng, slot = torch.Generator().manual_seed(0), "a"
+    held = columns(rng, range(300), (2, 2, 0, 0), np.tile([0, 0, 0, 1], (300, 1)), np.zeros(300, bool), torch.float32)
     tasks = tuple(Task(str(i), 0.0, "measured", 1.0, {slot: 1 / (i + 1)}, {slot: i}) for i in range(300))
-    want = Collection(plain.slots, tasks)
+    want = Collection({slot: SlotSpace(torch.zeros(2, 0), torch.zeros(2, 0))}, (Segment(tasks, {slot: held}),))
 
     store.save(want, tmp_path / "a")
 
@@ -124,7 +124,8 @@ def test_the_safetensors_library_reads_the_files(tmp_path):
         for side in ("u", "v"):
             if getattr(slot, side).numel():
                 same_bytes(basis[f"{side}.{name}"], getattr(slot, side))
-        for field, tensor in slot.columns.tensors().items():
+    for name, columns_of in want.segments[0].columns.items():
+        for field, tensor in columns_of.tensors().items():
             if tensor.numel():
                 same_bytes(tasks[f"{field}.{name}"], tensor)
     for key, extra in ODD_EXTRAS.items():
@@ -139,7 +140,8 @@ def test_tensors_start_where_their_items_may(tmp_path):
     held = store.open(tmp_path / "a")
 
     tensors = [t for task in held.tasks for t in task.extras.values()]
-    tensors += [t for slot in held.slots.values() for t in (slot.u, slot.v, *slot.columns.tensors().values())]
+    tensors += [t for slot in held.slots.values() for t in (slot.u, slot.v)]
+    tensors += [t for part in held.segments[0].columns.values() for t in part.tensors().values()]
 
     assert all(t.data_ptr() % t.element_size() == 0 for t in tensors)
 
@@ -178,11 +180,9 @@ print(*(b - a for a, b in zip(before, after)))
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_opening_reads_no_data(tmp_path):
     """32 MB of bases are replaced by a hole, and opening neither notices nor grows."""
-    rng = torch.Generator().manual_seed(0)
-    none = columns(rng, [], (1 << 20, 1 << 20, 4, 4), np.zeros((0, 4), np.int64), np.zeros(0, bool), torch.float32)
     basis = torch.ones(1 << 20, 4)
-    store.save(Collection({"a": SlotSpace(basis, basis, none)}, ()), tmp_path / "big")
-    store.save(Collection({}, ()), tmp_path / "small")
+    store.save(Collection({"a": SlotSpace(basis, basis)}), tmp_path / "big")
+    store.save(Collection({}), tmp_path / "small")
     path = next((tmp_path / "big").glob("basis-*"))
     size = path.stat().st_size
     with path.open("r+b") as file:
@@ -200,12 +200,22 @@ def test_opening_reads_no_data(tmp_path):
 
 
 def _first(held, **changes):
-    return replace(held, tasks=(replace(held.tasks[0], **changes), *held.tasks[1:]))
+    return _with_tasks(held, (replace(held.tasks[0], **changes), *held.tasks[1:]))
+
+
+def _with_tasks(held, tasks):
+    return replace(held, segments=(Segment(tasks, held.segments[0].columns),))
 
 
 def _spoil(held, change):
-    name, slot = next((n, s) for n, s in held.slots.items() if len(s.columns.tasks) > 1 and s.u.numel() and s.v.numel())
+    name, slot = next((n, s) for n, s in held.slots.items() if s.u.numel() and s.v.numel())
     return replace(held, slots={**held.slots, name: change(slot)})
+
+
+def _spoil_columns(held, change):
+    (one,) = held.segments
+    name, found = next((n, c) for n, c in one.columns.items() if len(c.tasks) > 1 and c.left_private.numel())
+    return replace(held, segments=(Segment(one.tasks, {**one.columns, name: change(found)}),))
 
 
 COLUMN_FAULTS = {
@@ -223,7 +233,7 @@ COLUMN_FAULTS = {
 def test_columns_that_do_not_fit_are_not_written(tmp_path, problem):
     held = collection(8, slots=6)
     fault = COLUMN_FAULTS[problem]
-    spoilt = _spoil(held, lambda s: replace(s, columns=fault(s.columns)))
+    spoilt = _spoil_columns(held, fault)
 
     with pytest.raises(ShapeError, match=rf"save: {problem.split(':')[0]} of slot 'layers.*{problem.split(': ')[1]}"):
         store.save(spoilt, tmp_path / "a")
@@ -235,7 +245,7 @@ FAULTS = {
     "v of slot .* has to be a matrix": lambda c: _spoil(c, lambda s: replace(s, v=s.v.half())),
     "the kind of slot": lambda c: _spoil(c, lambda s: replace(s, kind="odd")),
     "dtype of a collection": lambda c: replace(c, dtype=torch.int8),
-    "two tasks are named 'task 0'": lambda c: replace(c, tasks=(*c.tasks[:3], replace(c.tasks[0]))),
+    "two tasks are named 'task 0'": lambda c: _with_tasks(c, (*c.tasks[:3], replace(c.tasks[0]))),
     "which is no slot of the collection": lambda c: _first(c, scales={"x": 1.0}, lora_ranks={"x": 1}),
     "scales and lora_ranks for different slots": lambda c: _first(c, lora_ranks={}),
     "finite": lambda c: _first(c, error=float("nan")),
@@ -262,9 +272,8 @@ def test_what_cannot_be_kept_is_refused(tmp_path, message):
 
 def test_a_basis_of_any_layout(tmp_path):
     rng = torch.Generator().manual_seed(1)
-    none = columns(rng, [], (6, 5, 3, 2), np.zeros((0, 4), np.int64), np.zeros(0, bool), torch.float16)
     u, v = orthonormal(rng, 6, 3, torch.float16), orthonormal(rng, 5, 2, torch.float16)
-    want = Collection({"a": SlotSpace(u.T.contiguous().T, v.repeat(1, 2)[:, ::2], none)}, (), torch.float16)
+    want = Collection({"a": SlotSpace(u.T.contiguous().T, v.repeat(1, 2)[:, ::2])}, (), torch.float16)
 
     store.save(want, tmp_path / "a")
 

@@ -281,6 +281,6 @@ def test_a_generation_that_cannot_be_read_keeps_its_files(tmp_path):
     (tmp_path / "a" / "manifest-000001.json").write_text("damaged")
     data = set((tmp_path / "a").glob("*.safetensors"))
 
-    store.save(Collection({}, ()), tmp_path / "a", overwrite=True)
+    store.save(Collection({}), tmp_path / "a", overwrite=True)
 
     assert data < set((tmp_path / "a").glob("*.safetensors"))

@@ -1,9 +1,10 @@
-"""A collection: bases per slot and the columns of every task, in memory."""
+"""A collection: bases per slot, and tasks with their columns in segments, in memory."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,23 +12,22 @@ from torch import Tensor
 
 from loraspan.adapters.base import Source
 from loraspan.collection.columns import Columns
+from loraspan.errors import UnknownTaskError
 
 
 @dataclass(frozen=True)
 class SlotSpace:
-    """One slot: its shared bases and the columns of the tasks that have it.
+    """The shared bases of one slot.
 
     Attributes:
         u: ``[n, k_out]``, the output basis as stored; ``k_out`` may be 0.
         v: ``[d, k_in]``, the input basis as stored.
-        columns: of all tasks.
         kind: what the map is in the model, see :class:`loraspan.adapters.base.Slot`.
         kernel: of a convolution.
     """
 
     u: Tensor
     v: Tensor
-    columns: Columns
     kind: str = "linear"
     kernel: tuple[int, int, int] | None = None
 
@@ -63,20 +63,85 @@ class Task:
     extras: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """Tasks that came together, and their columns.
+
+    A segment never changes: a task is added with a segment of its own, and leaves with a segment that has None in its
+    place and shares all else.
+
+    Attributes:
+        tasks: in the order in which they came; None where one was removed, whose columns stay until the segment is
+            written anew.
+        columns: by module path, for every slot that some of the tasks has; ``Columns.tasks`` counts in ``tasks``.
+    """
+
+    tasks: tuple[Task | None, ...]
+    columns: Mapping[str, Columns]
+
+    @cached_property
+    def living(self) -> int:
+        """The number of tasks that were not removed."""
+        return sum(task is not None for task in self.tasks)
+
+
 @dataclass(frozen=True)
 class Collection:
     """Bases and tasks.
 
     Attributes:
         slots: by module path, in a fixed order.
-        tasks: in the order in which they came; ``Columns.tasks`` counts in it.
+        segments: of tasks, in the order in which they came.
         dtype: of bases, loadings and private columns as stored.
         base_model: the base model that the adapters name, if they do.
         summary: one sentence on how much is shared and which form was chosen.
     """
 
     slots: Mapping[str, SlotSpace]
-    tasks: tuple[Task, ...]
+    segments: tuple[Segment, ...] = ()
     dtype: torch.dtype = torch.float32
     base_model: str | None = None
     summary: str = ""
+
+    @cached_property
+    def tasks(self) -> tuple[Task, ...]:
+        """The tasks, in the order in which they came."""
+        return tuple(task for segment in self.segments for task in segment.tasks if task is not None)
+
+    @cached_property
+    def places(self) -> Mapping[str, tuple[int, int]]:
+        """By name of a task: its segment, and its place in that."""
+        return {
+            task.name: (i, j)
+            for i, segment in enumerate(self.segments)
+            for j, task in enumerate(segment.tasks)
+            if task is not None
+        }
+
+    def find(self, name: str) -> tuple[Segment, int]:
+        """Give the segment of a task, and its place in that.
+
+        Raises:
+            UnknownTaskError: if there is none of that name; says which there are.
+        """
+        if name in self.places:
+            i, j = self.places[name]
+            return self.segments[i], j
+        known = ", ".join(repr(task.name) for task in self.tasks[:5])
+        more = f" and {len(self.tasks) - 5} more" if len(self.tasks) > 5 else ""
+        raise UnknownTaskError(f"no task {name!r} in this collection; it has {known}{more}")
+
+    def task(self, name: str) -> Task:
+        """Give a task by its name.
+
+        Raises:
+            UnknownTaskError: if there is none of that name.
+        """
+        segment, j = self.find(name)
+        found = segment.tasks[j]
+        assert found is not None
+        return found
+
+    def columns_of(self, path: str) -> Iterator[tuple[Segment, Columns]]:
+        """Give the columns of a slot, segment after segment."""
+        return ((segment, segment.columns[path]) for segment in self.segments if path in segment.columns)

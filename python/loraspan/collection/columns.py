@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 FORMS = ("ss", "sp", "ps", "pp")
+FIELDS = ("weights", "left_loadings", "left_private", "right_loadings", "right_private")
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Columns:
     (so it has ``ss == k_in``).
 
     Attributes:
-        tasks: ``[T]`` int64, ascending: the collection's task of each row below. A task may lack a slot.
+        tasks: ``[T]`` int64, ascending: the segment's task of each row below. A task may lack a slot.
         counts: ``[T, 4]`` int64: its number of columns of each form.
         dense: ``[T]`` bool.
         weights: ``[C]`` float32, all columns of all rows in order, not negative.
@@ -49,5 +51,18 @@ class Columns:
 
     def tensors(self) -> dict[str, Tensor]:
         """Give the five tensors by name, in the order of the attributes."""
-        names = ("weights", "left_loadings", "left_private", "right_loadings", "right_private")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in FIELDS}
+
+    def row_of(self, task: int) -> int | None:
+        """Give the row of a task, None if it lacks the slot."""
+        row = int(self.tasks.searchsorted(task))
+        return row if row < len(self.tasks) and self.tasks[row] == task else None
+
+    @cached_property
+    def _starts(self) -> NDArray[np.int64]:
+        return self.offsets()
+
+    def of_row(self, row: int) -> dict[str, Tensor]:
+        """Give the five tensors of one row, as views."""
+        starts, stops = self._starts[row : row + 2]
+        return {name: t[a:b] for (name, t), a, b in zip(self.tensors().items(), starts, stops, strict=True)}

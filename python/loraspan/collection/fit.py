@@ -13,7 +13,8 @@ from torch import Tensor
 from loraspan.adapters.base import Adapter
 from loraspan.collection.assemble import assemble
 from loraspan.collection.bases import make_basis, shared_cores
-from loraspan.collection.collection import Collection, SlotSpace, Task
+from loraspan.collection.collection import Collection, Segment, SlotSpace, Task
+from loraspan.collection.columns import Columns
 from loraspan.collection.core_space import energy_by_rank, refine_jointly
 from loraspan.collection.factors import SlotFactors, read_factors
 from loraspan.collection.ranges import Range, find_range
@@ -97,12 +98,13 @@ def fit(
             fitted.append(_fit_shared(slot, squares, goal))
     report("fit", len(slots), len(slots))
     lost = torch.zeros(len(adapters), dtype=torch.float64)
-    for slot, (_, slot_lost) in zip(slots, fitted, strict=True):
+    for slot, (_, _, slot_lost) in zip(slots, fitted, strict=True):
         lost.index_add_(0, torch.tensor(slot.members), slot_lost)
-    spaces = {slot.path: space for slot, (space, _) in zip(slots, fitted, strict=True)}
-    tasks = _tasks(adapters, squares, lost)
-    _check_met(tasks, goal)
-    return Collection(spaces, tasks, goal.dtype, _base_model(adapters))
+    spaces = {slot.path: space for slot, (space, _, _) in zip(slots, fitted, strict=True)}
+    columns = {slot.path: made for slot, (_, made, _) in zip(slots, fitted, strict=True)}
+    tasks = describe(adapters, squares, lost)
+    check_met("compress", tasks, goal.max_error, goal.dtype)
+    return Collection(spaces, (Segment(tasks, columns),), goal.dtype, _base_model(adapters))
 
 
 def _check_names(adapters: Sequence[Adapter]) -> None:
@@ -113,13 +115,14 @@ def _check_names(adapters: Sequence[Adapter]) -> None:
             raise MismatchError(f"compress: {count} adapters are named {name!r}; give each a name of its own")
 
 
-def _check_met(tasks: Sequence[Task], goal: Goal) -> None:
-    if goal.max_error is None:
+def check_met(operator: str, tasks: Sequence[Task], max_error: float | None, dtype: torch.dtype) -> None:
+    """Refuse what rounding keeps from meeting ``max_error``."""
+    if max_error is None:
         return
     worst = max(tasks, key=lambda task: task.error)
-    if worst.error > goal.max_error * (1 + 1e-9):
+    if worst.error > max_error * (1 + 1e-9):
         raise ArgumentError(
-            f"compress: max_error={goal.max_error:g} is below what rounding to {goal.dtype} allows: task "
+            f"{operator}: max_error={max_error:g} is below what rounding to {dtype} allows: task "
             f"{worst.name!r} is stored with {worst.error:.3g} at best; ask for more, or for dtype float32"
         )
 
@@ -132,7 +135,7 @@ def total_squares(slots: Sequence[SlotFactors], count: int) -> Tensor:
     return squares
 
 
-def _fit_shared(slot: SlotFactors, squares: Tensor, goal: Goal) -> tuple[SlotSpace, Tensor]:
+def _fit_shared(slot: SlotFactors, squares: Tensor, goal: Goal) -> tuple[SlotSpace, Columns, Tensor]:
     """Fit one slot with all ends shared."""
     members = torch.tensor(slot.members)
     # a task's relative error counts where a rank is asked for, the collection's energy where that is
@@ -149,7 +152,7 @@ def _fit_shared(slot: SlotFactors, squares: Tensor, goal: Goal) -> tuple[SlotSpa
     shared = shared_cores(out, inn, slot.scales, slot.squares, goal.dtype)
     columns = assemble(slot.members, [shared.part], slot.shape, ranks, goal.dtype)
     first = slot.slots[0]
-    return SlotSpace(out.v, inn.v, columns, first.kind, first.kernel), shared.squares
+    return SlotSpace(out.v, inn.v, first.kind, first.kernel), columns, shared.squares
 
 
 def _choose_ranks(
@@ -172,7 +175,8 @@ def _choose_ranks(
         width *= 2
 
 
-def _tasks(adapters: Sequence[Adapter], squares: Tensor, lost: Tensor) -> tuple[Task, ...]:
+def describe(adapters: Sequence[Adapter], squares: Tensor, lost: Tensor) -> tuple[Task, ...]:
+    """Say what is known of every task, from ``[N]`` squared norms of its ``dW`` and of what was lost."""
     return tuple(
         Task(
             name=adapter.name,

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 if TYPE_CHECKING:
-    from loraspan.collection.collection import Collection, SlotSpace, Task
+    from loraspan.collection.collection import Collection, Segment, Task
     from loraspan.collection.columns import Columns
 
 # the names that the safetensors format gives to dtypes
@@ -132,23 +132,28 @@ def index_bytes(columns: Columns, tasks: int) -> int:
 
 
 def collection_bytes(collection: Collection) -> int:
-    """Give the bytes of the files of a generation that holds ``collection`` in one segment.
+    """Give the bytes of the files of a generation that holds ``collection``, a file a segment.
 
     Tensors, integer tables and extras are exact. The headers, the tasks' records and the manifest are counted by their
     names and numbers, and come out within about one per cent or 500 bytes of the truth, whichever is more.
     """
     slots = collection.slots
-    tasks = len(collection.tasks)
     basis = [(f"{side}.{name}", m.dtype, m.shape) for name, s in slots.items() for side, m in (("u", s.u), ("v", s.v))]
-    entries = [entry for name, slot in slots.items() for entry in _slot_entries(name, slot, tasks)]
+    return _file_bytes("basis", basis) + sum(map(segment_bytes, collection.segments)) + manifest_bytes(collection)
+
+
+def segment_bytes(segment: Segment) -> int:
+    """Give the bytes of the file of a segment whose tasks all live, as :func:`collection_bytes` counts them."""
+    tasks = [task for task in segment.tasks if task is not None]
+    entries = [entry for path, columns in segment.columns.items() for entry in _slot_entries(path, columns, len(tasks))]
     entries += [
         (f"extra.{i}.{key}", extra.dtype, extra.shape)
-        for i, task in enumerate(collection.tasks)
+        for i, task in enumerate(tasks)
         for key, extra in task.extras.items()
     ]
-    entries += _origin_entries(collection)
-    entries.append(("records", torch.uint8, [records_bytes(collection.tasks)]))
-    return _file_bytes(basis) + _file_bytes(entries) + manifest_bytes(collection)
+    entries += _origin_entries(tasks, segment.columns)
+    entries.append(("records", torch.uint8, [records_bytes(tasks)]))
+    return _file_bytes("tasks", entries)
 
 
 def records_bytes(tasks: Sequence[Task]) -> int:
@@ -162,15 +167,14 @@ def records_bytes(tasks: Sequence[Task]) -> int:
 def manifest_bytes(collection: Collection) -> int:
     """Give the bytes of the manifest and of ``CURRENT``, to about one per cent."""
     text = len(_dumps([collection.summary, collection.base_model]))
-    total = _MANIFEST + 2 * _MANIFEST_FILE + text
+    total = _MANIFEST + (1 + len(collection.segments)) * _MANIFEST_FILE + text
     for name, slot in collection.slots.items():
         numbers = [*slot.u.shape, *slot.v.shape, slot.kind, slot.kernel]
         total += _MANIFEST_SLOT + len(_dumps(name)) + len(_dumps(numbers)) - 7
     return total
 
 
-def _slot_entries(name: str, slot: SlotSpace, tasks: int) -> list[Entry]:
-    columns = slot.columns
+def _slot_entries(name: str, columns: Columns, tasks: int) -> list[Entry]:
     entries: list[Entry] = [(f"{field}.{name}", t.dtype, t.shape) for field, t in columns.tensors().items()]
     rows = len(columns.tasks)
     if rows:
@@ -182,17 +186,17 @@ def _slot_entries(name: str, slot: SlotSpace, tasks: int) -> list[Entry]:
     return entries
 
 
-def _origin_entries(collection: Collection) -> list[Entry]:
-    pairs = {(task.scales[slot], task.lora_ranks[slot]) for task in collection.tasks for slot in task.scales}
-    if len(pairs) < 2 and all(len(task.scales) == len(collection.slots) for task in collection.tasks):
+def _origin_entries(tasks: Sequence[Task], slots: Mapping[str, Columns]) -> list[Entry]:
+    pairs = {(task.scales[slot], task.lora_ranks[slot]) for task in tasks for slot in task.scales}
+    if len(pairs) < 2 and all(len(task.scales) == len(slots) for task in tasks):
         return []
-    return [(f"origin.{name}", narrow(len(pairs)), [len(collection.tasks)]) for name in collection.slots]
+    return [(f"origin.{name}", narrow(len(pairs)), [len(tasks)]) for name in slots]
 
 
-def _file_bytes(entries: Sequence[Entry]) -> int:
+def _file_bytes(kind: str, entries: Sequence[Entry]) -> int:
     kept = [entry for entry in entries if _size(entry[2])]
     data = sum(_size(shape) * dtype.itemsize for _, dtype, shape in kept)
-    return len(header((kept[i] for i in order(kept)), {"loraspan": "basis"})) + data
+    return len(header((kept[i] for i in order(kept)), {"loraspan": kind})) + data
 
 
 def _source(task: Task) -> list[object]:

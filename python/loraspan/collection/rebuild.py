@@ -7,26 +7,13 @@ from torch import Tensor
 
 from loraspan.adapters.base import Adapter, Slot
 from loraspan.collection.collection import Collection, SlotSpace, Task
-from loraspan.errors import ArgumentError, NotFiniteError, UnknownTaskError
+from loraspan.collection.columns import Columns
+from loraspan.errors import ArgumentError, NotFiniteError
 from loraspan.ops import Piece, reconstruct_many
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Singular values of a dense core below this share of its largest are rounding of its stored entries.
 _RANK_FLOOR = 1e-6
-
-
-def find_task(collection: Collection, name: str) -> int:
-    """Give the index of a task.
-
-    Raises:
-        UnknownTaskError: if there is none of that name; says which come near.
-    """
-    for index, task in enumerate(collection.tasks):
-        if task.name == name:
-            return index
-    known = ", ".join(repr(task.name) for task in collection.tasks[:5])
-    more = f" and {len(collection.tasks) - 5} more" if len(collection.tasks) > 5 else ""
-    raise UnknownTaskError(f"no task {name!r} in this collection; it has {known}{more}")
 
 
 def rebuild(collection: Collection, name: str, *, dtype: torch.dtype = torch.float32) -> Adapter:
@@ -44,14 +31,15 @@ def rebuild(collection: Collection, name: str, *, dtype: torch.dtype = torch.flo
     """
     if dtype not in _DTYPES:
         raise ArgumentError(f"reconstruct: dtype is float32, bfloat16 or float16; got {dtype}")
-    index = find_task(collection, name)
-    task = collection.tasks[index]
+    segment, index = collection.find(name)
+    task = collection.task(name)
     slots: dict[str, Slot] = {}
     pieces: list[Piece] = []
     for path, space in collection.slots.items():
-        row = _row_of(space, index)
-        if row is not None:
-            slots[path], wanted = _slot_pieces(space, row, dtype)
+        columns = segment.columns.get(path)
+        row = None if columns is None else columns.row_of(index)
+        if columns is not None and row is not None:
+            slots[path], wanted = _slot_pieces(space, columns, row, dtype)
             pieces += wanted
     reconstruct_many(pieces)
     if dtype == torch.float16:
@@ -59,20 +47,10 @@ def rebuild(collection: Collection, name: str, *, dtype: torch.dtype = torch.flo
     return Adapter(task.name, slots, task.extras, task.config, task.source)
 
 
-def _row_of(space: SlotSpace, index: int) -> int | None:
-    tasks = space.columns.tasks
-    row = int(tasks.searchsorted(index))
-    return row if row < len(tasks) and tasks[row] == index else None
-
-
-def _slot_pieces(space: SlotSpace, row: int, dtype: torch.dtype) -> tuple[Slot, list[Piece]]:
+def _slot_pieces(space: SlotSpace, columns: Columns, row: int, dtype: torch.dtype) -> tuple[Slot, list[Piece]]:
     """Give a slot with factors yet to be written, and the products that write them."""
-    columns = space.columns
     ss, sp, ps, pp = (int(count) for count in columns.counts[row])
-    starts, stops = columns.offsets()[row : row + 2]
-    weights, left, left_own, right, right_own = (
-        tensor[start:stop] for tensor, start, stop in zip(columns.tensors().values(), starts, stops, strict=True)
-    )
+    weights, left, left_own, right, right_own = columns.of_row(row).values()
     root = weights.sqrt()
     if columns.dense[row]:
         ss, left, right, root = _factor_dense(left, right, weights, ss, sp)

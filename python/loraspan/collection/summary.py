@@ -8,8 +8,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
-from loraspan.collection.collection import Collection, SlotSpace
+from loraspan.collection.collection import Collection, Segment, SlotSpace
+from loraspan.collection.columns import Columns
 from loraspan.collection.layout import columns_bytes
 
 # From which share of the energy held by the bases on adapters count as sharing most, or part, of their directions.
@@ -74,19 +76,9 @@ class Report:
 
 def make_report(collection: Collection, nbytes: int) -> Report:
     """Give the report of a collection that takes ``nbytes`` on disk."""
-    count = len(collection.tasks)
-    columns, private, size = (np.zeros(count, dtype=np.int64) for _ in range(3))
-    for space in collection.slots.values():
-        table = space.columns
-        columns[table.tasks] += table.counts.sum(axis=1)
-        private[table.tasks] += table.counts[:, 1:].sum(axis=1)
-        size[table.tasks] += task_bytes(space, collection)
-    tasks = tuple(
-        TaskLine(t.name, t.error, t.error_kind, int(columns[i]), int(private[i]), int(size[i]), t.factor_bytes)
-        for i, t in enumerate(collection.tasks)
-    )
+    tasks = tuple(line for segment in collection.segments for line in _task_lines(segment, collection))
     slots = tuple(
-        SlotLine(path, (len(s.u), len(s.v)), (s.u.shape[1], s.v.shape[1]), len(s.columns.tasks), form_of(s))
+        SlotLine(path, (len(s.u), len(s.v)), (s.u.shape[1], s.v.shape[1]), _tasks_of(collection, path), form_of(s))
         for path, s in collection.slots.items()
     )
     source = sum(task.factor_bytes for task in collection.tasks)
@@ -95,11 +87,31 @@ def make_report(collection: Collection, nbytes: int) -> Report:
     return Report(collection.summary, nbytes, source, basis, dtype, tasks, slots)
 
 
-def task_bytes(space: SlotSpace, collection: Collection) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Give the bytes of the columns of every task of a slot, ``[T]``."""
+def _task_lines(segment: Segment, collection: Collection) -> list[TaskLine]:
+    columns, private, size = (np.zeros(len(segment.tasks), dtype=np.int64) for _ in range(3))
+    for path, table in segment.columns.items():
+        columns[table.tasks] += table.counts.sum(axis=1)
+        private[table.tasks] += table.counts[:, 1:].sum(axis=1)
+        size[table.tasks] += task_bytes(collection.slots[path], table, collection.dtype)
+    return [
+        TaskLine(t.name, t.error, t.error_kind, int(columns[i]), int(private[i]), int(size[i]), t.factor_bytes)
+        for i, t in enumerate(segment.tasks)
+        if t is not None
+    ]
+
+
+def _tasks_of(collection: Collection, path: str) -> int:
+    """Count the tasks that have a slot."""
+    return sum(
+        sum(segment.tasks[task] is not None for task in columns.tasks)
+        for segment, columns in collection.columns_of(path)
+    )
+
+
+def task_bytes(space: SlotSpace, table: Columns, dtype: torch.dtype) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Give the bytes of the columns of every task that a segment has in a slot, ``[T]``."""
     (n, k_out), (d, k_in) = space.u.shape, space.v.shape
-    table = space.columns
-    return columns_bytes(table.counts, n=n, d=d, k_out=k_out, k_in=k_in, dtype=collection.dtype, dense=table.dense)
+    return columns_bytes(table.counts, n=n, d=d, k_out=k_out, k_in=k_in, dtype=dtype, dense=table.dense)
 
 
 def form_of(space: SlotSpace) -> str:
@@ -118,7 +130,7 @@ def summarize(collection: Collection, nbytes: int) -> str:
     source = sum(task.factor_bytes for task in collection.tasks)
     held = 1 - float(np.mean(np.square(errors)))
     forms = Counter(form_of(space) for space in collection.slots.values())
-    private = sum(int(space.columns.counts[:, 1:].sum()) for space in collection.slots.values())
+    private = sum(int(c.counts[:, 1:].sum()) for segment in collection.segments for c in segment.columns.values())
     return (
         f"{_sharing(collection, held, private, forms)} {_plural(len(errors), 'task')} in {nbytes:,} bytes, "
         f"{nbytes / max(source, 1):.3g} of the {source:,} of the original factors; "

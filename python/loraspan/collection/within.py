@@ -11,6 +11,7 @@ from loraspan.collection.assemble import Part, assemble
 from loraspan.collection.bases import Basis, empty_basis, make_basis, shared_cores, unit
 from loraspan.collection.budget import Plan, Planner, allotments, column_bytes, one_sided_counts, product_spectrum
 from loraspan.collection.collection import SlotSpace
+from loraspan.collection.columns import Columns
 from loraspan.collection.core_space import refine_jointly
 from loraspan.collection.factors import Canonical, SlotFactors
 from loraspan.collection.private import (
@@ -40,8 +41,8 @@ def fit_within(
     seed: int,
     refine: int,
     report: Callable[[str, int, int], None],
-) -> list[tuple[SlotSpace, Tensor]]:
-    """Give every slot's space, and what each of its tasks lost there, so that no task exceeds ``max_error`` in all.
+) -> list[tuple[SlotSpace, Columns, Tensor]]:
+    """Give every slot's bases and columns so that no task exceeds ``max_error`` in all, and what its tasks lost there.
 
     Args:
         slots: the factors.
@@ -63,9 +64,9 @@ def fit_within(
         members = torch.tensor(slot.members)
         allowed = (share + unspent[members]).clamp(min=0)
         fitter = _SlotFitter(slot, canonical, weights[members], allowed, dtype, refine)
-        space, lost = fitter.fit("f32" if coarse and not slot.is_double else "f64", seed)
+        space, columns, lost = fitter.fit("f32" if coarse and not slot.is_double else "f64", seed)
         unspent[members] += share - lost
-        fitted.append((space, lost))
+        fitted.append((space, columns, lost))
     return fitted
 
 
@@ -110,14 +111,14 @@ class _SlotFitter:
             _Side(down, d, slot.gram_down, canonical.y),
         )
 
-    def fit(self, precision: str, seed: int) -> tuple[SlotSpace, Tensor]:
-        """Give the slot's space and ``[T]`` squared losses."""
+    def fit(self, precision: str, seed: int) -> tuple[SlotSpace, Columns, Tensor]:
+        """Give the slot's bases and columns, and ``[T]`` squared losses."""
         plan, ranges = self._choose(precision, seed)
         bases, parts, lost = self._build(plan, ranges)
         ranks = (bases[0].v.shape[1], bases[1].v.shape[1])
         columns = assemble(self._slot.members, parts, self._slot.shape, ranks, self._dtype)
         first = self._slot.slots[0]
-        return SlotSpace(bases[0].v, bases[1].v, columns, first.kind, first.kernel), lost
+        return SlotSpace(bases[0].v, bases[1].v, first.kind, first.kernel), columns, lost
 
     def _choose(self, precision: str, seed: int) -> tuple[Plan, tuple[Range, Range]]:
         """Widen the ranges while the cheapest form uses all of their width."""

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from loraspan.adapters.base import KINDS
 from loraspan.adapters.header import MAX_NAME_CHARS
-from loraspan.collection.collection import Collection, SlotSpace
+from loraspan.collection.collection import Collection, Segment, SlotSpace
 from loraspan.collection.layout import DTYPE_NAMES
 from loraspan.errors import ArgumentError, ShapeError
 from loraspan.store.format import LARGEST
@@ -29,6 +29,8 @@ def check(collection: Collection) -> None:
     for name, slot in collection.slots.items():
         _check_text(name, "slot")
         _check_slot(name, slot, collection)
+    for segment in collection.segments:
+        _check_segment(segment, collection)
     seen: set[str] = set()
     for task in collection.tasks:
         if task.name in seen:
@@ -48,9 +50,16 @@ def _check_slot(name: str, slot: SlotSpace, collection: Collection) -> None:
                 f"save: {side} of slot {name!r} has to be a matrix of {collection.dtype}; "
                 f"got {list(basis.shape)} of {basis.dtype}"
             )
-    problem = problem_of(slot.columns, slot_shape(name, slot), collection.dtype, len(collection.tasks))
-    if problem is not None:
-        raise ShapeError(f"save: {problem[0]} of slot {name!r}: {problem[1]}")
+
+
+def _check_segment(segment: Segment, collection: Collection) -> None:
+    for name, columns in segment.columns.items():
+        if name not in collection.slots:
+            raise ShapeError(f"save: there are columns for {name!r}, which is no slot of the collection")
+        shape = slot_shape(name, collection.slots[name])
+        problem = problem_of(columns, shape, collection.dtype, len(segment.tasks))
+        if problem is not None:
+            raise ShapeError(f"save: {problem[0]} of slot {name!r}: {problem[1]}")
 
 
 def _check_extra(task: str, key: str, extra: Tensor) -> None:

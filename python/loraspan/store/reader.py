@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
-import torch
-
-from loraspan.collection.collection import Collection, SlotSpace, Task
-from loraspan.collection.columns import Columns
+from loraspan.collection.collection import Collection, Segment, SlotSpace
 from loraspan.errors import ArgumentError, StoreError
 from loraspan.store import manifest as manifests
 from loraspan.store import segment
@@ -32,8 +28,7 @@ def open(path: str | os.PathLike[str], *, generation: int | None = None) -> Coll
         generation: which one to open; None opens the current one.
 
     Returns:
-        The collection as it was saved. Where the store has several segments, the columns of a slot that occurs in more
-        than one of them are copied together.
+        The collection as it was saved.
 
     Raises:
         StoreError: if the folder is no store, lacks a file or cannot be read.
@@ -44,7 +39,7 @@ def open(path: str | os.PathLike[str], *, generation: int | None = None) -> Coll
         >>> import tempfile, torch
         >>> from loraspan.store import open, save
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save(Collection({}, (), dtype=torch.bfloat16), folder + "/team.span")
+        ...     save(Collection({}, dtype=torch.bfloat16), folder + "/team.span")
         ...     open(folder + "/team.span").dtype
         1
         torch.bfloat16
@@ -59,21 +54,11 @@ def open(path: str | os.PathLike[str], *, generation: int | None = None) -> Coll
 def _open(folder: Path, generation: int | None) -> Collection:
     manifest = read_manifest(folder, wanted(folder, generation))
     bases = segment.read_basis(TensorFile(folder, manifest.basis), manifest)
-    tasks: list[Task] = []
-    parts: dict[str, list[Columns]] = {slot.name: [] for slot in manifest.slots}
-    for data in manifest.segments:
-        more, columns = segment.read_tasks(TensorFile(folder, data), manifest, data.tasks)
-        for name, part in columns.items():
-            if len(part.tasks):
-                parts[name].append(shifted(part, len(tasks)))
-        tasks += more
-    if (double := double_name(tasks)) is not None:
+    segments = tuple(segment.read_tasks(TensorFile(folder, data), manifest, data.tasks) for data in manifest.segments)
+    if (double := double_name(segments)) is not None:
         raise DamagedError(manifest_name(manifest.generation), f"task {double!r}"[:200], "two tasks have this name")
-    slots = {}
-    for slot in manifest.slots:
-        columns_of = join(parts[slot.name]) if parts[slot.name] else segment.no_columns(slot, manifest.dtype)
-        slots[slot.name] = SlotSpace(*bases[slot.name], columns_of, slot.kind, slot.kernel)
-    return Collection(slots, tuple(tasks), manifest.dtype, manifest.base_model, manifest.summary)
+    slots = {slot.name: SlotSpace(*bases[slot.name], slot.kind, slot.kernel) for slot in manifest.slots}
+    return Collection(slots, segments, manifest.dtype, manifest.base_model, manifest.summary)
 
 
 def current(folder: Path) -> int | None:
@@ -119,25 +104,13 @@ def read_manifest(folder: Path, generation: int) -> Manifest:
     return manifest
 
 
-def double_name(tasks: Sequence[Task]) -> str | None:
+def double_name(segments: Iterable[Segment]) -> str | None:
     """Give a name that two tasks have, if there is one."""
     seen: set[str] = set()
-    return next((task.name for task in tasks if task.name in seen or seen.add(task.name)), None)  # type: ignore[func-returns-value]
-
-
-def shifted(columns: Columns, tasks: int) -> Columns:
-    """Count tasks from ``tasks`` on."""
-    return Columns(columns.tasks + tasks, columns.counts, columns.dense, **columns.tensors()) if tasks else columns
-
-
-def join(parts: Sequence[Columns]) -> Columns:
-    """Put the rows of one slot together; a single part stays as it is."""
-    if len(parts) == 1:
-        return parts[0]
-    tensors = [part.tensors() for part in parts]
-    return Columns(
-        tasks=np.concatenate([part.tasks for part in parts]),
-        counts=np.concatenate([part.counts for part in parts]),
-        dense=np.concatenate([part.dense for part in parts]),
-        **{field: torch.cat([each[field] for each in tensors]) for field in segment.FIELDS},
-    )
+    for of in segments:
+        for task in of.tasks:
+            if task is not None and task.name in seen:
+                return task.name
+            if task is not None:
+                seen.add(task.name)
+    return None

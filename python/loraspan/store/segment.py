@@ -9,15 +9,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loraspan.collection.collection import Collection, SlotSpace, Task
-from loraspan.collection.columns import Columns
+from loraspan.collection.collection import Collection, Segment, SlotSpace
+from loraspan.collection.columns import FIELDS, Columns
 from loraspan.collection.layout import narrow
 from loraspan.store import records
 from loraspan.store.format import LARGEST, DamagedError
 from loraspan.store.manifest import Manifest, SlotShape
 from loraspan.store.mapped import TensorFile
 
-FIELDS = ("weights", "left_loadings", "left_private", "right_loadings", "right_private")
 _INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int64)
 
 
@@ -27,13 +26,13 @@ def basis_tensors(collection: Collection) -> list[tuple[str, Tensor]]:
     return [(name, tensor) for name, tensor in named if tensor.numel()]
 
 
-def task_tensors(collection: Collection, first: int = 0, last: int | None = None) -> list[tuple[str, Tensor]]:
-    """Give the tensors of a segment with the tasks ``first`` to ``last - 1``; one without an element is left out."""
-    tasks = collection.tasks[first:last]
-    text, codes = records.encode(tasks, list(collection.slots))
+def task_tensors(segment: Segment) -> list[tuple[str, Tensor]]:
+    """Give the tensors of the file of a segment whose tasks all live; one without an element is left out."""
+    tasks = [task for task in segment.tasks if task is not None]
+    assert len(tasks) == len(segment.tasks)
+    text, codes = records.encode(tasks, list(segment.columns))
     named: list[tuple[str, Tensor]] = []
-    for name, slot in collection.slots.items():
-        columns = _rows(slot.columns, first, first + len(tasks))
+    for name, columns in segment.columns.items():
         named += [(f"{field}.{name}", tensor) for field, tensor in columns.tensors().items()]
         named.append((f"counts.{name}", _integers(columns.counts)))
         if 0 < len(columns.tasks) < len(tasks):
@@ -65,23 +64,25 @@ def read_basis(file: TensorFile, manifest: Manifest) -> dict[str, tuple[Tensor, 
     return {slot.name: (found[f"u.{slot.name}"], found[f"v.{slot.name}"]) for slot in manifest.slots}
 
 
-def read_tasks(file: TensorFile, manifest: Manifest, count: int) -> tuple[list[Task], dict[str, Columns]]:
-    """Give the tasks of a segment, and their columns in every slot, counted from 0 in this segment.
+def read_tasks(file: TensorFile, manifest: Manifest, count: int) -> Segment:
+    """Give the tasks of a segment, and their columns.
 
     Raises:
         FormatError: if the file's tensors do not fit the manifest or each other.
     """
     kinds = (*FIELDS, "counts", "rows", "dense", "origin")
-    known = {f"{kind}.{slot.name}" for slot in manifest.slots for kind in kinds} | {"records"}
     extras = _extras(file, count)
-    file.refuse_strangers(known | {name for name in file.names() if name.startswith("extra.")})
-    codes = {slot.name: _codes(file, slot.name, count) for slot in manifest.slots}
+    present = set(file.names())
+    slots = [slot for slot in manifest.slots if f"counts.{slot.name}" in present]
+    known = {f"{kind}.{slot.name}" for slot in slots for kind in kinds} | {"records"}
+    file.refuse_strangers(known | {name for name in present if name.startswith("extra.")})
+    codes = {slot.name: _codes(file, slot.name, count) for slot in slots}
     text = file.tensor("records", torch.uint8)
     if text is None or text.ndim != 1:
         raise DamagedError(file.name, "tensor 'records'", "it has to be there, with one dimension")
     data = text.numpy().tobytes()
     tasks = records.decode(data, count, codes, extras, file.name)
-    return tasks, {slot.name: _columns(file, slot, manifest.dtype, count) for slot in manifest.slots}
+    return Segment(tuple(tasks), {slot.name: _columns(file, slot, manifest.dtype, count) for slot in slots})
 
 
 def slot_shape(name: str, slot: SlotSpace) -> SlotShape:
@@ -124,19 +125,10 @@ def _index_problem(
     return None
 
 
-def no_columns(slot: SlotShape, dtype: torch.dtype) -> Columns:
-    """Give the columns of a slot that no task has."""
-    shapes = _shapes(np.zeros(5, dtype=np.int64), slot)
-    tensors = [torch.empty(shape, dtype=torch.float32 if j == 0 else dtype) for j, shape in enumerate(shapes)]
-    none = np.zeros(0, dtype=np.int64)
-    return Columns(none, none.reshape(0, 4), none.astype(np.bool_), *tensors)
-
-
 def _columns(file: TensorFile, slot: SlotShape, dtype: torch.dtype, count: int) -> Columns:
     counts = _ints(file, f"counts.{slot.name}")
-    if counts is None:
-        counts = np.zeros((0, 4), dtype=np.int64)
-    rows = _ints(file, f"rows.{slot.name}") if len(counts) else np.zeros(0, dtype=np.int64)
+    assert counts is not None
+    rows = _ints(file, f"rows.{slot.name}")
     if rows is None:
         rows = np.arange(count, dtype=np.int64)
     flags = _flags(file, slot.name)
@@ -151,15 +143,6 @@ def _columns(file: TensorFile, slot: SlotShape, dtype: torch.dtype, count: int) 
         wanted = torch.float32 if field == "weights" else dtype
         tensors[field] = _float(file, f"{field}.{slot.name}", wanted, shape, "the counts ask for")
     return Columns(rows, counts, flags, **tensors)
-
-
-def _rows(columns: Columns, first: int, last: int) -> Columns:
-    a, b = np.searchsorted(columns.tasks, (first, last))
-    if a == 0 and b == len(columns.tasks) and first == 0:
-        return columns
-    offsets = columns.offsets()
-    parts = {f: t[offsets[a, j] : offsets[b, j]] for j, (f, t) in enumerate(columns.tensors().items())}
-    return Columns(columns.tasks[a:b] - first, columns.counts[a:b], columns.dense[a:b], **parts)
 
 
 def _shapes(totals: NDArray[np.int64], slot: SlotShape) -> list[tuple[int, ...]]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from loraspan.collection.collection import Collection
 from loraspan.collection.layout import header, order
+from loraspan.collection.segments import merge
 from loraspan.errors import ArgumentError, FormatError, StoreError
 from loraspan.store import files, segment
 from loraspan.store import manifest as manifests
@@ -70,13 +71,15 @@ def save(
         >>> import tempfile
         >>> from loraspan.store import save
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     [save(Collection({}, ()), folder, overwrite=again) for again in (False, True)]
+        ...     [save(Collection({}), folder, overwrite=again) for again in (False, True)]
         [1, 2]
     """
     folder = Path(path)
     check(collection)
     planned = [(BASIS, segment.basis_tensors(collection), 0)]
-    planned.append((TASKS, segment.task_tensors(collection), len(collection.tasks)))
+    for held in collection.segments:
+        living = merge([held])
+        planned.append((TASKS, segment.task_tensors(living), living.living))
     return publish(collection, folder, planned, overwrite=overwrite, parent=parent, timeout=timeout)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loraspan.collection.collection import Task
+from loraspan.collection.collection import Segment
 from loraspan.collection.columns import Columns
 from loraspan.errors import StoreError
 from loraspan.ops.gram import gram_many
@@ -51,7 +51,7 @@ def verify(path: str | os.PathLike[str], *, generation: int | None = None) -> li
         >>> from loraspan.collection.collection import Collection
         >>> from loraspan.store import save, verify
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     verify(folder) if save(Collection({}, ()), folder) else None
+        ...     verify(folder) if save(Collection({}), folder) else None
         []
     """
     folder = Path(path)
@@ -116,23 +116,23 @@ def _basis(folder: Path, manifest: Manifest, spoilt: set[str]) -> Iterator[Findi
 
 
 def _tasks(folder: Path, manifest: Manifest, spoilt: set[str]) -> Iterator[Finding]:
-    tasks: list[Task] = []
+    segments = []
     for data in manifest.segments:
         if data.file in spoilt:
             continue
         try:
-            more, columns = segment.read_tasks(TensorFile(folder, data), manifest, data.tasks)
+            found = segment.read_tasks(TensorFile(folder, data), manifest, data.tasks)
         except DamagedError as error:
             yield error.finding
             continue
-        tasks += more
-        for slot, part in columns.items():
-            yield from _values(data.file, slot, part, more)
-    if (double := double_name(tasks)) is not None:
+        segments.append(found)
+        for slot, part in found.columns.items():
+            yield from _values(data.file, slot, part, found)
+    if (double := double_name(segments)) is not None:
         yield Finding(manifest_name(manifest.generation), f"task {double!r}"[:200], "two tasks have this name")
 
 
-def _values(file: str, slot: str, columns: Columns, tasks: list[Task]) -> Iterator[Finding]:
+def _values(file: str, slot: str, columns: Columns, of: Segment) -> Iterator[Finding]:
     offsets = columns.offsets()
     for j, (field, tensor) in enumerate(columns.tensors().items()):
         wrong, what = (_not_a_weight, "finite and not negative") if field == "weights" else (_not_finite, "finite")
@@ -140,8 +140,9 @@ def _values(file: str, slot: str, columns: Columns, tasks: list[Task]) -> Iterat
             continue
         column = first // (tensor.shape[1] if tensor.ndim == 2 else 1)
         row = int((offsets[1:, j] <= column).sum())
-        task = tasks[int(columns.tasks[row])].name
-        yield Finding(file, f"tensor '{field}.{slot}'", f"row {column}, of task {task[:100]!r}, has to be {what}")
+        task = of.tasks[int(columns.tasks[row])]
+        name = "one removed" if task is None else repr(task.name[:100])
+        yield Finding(file, f"tensor '{field}.{slot}'", f"row {column}, of task {name}, has to be {what}")
 
 
 def _first(tensor: Tensor, wrong: Callable[[Tensor], Tensor]) -> int | None:

@@ -1,0 +1,74 @@
+"""Put segments together: the living tasks of several in one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from loraspan.collection.collection import Segment
+from loraspan.collection.columns import FIELDS, Columns
+
+
+def merge(segments: Sequence[Segment]) -> Segment:
+    """Give one segment with the living tasks of several, in order.
+
+    Columns are copied, but for a single segment whose tasks all live, which is given back itself.
+    """
+    if len(segments) == 1 and segments[0].living == len(segments[0].tasks):
+        return segments[0]
+    parts: dict[str, list[Columns]] = {}
+    first = 0
+    for segment in segments:
+        alive = np.array([task is not None for task in segment.tasks], dtype=np.bool_)
+        for path, columns in segment.columns.items():
+            kept = _living(columns, alive, first)
+            if len(kept.tasks):
+                parts.setdefault(path, []).append(kept)
+        first += segment.living
+    tasks = tuple(task for segment in segments for task in segment.tasks if task is not None)
+    return Segment(tasks, {path: _join(of_slot) for path, of_slot in parts.items()})
+
+
+def select(columns: Columns, rows: NDArray[np.int64], tasks: NDArray[np.int64]) -> Columns:
+    """Give some rows, as rows of ``tasks``."""
+    if len(rows) == len(columns.tasks):
+        return Columns(tasks, columns.counts, columns.dense, **columns.tensors())
+    offsets = columns.offsets()
+    tensors = {
+        field: tensor[torch.from_numpy(_spans(offsets[rows, j], offsets[rows + 1, j]))]
+        for j, (field, tensor) in enumerate(columns.tensors().items())
+    }
+    return Columns(tasks, columns.counts[rows], columns.dense[rows], **tensors)
+
+
+def _living(columns: Columns, alive: NDArray[np.bool_], first: int) -> Columns:
+    rows = np.flatnonzero(alive[columns.tasks])
+    places = np.cumsum(alive) - 1 + first
+    return select(columns, rows, places[columns.tasks[rows]])
+
+
+def _spans(starts: NDArray[np.int64], stops: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Give the numbers from each start to its stop, one span after another."""
+    lengths = stops - starts
+    jumps = np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)
+    return jumps + np.arange(int(lengths.sum()), dtype=np.int64)
+
+
+def _join(parts: Sequence[Columns]) -> Columns:
+    if len(parts) == 1:
+        return parts[0]
+    tensors = [part.tensors() for part in parts]
+    return Columns(
+        tasks=np.concatenate([part.tasks for part in parts]),
+        counts=np.concatenate([part.counts for part in parts]),
+        dense=np.concatenate([part.dense for part in parts]),
+        **{field: _cat([each[field] for each in tensors]) for field in FIELDS},
+    )
+
+
+def _cat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(tensors))
