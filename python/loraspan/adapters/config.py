@@ -6,6 +6,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from loraspan.adapters.regular import open_regular
 from loraspan.adapters.scales import Scales
 from loraspan.adapters.strict_json import parse_object
 from loraspan.errors import FormatError, UnsupportedError
@@ -88,7 +89,7 @@ def read_config(path: str) -> Config:
         UnsupportedError: if it describes something else than LoRA on an unchanged base model.
     """
     try:
-        with open(path, "rb", buffering=0) as file:  # noqa: PTH123 (a path object costs more than the call)
+        with open_regular(path) as file:
             raw = file.read(MAX_CONFIG_BYTES + 1)
     except (OSError, ValueError) as error:
         raise FormatError(f"{path}: a PEFT adapter needs its adapter_config.json; it cannot be read: {error}") from None

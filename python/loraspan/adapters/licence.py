@@ -6,6 +6,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from loraspan.adapters.regular import open_regular
+
 _FRONT_MATTER_BYTES = 4096
 
 
@@ -21,7 +23,7 @@ def licence_of(folder: str, config: Mapping[str, Any], metadata: Mapping[str, st
 
 def _from_readme(path: str) -> str | None:
     try:
-        with open(path, "rb") as file:  # noqa: PTH123 (a path object costs more than the call)
+        with open_regular(path) as file:
             head = file.read(_FRONT_MATTER_BYTES)
     except OSError:
         return None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from loraspan.adapters.header import DTYPES, Header, header_bytes, parse_header
+from loraspan.adapters.regular import open_regular
 from loraspan.errors import FormatError
 
 
@@ -63,7 +64,7 @@ def map_tensors(path: str) -> MappedFile:
 def file_sha256(path: str) -> str:
     """Give the sha256 of a whole file, in hex; it is read through once."""
     digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:  # noqa: PTH123 (a path object costs more than the call)
+    with open_regular(path) as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()

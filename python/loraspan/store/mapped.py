@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from loraspan.adapters.mapped import map_tensors
+from loraspan.adapters.regular import open_regular
 from loraspan.errors import FormatError, StoreError, UnsupportedError
 from loraspan.store.format import DamagedError
 from loraspan.store.manifest import DataFile
@@ -33,7 +34,7 @@ class TensorFile:
         self.name = data.file
         path = folder / data.file
         try:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 actual = file.seek(0, 2)
         except OSError as error:
             raise StoreError(f"{path}: cannot be read: {error.strerror}") from error

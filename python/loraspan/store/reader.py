@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from loraspan.adapters.regular import open_regular
 from loraspan.collection.collection import Collection, Segment, SlotSpace
 from loraspan.errors import ArgumentError, StoreError
 from loraspan.store import manifest as manifests
@@ -64,7 +65,8 @@ def _open(folder: Path, generation: int | None) -> Collection:
 def current(folder: Path) -> int | None:
     """Give the number of the current generation, or None where there is no ``CURRENT``."""
     try:
-        text = (folder / CURRENT).read_bytes()[:64]
+        with open_regular(folder / CURRENT) as file:
+            text = file.read(64)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -92,7 +94,7 @@ def read_manifest(folder: Path, generation: int) -> Manifest:
     """Read the manifest of a generation."""
     path = folder / manifest_name(generation)
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             data = file.read(_LARGEST_MANIFEST + 1)
     except OSError as error:
         raise StoreError(f"{path}: cannot be read: {error.strerror}") from error

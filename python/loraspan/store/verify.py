@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from loraspan.adapters.regular import open_regular
 from loraspan.collection.collection import Segment
 from loraspan.collection.columns import Columns
 from loraspan.errors import StoreError
@@ -78,7 +79,7 @@ def _checksum(folder: Path, data: DataFile) -> list[Finding]:
     digest = hashlib.sha256()
     size = 0
     try:
-        with (folder / data.file).open("rb") as file:
+        with open_regular(folder / data.file) as file:
             while chunk := file.read(_CHUNK):
                 digest.update(chunk)
                 size += len(chunk)
