@@ -15,12 +15,12 @@ def whole_residual(adapters):
     """Everything a slot's tasks have, as a residual; and their singular values."""
     slot = read_factors(adapters)[0]
     canonical = slot.canonical()
-    none = canonical.x.new_zeros(len(slot.slots), canonical.x.shape[2], 0)
+    none = canonical.x.new_zeros(len(slot.members), canonical.x.shape[2], 0)
     sides = [
-        make_frame(factors, transform, gram, [f[:0] for f in factors], none, none.new_zeros(0, 0))
-        for factors, transform, gram in (
-            ([s.up.T for s in slot.slots], canonical.x, slot.gram_up),
-            ([s.down for s in slot.slots], canonical.y, slot.gram_down),
+        make_frame(vectors, transform, gram, [torch.empty(0, length)] * vectors.count, none, none.new_zeros(0, 0))
+        for vectors, transform, gram, length in (
+            (slot.up, canonical.x, slot.gram_up, slot.shape[0]),
+            (slot.down, canonical.y, slot.gram_down, slot.shape[1]),
         )
     ]
     return Residual(*sides, torch.diag_embed((canonical.s > 0).double())), canonical.s

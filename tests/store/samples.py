@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,6 @@ from loraspan.adapters.base import Source
 from loraspan.collection.collection import Collection, Segment, SlotSpace, Task
 from loraspan.collection.columns import Columns
 from loraspan.collection.segments import merge
-from loraspan.store import segment, transaction
 
 NAMES = ("sql", "../../etc/passwd", "名前 🦥", "", "a\nb\0c", "\udc80 not utf-8", "CURRENT", "x" * 10_000)
 FORMS_CASES = ([1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1], [2, 3, 4, 5])
@@ -58,6 +58,10 @@ def collection(seed=0, *, slots=3, tasks=4, dtype=torch.float32, names=None, ext
         dense = draw.random(len(members)) < 0.3
         counts = draw.integers(0, 4, (len(members), 4))
         counts[dense, 0] = k_in
+        # no end is shared on a basis without vectors
+        counts[:, [0, 1]] *= k_out > 0
+        counts[:, [0, 2]] *= k_in > 0
+        dense &= (counts[:, 0] == k_in) | (k_out > 0)
         u, v = orthonormal(rng, n, k_out, dtype), orthonormal(rng, d, k_in, dtype)
         kind, kernel = ("conv2d", (d, 1, 1)) if j == 1 else ("linear", None)
         held = columns(rng, members, (n, d, k_out, k_in), counts, dense, dtype)
@@ -77,6 +81,7 @@ def task(i, draw, has, names, extras):
         error=float(draw.random()),
         error_kind=("measured", "bound")[i % 2],
         norm=float(draw.random() * 1e3),
+        forgotten=float(draw.random()) * (i % 2),
         scales={slot: float(draw.choice([2.0, 0.3])) for slot in held},
         lora_ranks={slot: int(draw.choice([8, 300])) for slot in held},
         config={"r": 8, "target_modules": ["q", "v"], "nested": {"x": None, "y": [True, 1.5]}} if i % 3 else {},
@@ -137,9 +142,8 @@ def part_of(held, first, last):
 
 def save_in_segments(held, folder, cuts):
     """Save with one segment between each two cuts, as adding tasks one after another leaves it."""
-    planned = [("basis", segment.basis_tensors(held), 0)]
-    planned += [("tasks", segment.task_tensors(part_of(held, a, b)), b - a) for a, b in itertools.pairwise(cuts)]
-    return transaction.publish(held, Path(folder), planned, overwrite=False)
+    parts = tuple(part_of(held, a, b) for a, b in itertools.pairwise(cuts))
+    return store.save(replace(held, segments=parts), folder)
 
 
 def edit_manifest(folder, change, *, seal=True):

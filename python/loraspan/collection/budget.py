@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from loraspan.collection.columns import FORMS
@@ -32,7 +34,7 @@ class Plan(NamedTuple):
     nbytes: int
 
 
-def allotments(spectra: Sequence[tuple[Sequence[int], Tensor]], count: int, max_error: float) -> list[Tensor]:
+def allotments(spectra: Sequence[tuple[Sequence[int], Tensor]], count: int, max_error: float | Tensor) -> list[Tensor]:
     r"""Share every task's squared budget out over its slots.
 
     A share is what the cheapest all-private form would drop there (the smallest squared singular values of the
@@ -41,7 +43,7 @@ def allotments(spectra: Sequence[tuple[Sequence[int], Tensor]], count: int, max_
     Args:
         spectra: per slot, its tasks and their singular values ``[T, r]``.
         count: the number of tasks.
-        max_error: relative, for every task.
+        max_error: relative, for every task or ``[N]``.
 
     Returns:
         Per slot ``[T]``: squared Frobenius norms; those of a task sum to ``max_error^2 |dW|^2``.
@@ -115,23 +117,46 @@ class Planner:
         self._allowed = allowed
         self._dtype = dtype
 
+    def bytes_by_form(self) -> dict[str, NDArray[np.int64]]:
+        """Give the bytes that every task's columns take in each form that the whole bases permit, ``[T]``."""
+        rank_out, rank_in = self._out.shape[2], self._in.shape[2]
+        found = {"pp": self._columns(0, 0, {"pp": columns_within(self._s, self._allowed)})}
+        if rank_out:
+            found["sp"] = self._columns(rank_out, 0, self._one_sided_counts("sp", rank_out))
+        if rank_in:
+            found["ps"] = self._columns(0, rank_in, self._one_sided_counts("ps", rank_in))
+        if rank_out and rank_in:
+            found["ss"] = np.minimum(*self._both_columns(rank_out, rank_in))
+        return found
+
     def plans(self) -> list[Plan]:
         """Every form, at widths that double up to those of the ranges; the all-private one first."""
         widest = max(self._out.shape[2], self._in.shape[2])
         widths = sorted({2**i for i in range(2, widest.bit_length()) if 2**i < widest} | {widest}) if widest else []
-        found = [self._plan("pp", 0, 0, {"pp": columns_within(self._s, self._allowed)})]
+        alone = {"pp": columns_within(self._s, self._allowed)}
+        found = [self._plan("pp", 0, 0, self._columns(0, 0, alone))]
         for width in widths:
             rank_out, rank_in = min(width, self._out.shape[2]), min(width, self._in.shape[2])
             found += [self._both(rank_out, rank_in), self._one_sided("ps", rank_in), self._one_sided("sp", rank_out)]
         return found
 
-    def _plan(self, form: str, rank_out: int, rank_in: int, counts: dict[str, Tensor], dense: bool = False) -> Plan:
+    def _plan(self, form: str, rank_out: int, rank_in: int, columns: NDArray[np.int64]) -> Plan:
         n, d = self._shape
-        table = torch.stack([counts.get(form, torch.zeros(len(self._s), dtype=torch.int64)) for form in FORMS], dim=-1)
-        columns = columns_bytes(table.numpy(), n=n, d=d, k_out=rank_out, k_in=rank_in, dtype=self._dtype, dense=dense)
         return Plan(form, rank_out, rank_in, int(columns.sum()) + basis_bytes(n, d, rank_out, rank_in, self._dtype))
 
+    def _columns(
+        self, rank_out: int, rank_in: int, counts: dict[str, Tensor], dense: bool = False
+    ) -> NDArray[np.int64]:
+        n, d = self._shape
+        table = torch.stack([counts.get(form, torch.zeros(len(self._s), dtype=torch.int64)) for form in FORMS], dim=-1)
+        return columns_bytes(table.numpy(), n=n, d=d, k_out=rank_out, k_in=rank_in, dtype=self._dtype, dense=dense)
+
     def _both(self, rank_out: int, rank_in: int) -> Plan:
+        found = [self._plan("ss", rank_out, rank_in, columns) for columns in self._both_columns(rank_out, rank_in)]
+        return min(found, key=lambda plan: plan.nbytes)
+
+    def _both_columns(self, rank_out: int, rank_in: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """With factored and with dense cores."""
         b, a = self._out[..., :rank_out], self._in[..., :rank_in]
         # dW = B' A', B' = U b^T + B_rest, A' = a V^T + A_rest: what is left is U b^T A_rest + B_rest A'
         diagonal = torch.diag_embed(self._s)
@@ -141,19 +166,22 @@ class Planner:
         right = torch.cat([torch.cat([rest_in, rest_in], 2), torch.cat([rest_in, diagonal], 2)], 1)
         private = columns_within(product_spectrum(left, right), self._allowed)
         core = (self._s > 0).sum(-1).clamp(max=min(rank_out, rank_in))
-        factored = self._plan("ss", rank_out, rank_in, {"ss": core, "pp": private})
-        dense = self._plan("ss", rank_out, rank_in, {"ss": torch.full_like(core, rank_in), "pp": private}, dense=True)
-        return min(factored, dense, key=lambda plan: plan.nbytes)
+        ranks, whole = (rank_out, rank_in), torch.full_like(core, rank_in)
+        factored = self._columns(*ranks, {"ss": core, "pp": private})
+        return factored, self._columns(*ranks, {"ss": whole, "pp": private}, dense=True)
 
     def _one_sided(self, form: str, rank: int) -> Plan:
+        ranks = (0, rank) if form == "ps" else (rank, 0)
+        return self._plan(form, *ranks, self._columns(*ranks, self._one_sided_counts(form, rank)))
+
+    def _one_sided_counts(self, form: str, rank: int) -> dict[str, Tensor]:
         seen = (self._in if form == "ps" else self._out)[..., :rank]
         inside, other = seen @ seen.mT, torch.diag_embed(self._s)
         # the other factor's columns are orthogonal, of squared lengths s; the two parts are orthogonal to each other
         shared, private = (product_spectrum(other, part) for part in (inside, other - inside))
         prices = [column_bytes(kind, self._shape, rank, self._dtype) for kind in (form, "pp")]
         counts = one_sided_counts(shared, private, self._allowed, *prices)
-        ranks = (0, rank) if form == "ps" else (rank, 0)
-        return self._plan(form, *ranks, {form: counts[0], "pp": counts[1]})
+        return {form: counts[0], "pp": counts[1]}
 
 
 def column_bytes(form: str, shape: tuple[int, int], rank: int, dtype: torch.dtype) -> int:

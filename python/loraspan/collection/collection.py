@@ -48,6 +48,7 @@ class Task:
         factor_bytes: what its factors took in its file.
         factor_dtype: the dtype of its factors there: "float32", "bfloat16", "float16" or "float64".
         extras: tensors kept byte for byte, by their key in the original file.
+        forgotten: the part of ``error`` that refits have added since the task came, relative to ``norm`` too.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Task:
     factor_bytes: int = 0
     factor_dtype: str = "float32"
     extras: Mapping[str, Tensor] = field(default_factory=dict)
+    forgotten: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from loraspan.adapters.base import Adapter, Slot
+from loraspan.adapters.base import Adapter
 from loraspan.collection.stack import Stack, pad_square
+from loraspan.collection.vectors import FactorRows, Vectors
 from loraspan.errors import MismatchError, NotFiniteError
 from loraspan.linalg.roots import gram_root
 from loraspan.ops import RowBlocks, gram_many
@@ -38,40 +39,45 @@ class SlotFactors:
 
     Attributes:
         path: the slot's module path.
+        shape: ``(n, d)`` of the slot.
+        kind: see :class:`loraspan.adapters.base.Slot`.
+        kernel: of a convolution.
         members: the tasks that have the slot, as indices into the adapters, ascending.
-        slots: their factors.
+        up: the vectors of the output side, columns of ``B_i``.
+        down: the vectors of the input side, rows of ``A_i``.
         gram_up: ``B_i^T B_i``, ``[T, r, r]``, float64, zeros around smaller ranks.
         gram_down: ``A_i A_i^T``, likewise.
         scales: ``[T]``, float64.
         squares: ``[T]``: ``|dW_i|_F^2``.
-        place: the device that computes with the factors, if they do not lie there.
+        is_double: whether any factor is float64.
     """
 
     path: str
+    shape: tuple[int, int]
+    kind: str
+    kernel: tuple[int, int, int] | None
     members: list[int]
-    slots: list[Slot]
+    up: Vectors
+    down: Vectors
     gram_up: Tensor
     gram_down: Tensor
     scales: Tensor
     squares: Tensor
-    place: torch.device | None = None
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """``(n, d)`` of the slot."""
-        return self.slots[0].shape
-
-    @property
-    def is_double(self) -> bool:
-        """Whether any factor is float64."""
-        return any(torch.float64 in (slot.up.dtype, slot.down.dtype) for slot in self.slots)
+    is_double: bool = False
 
     def stacks(self, weights: Tensor) -> tuple[Stack, Stack]:
         """Give the output and the input side, rows weighted to ``w_i dW_i``; ``weights [T]``."""
         scale = (weights * self.scales)[:, None, None]
-        up = Stack([slot.up.T for slot in self.slots], scale * gram_root(self.gram_down).r, self.place)
-        down = Stack([slot.down for slot in self.slots], scale * gram_root(self.gram_up).r, self.place)
+        up = Stack(self.up, scale * gram_root(self.gram_down).r)
+        down = Stack(self.down, scale * gram_root(self.gram_up).r)
         return up, down
+
+    def some(self, rows: list[int]) -> SlotFactors:
+        """Give some of the tasks, by their places."""
+        at = torch.tensor(rows)
+        kept = {name: getattr(self, name)[at] for name in ("gram_up", "gram_down", "scales", "squares")}
+        up, down = self.up.some(rows), self.down.some(rows)
+        return replace(self, members=[self.members[i] for i in rows], up=up, down=down, **kept)
 
     def canonical(self) -> Canonical:
         """Give the balanced singular value decomposition of every ``dW_i``, in coordinates of its factors."""
@@ -129,7 +135,21 @@ def _slot_factors(
             )
     scales = torch.tensor([slot.scale for slot in slots], dtype=torch.float64)
     squares = scales.square() * (up * down).sum((-1, -2)).clamp(min=0)
-    return SlotFactors(path, members, slots, up, down, scales, squares, place)
+    first, rank = slots[0], up.shape[-1]
+    return SlotFactors(
+        path,
+        first.shape,
+        first.kind,
+        first.kernel,
+        members,
+        FactorRows([slot.up.T for slot in slots], rank, place),
+        FactorRows([slot.down for slot in slots], rank, place),
+        up,
+        down,
+        scales,
+        squares,
+        any(torch.float64 in (slot.up.dtype, slot.down.dtype) for slot in slots),
+    )
 
 
 def _check_shapes(path: str, adapters: list[Adapter]) -> None:

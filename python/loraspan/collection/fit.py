@@ -151,8 +151,7 @@ def _fit_shared(slot: SlotFactors, squares: Tensor, goal: Goal) -> tuple[SlotSpa
     )
     shared = shared_cores(out, inn, slot.scales, slot.squares, goal.dtype)
     columns = assemble(slot.members, [shared.part], slot.shape, ranks, goal.dtype)
-    first = slot.slots[0]
-    return SlotSpace(out.v, inn.v, first.kind, first.kernel), columns, shared.squares
+    return SlotSpace(out.v, inn.v, slot.kind, slot.kernel), columns, shared.squares
 
 
 def _choose_ranks(

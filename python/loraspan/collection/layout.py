@@ -159,7 +159,10 @@ def segment_bytes(segment: Segment) -> int:
 def records_bytes(tasks: Sequence[Task]) -> int:
     """Give the bytes of what a store keeps of each task beside its columns and extras, to about one per cent."""
     configs = {json.dumps(_plain(task.config), separators=(",", ":"), default=str) for task in tasks}
-    record = [[t.name, t.error, t.norm, t.error_kind, t.factor_bytes, t.factor_dtype, _source(t), 0] for t in tasks]
+    record = [
+        [t.name, t.error, t.norm, t.forgotten, t.error_kind, t.factor_bytes, t.factor_dtype, _source(t), 0]
+        for t in tasks
+    ]
     # the names of the lists, once; origins repeat few pairs
     return 150 + sum(map(len, configs)) + len(configs) + len(_dumps(record)) - 2 * len(tasks)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from loraspan.collection.bases import Basis, make_basis
 from loraspan.collection.ranges import find_range
 from loraspan.collection.stack import Stack
+from loraspan.collection.vectors import FactorRows
 from loraspan.ops import combine
 
 
@@ -106,4 +107,4 @@ def basis_of(summary: Summary, turn: Tensor, dtype: torch.dtype) -> Basis:
 def _plain_stack(rows: Sequence[Tensor]) -> Stack:
     """Rows as they are."""
     largest = max(len(block) for block in rows)
-    return Stack(rows, torch.eye(largest, dtype=torch.float64).expand(len(rows), -1, -1))
+    return Stack(FactorRows(rows, largest), torch.eye(largest, dtype=torch.float64).expand(len(rows), -1, -1))

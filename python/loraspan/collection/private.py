@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from loraspan.collection.assemble import Part
+from loraspan.collection.vectors import Vectors
 from loraspan.linalg.roots import gram_root
 from loraspan.ops import RowBlocks, combine_many
 from loraspan.ops.dense import svd
@@ -19,18 +20,16 @@ class Frame:
     """One side of the residuals of a slot: per task, the vectors ``F_i`` that its residual is made of.
 
     Attributes:
-        factors: per task, its ``r_i`` factor vectors as rows ``[r_i, m]`` (``A_i`` or ``B_i^T``).
+        vectors: of the tasks (columns of ``B_i`` or rows of ``A_i``).
         transform: ``[T, r, c]``: canonical coordinates of the factor vectors.
         extra: per task, more vectors as rows, at most ``e``, ``[., m]`` (a basis, or the private ends it already has).
         gram: ``[T, c + e, c + e]``, float64: ``F_i^T F_i`` of ``F_i = [factors_i^T transform_i, extra_i^T]``.
-        place: the device that computes with them, if the factors do not lie there.
     """
 
-    factors: Sequence[Tensor]
+    vectors: Vectors
     transform: Tensor
     extra: Sequence[Tensor]
     gram: Tensor
-    place: torch.device | None = None
 
     @property
     def size(self) -> int:
@@ -39,30 +38,28 @@ class Frame:
 
 
 def make_frame(
-    factors: Sequence[Tensor],
+    vectors: Vectors,
     transform: Tensor,
     factor_gram: Tensor,
     extra: Sequence[Tensor],
     edge: Tensor,
     extra_gram: Tensor,
-    place: torch.device | None = None,
 ) -> Frame:
     """Build a frame from what the passes gave.
 
     Args:
-        factors: as :class:`Frame`.
+        vectors: as :class:`Frame`.
         transform: as :class:`Frame`.
-        factor_gram: ``[T, r, r]`` of the raw factors.
+        factor_gram: ``[T, r, r]`` of the vectors.
         extra: as :class:`Frame`.
         edge: ``[T, c, e]``: products of the canonical vectors with the extra ones.
         extra_gram: ``[T, e, e]`` or ``[e, e]``.
-        place: as :class:`Frame`.
     """
     corner = transform.mT @ factor_gram @ transform
     extra_gram = extra_gram.expand(edge.shape[0], edge.shape[2], edge.shape[2])
     top = torch.cat([corner, edge], dim=2)
     gram = torch.cat([top, torch.cat([edge.mT, extra_gram], dim=2)], dim=1)
-    return Frame(factors, transform, extra, gram, place)
+    return Frame(vectors, transform, extra, gram)
 
 
 @dataclass(frozen=True)
@@ -173,18 +170,20 @@ def stored_ends(frame: Frame, coordinates: Tensor, counts: Tensor, dtype: torch.
     """
     size = frame.size
     jobs = []
-    for i, (factors, extra) in enumerate(zip(frame.factors, frame.extra, strict=True)):
+    vectors = frame.vectors
+    for i, extra in enumerate(frame.extra):
         wanted = coordinates[i, :, : int(counts[i])]
-        raw = frame.transform[i, : factors.shape[0]] @ wanted[:size]
-        rows = RowBlocks([factors, extra if factors.is_cpu else extra.to(factors.device)]).on(frame.place)
-        jobs.append((rows, torch.cat([raw, wanted[size : size + extra.shape[0]]])))
+        made_of = vectors.spread_of(i, frame.transform[i] @ wanted[:size])
+        home = vectors.x.blocks[0].device
+        rows = RowBlocks([*vectors.rows_of(i), extra.to(home)]).on(vectors.x.target)
+        jobs.append((rows, torch.cat([made_of, wanted[size : size + extra.shape[0]]])))
     ends = combine_many(jobs, dtype=dtype, precision="f64")
     seen = torch.zeros_like(coordinates)
     inner = coordinates.new_zeros(coordinates.shape[0], coordinates.shape[2], coordinates.shape[2])
     for i, (_, xv, vtv) in enumerate(ends):
-        rank, kept = frame.factors[i].shape[0], vtv.shape[0]
-        seen[i, :size, :kept] = frame.transform[i, :rank].T @ xv[:rank]
-        seen[i, size : size + xv.shape[0] - rank, :kept] = xv[rank:]
+        own, kept = xv.shape[0] - frame.extra[i].shape[0], vtv.shape[0]
+        seen[i, :size, :kept] = frame.transform[i].T @ vectors.pad_of(i, xv[:own])
+        seen[i, size : size + xv.shape[0] - own, :kept] = xv[own:]
         inner[i, :kept, :kept] = vtv
     return torch.cat([end.v.T for end in ends]).cpu() if ends else torch.empty(0, 0, dtype=dtype), seen, inner
 

@@ -33,9 +33,22 @@ def merge(segments: Sequence[Segment]) -> Segment:
     return Segment(tasks, {path: _join(of_slot) for path, of_slot in parts.items()})
 
 
+def interleave(parts: Sequence[tuple[NDArray[np.int64], Columns]]) -> Columns:
+    """Give the rows of several columns in one, each at its place.
+
+    Args:
+        parts: places of the rows, ascending, and the rows; all places together are 0 to their number.
+    """
+    if len(parts) == 1:
+        return parts[0][1]
+    joined = _join([columns for _, columns in parts])
+    order = np.argsort(np.concatenate([places for places, _ in parts]), kind="stable")
+    return select(joined, order, joined.tasks[order])
+
+
 def select(columns: Columns, rows: NDArray[np.int64], tasks: NDArray[np.int64]) -> Columns:
     """Give some rows, as rows of ``tasks``."""
-    if len(rows) == len(columns.tasks):
+    if len(rows) == len(columns.tasks) and (rows == np.arange(len(rows))).all():
         return Columns(tasks, columns.counts, columns.dense, **columns.tensors())
     offsets = columns.offsets()
     tensors = {

@@ -71,6 +71,7 @@ def encode(tasks: Sequence[Task], slots: Sequence[str]) -> tuple[bytes, dict[str
         "errors": [float(task.error) for task in tasks],
         "error_kinds": [task.error_kind for task in tasks],
         "norms": [float(task.norm) for task in tasks],
+        "forgotten": [float(task.forgotten) for task in tasks],
         "factor_bytes": [int(task.factor_bytes) for task in tasks],
         "factor_dtypes": [task.factor_dtype for task in tasks],
         "sources": [astuple(task.source) for task in tasks],
@@ -103,6 +104,7 @@ def decode(data: bytes, count: int, codes: Codes, extras: Mapping[int, Mapping[s
     table = parse_json(data, file, _WHAT)
     names, kinds = _column(table, "names", count, str, file), _column(table, "error_kinds", count, str, file)
     errors, norms = _column(table, "errors", count, float, file), _column(table, "norms", count, float, file)
+    forgotten = _column(table, "forgotten", count, float, file)
     sizes = _column(table, "factor_bytes", count, int, file)
     dtypes = _column(table, "factor_dtypes", count, str, file)
     sources = [_source(entry, file) for entry in _column(table, "sources", count, list, file)]
@@ -122,6 +124,7 @@ def decode(data: bytes, count: int, codes: Codes, extras: Mapping[int, Mapping[s
             factor_bytes=sizes[i],
             factor_dtype=dtypes[i],
             extras=extras.get(i, {}),
+            forgotten=forgotten[i],
         )
         for i in range(count)
     ]
