@@ -184,6 +184,23 @@ void root(std::int64_t gram, std::int64_t count, std::int64_t n, std::int64_t r,
   kernels.root(job, threads);
 }
 
+// x: address, rows, row stride, column stride, dtype.
+std::int64_t pack(const std::vector<std::int64_t>& x, std::int64_t length, std::int64_t bits, std::int64_t codes,
+                  std::int64_t scales, int threads, const std::string& isa) {
+  const Kernels& kernels = kernels_named(isa);
+  const Block block = {address<const void>(x.at(0)), x.at(1), x.at(2), x.at(3), Dtype(x.at(4))};
+  py::gil_scoped_release release;
+  return kernels.pack(block, length, bits, address<std::uint8_t>(codes), address<std::uint16_t>(scales), threads);
+}
+
+void unpack(std::int64_t codes, std::int64_t scales, std::int64_t rows, std::int64_t length, std::int64_t bits,
+            std::int64_t out, std::int64_t dtype, int threads, const std::string& isa) {
+  const Kernels& kernels = kernels_named(isa);
+  const PackedRows x = {address<const std::uint8_t>(codes), address<const std::uint16_t>(scales), length, bits};
+  py::gil_scoped_release release;
+  kernels.unpack(x, rows, address<void>(out), Dtype(dtype), threads);
+}
+
 double arithmetic(Arithmetic kind, std::int64_t repetitions, int threads, const std::string& isa) {
   const Kernels& kernels = kernels_named(isa);
   py::gil_scoped_release release;
@@ -230,6 +247,11 @@ PYBIND11_MODULE(_core, m) {
         py::arg("v"), py::arg("threads"), py::arg("isa"));
   m.def("root", &root, py::arg("gram"), py::arg("count"), py::arg("n"), py::arg("r"), py::arg("inverse"),
         py::arg("threads"), py::arg("isa"));
+  // Gives -1 or the first row with an entry that cannot be packed.
+  m.def("pack", &pack, py::arg("x"), py::arg("length"), py::arg("bits"), py::arg("codes"), py::arg("scales"),
+        py::arg("threads"), py::arg("isa"));
+  m.def("unpack", &unpack, py::arg("codes"), py::arg("scales"), py::arg("rows"), py::arg("length"), py::arg("bits"),
+        py::arg("out"), py::arg("dtype"), py::arg("threads"), py::arg("isa"));
   // For benches: operations done by a loop of multiply-adds, and memory moved once.
   py::enum_<Arithmetic>(m, "Arithmetic")
       .value("f32", Arithmetic::f32)

@@ -26,6 +26,8 @@
 #include "scratch.inl"
 #include "transpose.inl"
 #include "pack.inl"
+#include "packed.inl"
+#include "packed_write.inl"
 #include "tile.inl"
 #include "slabs.inl"
 #include "gram.inl"
@@ -53,8 +55,8 @@ namespace loraspan {
 namespace LORASPAN_ISA {
 
 extern const Kernels kernels;
-const Kernels kernels = {&gram,    &combine, &sketch, &power, &reconstruct, &shared_lora,
-                         &squares, &eigh,    &svd,    &root,  &arithmetic,  &traffic};
+const Kernels kernels = {&gram, &combine, &sketch, &power, &reconstruct, &shared_lora, &squares,
+                         &eigh, &svd,     &root,   &pack,  &unpack,      &arithmetic,  &traffic};
 
 }  // namespace LORASPAN_ISA
 }  // namespace loraspan

@@ -5,6 +5,7 @@
 #include "loraspan/combine.hpp"
 #include "loraspan/dense.hpp"
 #include "loraspan/gram.hpp"
+#include "loraspan/packed.hpp"
 #include "loraspan/reconstruct.hpp"
 #include "loraspan/shared_lora.hpp"
 #include "loraspan/sketch.hpp"
@@ -23,6 +24,8 @@ struct Kernels {
   EighFn* eigh;
   SvdFn* svd;
   RootFn* root;
+  PackFn* pack;
+  UnpackFn* unpack;
   ArithmeticFn* arithmetic;
   TrafficFn* traffic;
 };

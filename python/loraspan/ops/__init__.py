@@ -4,6 +4,7 @@ from loraspan.ops.blocks import RowBlocks
 from loraspan.ops.combine import Combined, combine, combine_many
 from loraspan.ops.cores import Cores
 from loraspan.ops.gram import gram, gram_many
+from loraspan.ops.packed import Packed, pack, unpack
 from loraspan.ops.reconstruct import Piece, reconstruct, reconstruct_many
 from loraspan.ops.shared_lora import shared_lora, shared_lora_
 from loraspan.ops.sketch import power, power_many, sketch, sketch_many
@@ -12,12 +13,14 @@ from loraspan.ops.squares import squares
 __all__ = [
     "Combined",
     "Cores",
+    "Packed",
     "Piece",
     "RowBlocks",
     "combine",
     "combine_many",
     "gram",
     "gram_many",
+    "pack",
     "power",
     "power_many",
     "reconstruct",
@@ -27,4 +30,5 @@ __all__ = [
     "sketch",
     "sketch_many",
     "squares",
+    "unpack",
 ]
