@@ -197,7 +197,7 @@ def test_shapes_against_the_manifest(tmp_path):
     path = saved(tmp_path, seed=1)
     manifest = json.loads(file_of(path, "manifest-*").read_text())
     wide = next(i for i, s in enumerate(manifest["slots"]) if s["k_in"])
-    edit_manifest(path, lambda t: t["slots"][wide].update(k_in=t["slots"][wide]["k_in"] + 1) or t)
+    edit_manifest(path, lambda t: t["slots"][wide].update(k_in=t["slots"][wide]["k_in"] - 1) or t)
 
     assert "the manifest says shape" in refused(path)
     assert any(finding.what.startswith("tensor 'v.") for finding in store.verify(path))

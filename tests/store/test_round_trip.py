@@ -89,7 +89,7 @@ def test_every_field_of_a_task_is_kept(tmp_path):
 @pytest.mark.parametrize("count", [255, 256, 40_000])
 def test_integers_are_as_wide_as_they_have_to_be(tmp_path, count):
     rng = torch.Generator().manual_seed(0)
-    held = columns(rng, [1], (2, 2, 0, 0), np.array([[count, 0, 0, 1]]), np.zeros(1, bool), torch.float32)
+    held = columns(rng, [1], (2, 2, 0, 0), np.array([[0, 0, 0, count]]), np.zeros(1, bool), torch.float32)
     space = SlotSpace(torch.zeros(2, 0), torch.zeros(2, 0))
     tasks = tuple(Task(str(i), 0.0, "measured", 1.0, {"a": 1.0} if i else {}, {"a": 8} if i else {}) for i in range(2))
     want = Collection({"a": space}, (Segment(tasks, {"a": held}),))

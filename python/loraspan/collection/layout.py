@@ -45,7 +45,7 @@ Entry = tuple[str, torch.dtype, Sequence[int]]
 ALIGNMENT = 64
 _LENGTH_BYTES = 8
 # of a manifest beside its names and numbers, and of its lists' elements; see `manifest_bytes`
-_MANIFEST, _MANIFEST_SLOT, _MANIFEST_FILE = 264, 57, 175
+_MANIFEST, _MANIFEST_SLOT, _MANIFEST_FILE = 319, 57, 175
 
 
 def narrow(largest: int) -> torch.dtype:
@@ -164,7 +164,7 @@ def records_bytes(tasks: Sequence[Task]) -> int:
         for t in tasks
     ]
     # the names of the lists, once; origins repeat few pairs
-    return 150 + sum(map(len, configs)) + len(configs) + len(_dumps(record)) - 2 * len(tasks)
+    return 165 + sum(map(len, configs)) + len(configs) + len(_dumps(record)) - 2 * len(tasks)
 
 
 def manifest_bytes(collection: Collection) -> int:

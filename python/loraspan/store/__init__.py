@@ -1,8 +1,8 @@
 """The folder on disk: format, transactions, verification."""
 
 from loraspan.store.format import Finding
-from loraspan.store.reader import open
-from loraspan.store.transaction import save
+from loraspan.store.opened import Opened, open, open_at
+from loraspan.store.transaction import commit, save
 from loraspan.store.verify import verify
 
-__all__ = ["Finding", "open", "save", "verify"]
+__all__ = ["Finding", "Opened", "commit", "open", "open_at", "save", "verify"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from torch import Tensor
 
 from loraspan.adapters.base import KINDS
@@ -10,7 +12,7 @@ from loraspan.collection.collection import Collection, Segment, SlotSpace
 from loraspan.collection.layout import DTYPE_NAMES
 from loraspan.errors import ArgumentError, ShapeError
 from loraspan.store.format import LARGEST
-from loraspan.store.manifest import FLOATS
+from loraspan.store.manifest import FLOATS, slot_problem
 from loraspan.store.segment import problem_of, slot_shape
 
 _LONGEST_NAME = MAX_NAME_CHARS - 32
@@ -23,22 +25,51 @@ def check(collection: Collection) -> None:
         ShapeError: if shapes or dtypes do not fit.
         ArgumentError: if a name occurs twice or is not text, or a tensor has a dtype that files do not know.
     """
-    if collection.dtype not in FLOATS:
-        known = ", ".join(map(str, FLOATS))
-        raise ArgumentError(f"save: dtype of a collection is one of {known}; got {collection.dtype}")
-    for name, slot in collection.slots.items():
-        _check_text(name, "slot")
-        _check_slot(name, slot, collection)
-    for segment in collection.segments:
-        _check_segment(segment, collection)
+    _check_slots(collection, {})
+    _check_segments(collection, collection.segments)
     seen: set[str] = set()
     for task in collection.tasks:
         if task.name in seen:
             raise ArgumentError(f"save: two tasks are named {task.name!r}: rename one")
         seen.add(task.name)
-        for key, extra in task.extras.items():
-            _check_text(key, f"extra of task {task.name!r}")
-            _check_extra(task.name, key, extra)
+
+
+def check_change(collection: Collection, parent: Collection, fresh: Sequence[Segment]) -> None:
+    """Check what of a collection is not in ``parent``: its slots, and the segments that are ``fresh``.
+
+    Names are left to whoever knows those of the parent. The other segments are checked too where a slot of the parent
+    is gone or of another shape.
+
+    Raises:
+        ShapeError: if shapes or dtypes do not fit.
+        ArgumentError: if a slot's name is not text, or a tensor has a dtype that files do not know.
+    """
+    _check_slots(collection, parent.slots)
+    stands = collection.dtype == parent.dtype and all(
+        name in collection.slots and slot_shape(name, collection.slots[name]) == slot_shape(name, slot)
+        for name, slot in parent.slots.items()
+        if collection.slots.get(name) is not slot
+    )
+    _check_segments(collection, fresh if stands else collection.segments)
+
+
+def _check_slots(collection: Collection, known: Mapping[str, SlotSpace]) -> None:
+    if collection.dtype not in FLOATS:
+        names = ", ".join(map(str, FLOATS))
+        raise ArgumentError(f"save: dtype of a collection is one of {names}; got {collection.dtype}")
+    for name, slot in collection.slots.items():
+        if known.get(name) is not slot:
+            _check_text(name, "slot")
+            _check_slot(name, slot, collection)
+
+
+def _check_segments(collection: Collection, segments: Sequence[Segment]) -> None:
+    for segment in segments:
+        _check_segment(segment, collection)
+        for task in filter(None, segment.tasks):
+            for key, extra in task.extras.items():
+                _check_text(key, f"extra of task {task.name!r}")
+                _check_extra(task.name, key, extra)
 
 
 def _check_slot(name: str, slot: SlotSpace, collection: Collection) -> None:
@@ -50,6 +81,8 @@ def _check_slot(name: str, slot: SlotSpace, collection: Collection) -> None:
                 f"save: {side} of slot {name!r} has to be a matrix of {collection.dtype}; "
                 f"got {list(basis.shape)} of {basis.dtype}"
             )
+    if (problem := slot_problem(slot_shape(name, slot))) is not None:
+        raise ShapeError(f"save: slot {name!r}: {problem}")
 
 
 def _check_segment(segment: Segment, collection: Collection) -> None:

@@ -15,6 +15,7 @@ SCHEMA = 1
 
 CURRENT = "CURRENT"
 LOCK = ".lock"
+UNFINISHED = ".unfinished"
 TEMPORARY = ".tmp-"
 BASIS, TASKS = "basis", "tasks"
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -19,6 +21,7 @@ from loraspan.store.format import BASIS, DATA_FILE, SCHEMA, TASKS, DamagedError,
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # the last key of a manifest: the sha256 of all bytes before this
 _SEAL = b',\n  "checksum": '
+_NUMBER = re.compile(r"0|[1-9][0-9]{0,9}", re.ASCII)
 _BY_NAME = {DTYPE_NAMES[dtype]: dtype for dtype in FLOATS}
 
 
@@ -37,17 +40,42 @@ class SlotShape:
 
 @dataclass(frozen=True)
 class DataFile:
-    """A file of tensors that a generation consists of; ``tasks`` is 0 for the bases."""
+    """A file of tensors that a generation consists of.
+
+    Attributes:
+        file: its name.
+        sha256: of its bytes.
+        size: their number.
+        tasks: that are in it; 0 for the bases.
+        removed: those of them that this generation no longer has, ascending.
+        renamed: those that have another name in this generation, ascending, and that name.
+    """
 
     file: str
     sha256: str
     size: int
     tasks: int = 0
+    removed: tuple[int, ...] = ()
+    renamed: tuple[tuple[int, str], ...] = ()
+
+    @property
+    def living(self) -> int:
+        """The number of tasks that were not removed."""
+        return self.tasks - len(self.removed)
+
+
+@dataclass(frozen=True)
+class Change:
+    """The names of tasks that a generation has and its parent has not, and the other way round."""
+
+    added: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
+    renamed: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """A generation; see ``docs/store.md``."""
+    """A generation; see ``docs/store.md``. ``change`` is None where it was not kept, or is too long to keep."""
 
     generation: int
     parent: int | None
@@ -57,11 +85,14 @@ class Manifest:
     slots: tuple[SlotShape, ...]
     basis: DataFile
     segments: tuple[DataFile, ...]
+    time: str | None = None
+    note: str = ""
+    change: Change | None = None
 
     @property
     def tasks(self) -> int:
         """The number of tasks in all segments."""
-        return sum(segment.tasks for segment in self.segments)
+        return sum(segment.living for segment in self.segments)
 
     @property
     def files(self) -> tuple[DataFile, ...]:
@@ -77,13 +108,16 @@ def dump(manifest: Manifest) -> bytes:
         "writer": f"loraspan {_version()}",
         "generation": manifest.generation,
         "parent": manifest.parent,
+        "time": manifest.time,
+        "note": manifest.note,
+        **_change_table(manifest.change),
         "dtype": DTYPE_NAMES[manifest.dtype],
         "base_model": manifest.base_model,
         "summary": manifest.summary,
         "basis": _file_table(manifest.basis),
     }
     lines = [f'  "{key}": {json.dumps(value)}' for key, value in head.items()]
-    lines.append(_lines("segments", [{**_file_table(s), "tasks": s.tasks} for s in manifest.segments]))
+    lines.append(_lines("segments", [_segment_table(data) for data in manifest.segments]))
     lines.append(_lines("slots", [_slot_table(slot) for slot in manifest.slots]))
     body = ("{\n" + ",\n".join(lines)).encode()
     return body + _SEAL + f'"{hashlib.sha256(body).hexdigest()}"\n}}\n'.encode()
@@ -125,6 +159,9 @@ def parse(data: bytes, file: str) -> Manifest:
         slots=slots,
         basis=_data_file(take(table, "basis", dict, file, "manifest"), BASIS, "basis", file),
         segments=tuple(_data_file(entry, TASKS, f"segment {i}", file) for i, entry in enumerate(segments)),
+        time=None if table.get("time") is None else take(table, "time", str, file, "manifest"),
+        note=take(table, "note", str, file, "manifest") if "note" in table else "",
+        change=_change(table["change"], file) if "change" in table else None,
     )
 
 
@@ -140,7 +177,21 @@ def _slot(entry: Any, i: int, file: str) -> SlotShape:
     ):
         raise DamagedError(file, what, f"'kernel' has to be null or three sizes; it is {kernel!r}")
     n, d, k_out, k_in = (take_size(entry, key, file, what) for key in ("n", "d", "k_out", "k_in"))
-    return SlotShape(name, n, d, k_out, k_in, kind, None if kernel is None else tuple(kernel))
+    shape = SlotShape(name, n, d, k_out, k_in, kind, None if kernel is None else tuple(kernel))
+    if (problem := slot_problem(shape)) is not None:
+        raise DamagedError(file, what, problem)
+    return shape
+
+
+def slot_problem(slot: SlotShape) -> str | None:
+    """Say what about the sizes of a slot cannot be, if anything."""
+    for length, width in ((slot.n, slot.k_out), (slot.d, slot.k_in)):
+        # where the length is 0 there are no bytes that a hostile width would have to be paid with
+        if width > length:
+            return f"a basis of {width} vectors of length {length} cannot be orthonormal"
+    if (slot.kind == "conv2d") != (slot.kernel is not None) or (slot.kernel and math.prod(slot.kernel) != slot.d):
+        return f"a convolution, and nothing else, has a kernel, of {slot.d} entries; it is {slot.kind}, {slot.kernel}"
+    return None
 
 
 def _data_file(entry: Any, kind: str, what: str, file: str) -> DataFile:
@@ -149,12 +200,62 @@ def _data_file(entry: Any, kind: str, what: str, file: str) -> DataFile:
     # the pattern first: a name that passes it cannot be a path
     if not DATA_FILE.fullmatch(name) or name != data_name(kind, sha256):
         raise DamagedError(file, what, f"'file' has to be {data_name(kind, sha256[:64])!r}; it is {name!r}")
-    tasks = take_size(entry, "tasks", file, what) if kind == TASKS else 0
-    return DataFile(name, sha256, take_size(entry, "bytes", file, what, largest=2**62), tasks)
+    size = take_size(entry, "bytes", file, what, largest=2**62)
+    if kind == BASIS:
+        return DataFile(name, sha256, size)
+    tasks = take_size(entry, "tasks", file, what)
+    removed = _removed(entry, tasks, what, file)
+    return DataFile(name, sha256, size, tasks, removed, _renamed(entry, tasks, set(removed), what, file))
+
+
+def _removed(entry: Any, tasks: int, what: str, file: str) -> tuple[int, ...]:
+    numbers = take(entry, "removed", list, file, what) if "removed" in entry else []
+    before = -1
+    for number in numbers:
+        if type(number) is not int or not before < number < tasks:
+            problem = f"'removed' has to ascend from 0 to below the {tasks} tasks; {str(number)[:40]} follows {before}"
+            raise DamagedError(file, what, problem)
+        before = number
+    return tuple(numbers)
+
+
+def _renamed(entry: Any, tasks: int, removed: set[int], what: str, file: str) -> tuple[tuple[int, str], ...]:
+    names = take(entry, "renamed", dict, file, what) if "renamed" in entry else {}
+    pairs = []
+    for key, name in names.items():
+        if not _NUMBER.fullmatch(key) or int(key) >= tasks or int(key) in removed or type(name) is not str:
+            problem = (
+                f"'renamed' has to name some of its {tasks} tasks that were not removed; {key[:40]!r} is none, or "
+            )
+            raise DamagedError(file, what, problem + "its name is no text")
+        pairs.append((int(key), name))
+    return tuple(sorted(pairs))
+
+
+def _change(table: Any, file: str) -> Change:
+    added, removed = (take(table, key, list, file, "change") for key in ("added", "removed"))
+    renamed = take(table, "renamed", list, file, "change")
+    pairs = [tuple(pair) for pair in renamed if type(pair) is list and len(pair) == 2]
+    if len(pairs) < len(renamed) or not all(type(name) is str for names in (added, removed, *pairs) for name in names):
+        raise DamagedError(file, "change", "it has to hold names of tasks, and pairs of them under 'renamed'")
+    return Change(tuple(added), tuple(removed), tuple(pairs))
 
 
 def _file_table(data: DataFile) -> dict[str, object]:
     return {"file": data.file, "sha256": data.sha256, "bytes": data.size}
+
+
+def _segment_table(data: DataFile) -> dict[str, object]:
+    table = {**_file_table(data), "tasks": data.tasks}
+    if data.removed:
+        table["removed"] = list(data.removed)
+    if data.renamed:
+        table["renamed"] = {str(number): name for number, name in data.renamed}
+    return table
+
+
+def _change_table(change: Change | None) -> dict[str, object]:
+    return {} if change is None else {"change": asdict(change)}
 
 
 def _slot_table(slot: SlotShape) -> dict[str, object]:

@@ -1,65 +1,18 @@
-"""Open a generation of a store as a collection."""
+"""Which generation a store is at, and what its manifest says."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from loraspan.adapters.regular import open_regular
-from loraspan.collection.collection import Collection, Segment, SlotSpace
+from loraspan.collection.collection import Segment
 from loraspan.errors import ArgumentError, StoreError
 from loraspan.store import manifest as manifests
-from loraspan.store import segment
 from loraspan.store.format import CURRENT, DamagedError, manifest_name
 from loraspan.store.manifest import Manifest
-from loraspan.store.mapped import TensorFile
 
 _LARGEST_MANIFEST = 2**28
-
-
-def open(path: str | os.PathLike[str], *, generation: int | None = None) -> Collection:
-    """Open a store.
-
-    The tensors are views of the mapped files: nothing of them is read before it is used, and the files are closed. A
-    collection keeps the generation that it was opened at, whatever is saved to the folder afterwards.
-
-    Args:
-        path: the folder.
-        generation: which one to open; None opens the current one.
-
-    Returns:
-        The collection as it was saved.
-
-    Raises:
-        StoreError: if the folder is no store, lacks a file or cannot be read.
-        FormatError: if a file is not what it has to be; the message names it and the part.
-        UnsupportedError: if a newer version of loraspan wrote it.
-
-    Example:
-        >>> import tempfile, torch
-        >>> from loraspan.store import open, save
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save(Collection({}, dtype=torch.bfloat16), folder + "/team.span")
-        ...     open(folder + "/team.span").dtype
-        1
-        torch.bfloat16
-    """
-    folder = Path(path)
-    try:
-        return _open(folder, generation)
-    except DamagedError as error:
-        raise error.within(folder) from None
-
-
-def _open(folder: Path, generation: int | None) -> Collection:
-    manifest = read_manifest(folder, wanted(folder, generation))
-    bases = segment.read_basis(TensorFile(folder, manifest.basis), manifest)
-    segments = tuple(segment.read_tasks(TensorFile(folder, data), manifest, data.tasks) for data in manifest.segments)
-    if (double := double_name(segments)) is not None:
-        raise DamagedError(manifest_name(manifest.generation), f"task {double!r}"[:200], "two tasks have this name")
-    slots = {slot.name: SlotSpace(*bases[slot.name], slot.kind, slot.kernel) for slot in manifest.slots}
-    return Collection(slots, segments, manifest.dtype, manifest.base_model, manifest.summary)
 
 
 def current(folder: Path) -> int | None:
@@ -92,6 +45,11 @@ def wanted(folder: Path, generation: int | None) -> int:
 
 def read_manifest(folder: Path, generation: int) -> Manifest:
     """Read the manifest of a generation."""
+    return parse_manifest(read_sealed(folder, generation), generation)
+
+
+def read_sealed(folder: Path, generation: int) -> bytes:
+    """Give the bytes of the manifest of a generation."""
     path = folder / manifest_name(generation)
     try:
         with open_regular(path) as file:
@@ -100,9 +58,15 @@ def read_manifest(folder: Path, generation: int) -> Manifest:
         raise StoreError(f"{path}: cannot be read: {error.strerror}") from error
     if len(data) > _LARGEST_MANIFEST:
         raise DamagedError(path.name, "size", f"a manifest has at most {_LARGEST_MANIFEST} bytes")
-    manifest = manifests.parse(data, path.name)
+    return data
+
+
+def parse_manifest(data: bytes, generation: int) -> Manifest:
+    """Give what the manifest of a generation says."""
+    name = manifest_name(generation)
+    manifest = manifests.parse(data, name)
     if manifest.generation != generation:
-        raise DamagedError(path.name, "generation", f"it has to be {generation}; it is {manifest.generation}")
+        raise DamagedError(name, "generation", f"it has to be {generation}; it is {manifest.generation}")
     return manifest
 
 

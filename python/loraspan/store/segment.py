@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,12 +10,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loraspan.collection.collection import Collection, Segment, SlotSpace
+from loraspan.collection.collection import Collection, Segment, SlotSpace, Task
 from loraspan.collection.columns import FIELDS, Columns
 from loraspan.collection.layout import narrow
 from loraspan.store import records
 from loraspan.store.format import LARGEST, DamagedError
-from loraspan.store.manifest import Manifest, SlotShape
+from loraspan.store.manifest import DataFile, Manifest, SlotShape
 from loraspan.store.mapped import TensorFile
 
 _INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int64)
@@ -64,13 +65,14 @@ def read_basis(file: TensorFile, manifest: Manifest) -> dict[str, tuple[Tensor, 
     return {slot.name: (found[f"u.{slot.name}"], found[f"v.{slot.name}"]) for slot in manifest.slots}
 
 
-def read_tasks(file: TensorFile, manifest: Manifest, count: int) -> Segment:
-    """Give the tasks of a segment, and their columns.
+def read_tasks(file: TensorFile, manifest: Manifest, data: DataFile) -> Segment:
+    """Give the tasks of a segment, with the names that the manifest says and without those it lacks, and all columns.
 
     Raises:
         FormatError: if the file's tensors do not fit the manifest or each other.
     """
     kinds = (*FIELDS, "counts", "rows", "dense", "origin")
+    count = data.tasks
     extras = _extras(file, count)
     present = set(file.names())
     slots = [slot for slot in manifest.slots if f"counts.{slot.name}" in present]
@@ -80,8 +82,12 @@ def read_tasks(file: TensorFile, manifest: Manifest, count: int) -> Segment:
     text = file.tensor("records", torch.uint8)
     if text is None or text.ndim != 1:
         raise DamagedError(file.name, "tensor 'records'", "it has to be there, with one dimension")
-    data = text.numpy().tobytes()
-    tasks = records.decode(data, count, codes, extras, file.name)
+    tasks: list[Task | None] = [*records.decode(text.numpy().tobytes(), count, codes, extras, file.name)]
+    for i, name in data.renamed:
+        of = tasks[i]
+        tasks[i] = None if of is None else replace(of, name=name)
+    for i in data.removed:
+        tasks[i] = None
     return Segment(tuple(tasks), {slot.name: _columns(file, slot, manifest.dtype, count) for slot in slots})
 
 
@@ -114,12 +120,15 @@ def problem_of(columns: Columns, slot: SlotShape, dtype: torch.dtype, tasks: int
 def _index_problem(
     rows: NDArray[np.int64], counts: NDArray[np.int64], dense: NDArray[np.bool_], slot: SlotShape, tasks: int
 ) -> tuple[str, str] | None:
-    if rows.ndim != 1 or counts.shape != (len(rows), 4) or dense.shape != rows.shape:
+    if rows.ndim != 1 or counts.shape != (*rows.shape, 4) or dense.shape != rows.shape:
         return "counts", f"rows, counts and dense are [T], [T, 4], [T]; got {rows.shape}, {counts.shape}, {dense.shape}"
-    if len(rows) and not (rows[0] >= 0 and rows[-1] < tasks and (np.diff(rows) > 0).all()):
+    if len(rows) and not (rows[0] >= 0 and rows[-1] < tasks and (rows[1:] > rows[:-1]).all()):
         return "rows", f"they have to ascend within the {tasks} tasks"
     if len(rows) and not (counts.min() >= 0 and counts.max() <= LARGEST):
         return "counts", f"they have to be from 0 to {LARGEST}"
+    for side, width, forms in (("left", slot.k_out, [0, 1]), ("right", slot.k_in, [0, 2])):
+        if not width and counts[:, forms].any():
+            return "counts", f"a column whose {side} end is shared needs a basis, and here that has no vectors"
     if (counts[dense, 0] != slot.k_in).any():
         return "dense", f"a dense core has {slot.k_in} columns with both ends shared"
     return None
@@ -133,7 +142,7 @@ def _columns(file: TensorFile, slot: SlotShape, dtype: torch.dtype, count: int) 
         rows = np.arange(count, dtype=np.int64)
     flags = _flags(file, slot.name)
     if flags is None:
-        flags = np.zeros(len(rows), dtype=np.bool_)
+        flags = np.zeros(rows.shape, dtype=np.bool_)
     problem = _index_problem(rows, counts, flags, slot, count)
     if problem is not None:
         raise DamagedError(file.name, f"tensor '{problem[0]}.{slot.name}'", problem[1])

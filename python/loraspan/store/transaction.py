@@ -1,40 +1,27 @@
-"""Write a generation: new files first, the name of the generation last."""
+"""Write a collection: as a store of its own, or as what follows on a generation that was opened."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
-import uuid
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from loraspan.collection.collection import Collection
-from loraspan.collection.layout import header, order
-from loraspan.collection.segments import merge
-from loraspan.errors import ArgumentError, FormatError, StoreError
-from loraspan.store import files, segment
-from loraspan.store import manifest as manifests
+from loraspan.collection.collection import Collection, SlotSpace
+from loraspan.errors import ArgumentError, StoreError
+from loraspan.store import segment
 from loraspan.store.checks import check
-from loraspan.store.format import (
-    BASIS,
-    CURRENT,
-    DATA_FILE,
-    LOCK,
-    MANIFEST_FILE,
-    TASKS,
-    TEMPORARY,
-    data_name,
-    manifest_name,
-)
+from loraspan.store.drafts import Drafts, Named
+from loraspan.store.format import BASIS, TASKS, DamagedError
 from loraspan.store.manifest import DataFile, Manifest
-from loraspan.store.reader import current, read_manifest
+from loraspan.store.mapped import TensorFile
+from loraspan.store.opened import Opened
+from loraspan.store.plan import Plan, all_new, plan
+from loraspan.store.publish import AGAIN, now, publish, standing
+from loraspan.store.reader import current, read_sealed
 
-Named = Sequence[tuple[str, Tensor]]
+_LONGEST_NOTE = 10_000
 
 
 def save(
@@ -44,6 +31,7 @@ def save(
     overwrite: bool = False,
     parent: int | None = None,
     timeout: float = 30.0,
+    note: str = "",
 ) -> int:
     """Write a collection to a folder, as a new store or as the next generation of one.
 
@@ -57,6 +45,7 @@ def save(
         parent: the generation that the new one follows. If the store is at another one, nothing is written. None takes
             the one that the store is at when the call begins.
         timeout: seconds to wait for another writer.
+        note: what made this generation, for :func:`log`.
 
     Returns:
         The number of the new generation; the first is 1.
@@ -75,193 +64,136 @@ def save(
         [1, 2]
     """
     folder = Path(path)
+    _check_note("save", note)
     check(collection)
-    planned = [(BASIS, segment.basis_tensors(collection), 0)]
-    for held in collection.segments:
-        living = merge([held])
-        planned.append((TASKS, segment.task_tensors(living), living.living))
-    return publish(collection, folder, planned, overwrite=overwrite, parent=parent, timeout=timeout)
-
-
-def publish(
-    collection: Collection,
-    folder: Path,
-    planned: Sequence[tuple[str, Named, int]],
-    *,
-    overwrite: bool,
-    parent: int | None = None,
-    timeout: float = 30.0,
-) -> int:
-    """Write the planned files ``(kind, tensors, tasks)``, the bases first, and a manifest for them."""
-    seen = _standing(folder, overwrite)
+    seen = standing(folder, overwrite)
     if parent is not None and parent != seen:
         raise StoreError(f"{folder}: at generation {seen}, not {parent}: open it again and repeat the change")
-    try:
-        files.make_folder(folder)
-        with _locked(folder, timeout):
-            if (now := current(folder)) != seen:
-                raise StoreError(
-                    f"{folder}: another writer was faster: it is at generation {now} and was at {seen} when this "
-                    "began; nothing was written; open it again and repeat the change"
-                )
-            _clean(folder, seen)
-            return _commit(collection, folder, planned, seen)
-    except StoreError:
-        raise
-    except OSError as error:
-        what = f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
-        raise StoreError(f"{folder}: cannot be written: {what}; the store is as it was before") from error
+    return _write(folder, seen, collection, all_new(collection), note, timeout).generation
 
 
-def _commit(collection: Collection, folder: Path, planned: Sequence[tuple[str, Named, int]], parent: int | None) -> int:
-    temporary: list[Path] = []
-    try:
-        written = _write_all(folder, planned, temporary)
+def commit(opened: Opened, collection: Collection, *, note: str = "", timeout: float = 30.0) -> Opened:
+    """Write the generation that follows on an opened one, and of it only what is not there yet.
+
+    What was opened is recognised, not compared. The bases stand if every slot has the very tensors that were opened;
+    a new slot whose bases are empty needs none. A segment stands if it has the very mapping ``columns`` that was
+    opened: tasks of it that are gone (None) or have another name, and are otherwise the same down to each attribute,
+    are noted in the manifest. All else is written, a file for each new segment. Where segments have piled up, some are
+    joined: over many calls a task's bytes are written again about once for each eightfold growth of the store (see
+    ``docs/store.md``). A segment of which more than half was removed is written anew without that.
+
+    Time and bytes are those of the change, not of the collection.
+
+    Args:
+        opened: what :func:`open_at` or an earlier call gave.
+        collection: made from ``opened.collection``.
+        note: what made this generation, for :func:`log`: "add sql".
+        timeout: seconds to wait for another writer.
+
+    Returns:
+        The new generation, as :func:`open_at` would give it: what was written is mapped from its files, all else is
+        what ``opened`` holds. Go on from its ``collection``, of which the next call knows the parts.
+
+    Raises:
+        StoreError: if the store is no longer at the generation that was opened, lacks one of its files, another writer
+            holds the lock, or the files cannot be written.
+        ShapeError: if parts of the collection do not fit together.
+        ArgumentError: if a name occurs twice, or something cannot be written as it is.
+
+    Example:
+        >>> import tempfile
+        >>> from dataclasses import replace
+        >>> from loraspan.store import commit, open_at, save
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     number = save(Collection({}), folder)
+        ...     opened = open_at(folder)
+        ...     commit(opened, replace(opened.collection, base_model="base"), note="name the base").generation
+        2
+    """
+    _check_note("commit", note)
+    made = plan(opened, collection)
+    # before anything is joined in memory, and again under the lock
+    _check_generation(opened)
+    return _write(opened.folder, opened.generation, collection, made, note, timeout, opened)
+
+
+def _write(
+    folder: Path,
+    seen: int | None,
+    collection: Collection,
+    made: Plan,
+    note: str,
+    timeout: float,
+    opened: Opened | None = None,
+) -> Opened:
+    # whatever cannot be written as it is says so here, before anything is touched
+    planned: list[tuple[str, Named]] = [] if made.basis else [(BASIS, segment.basis_tensors(collection))]
+    planned += [(TASKS, segment.task_tensors(part.segment)) for part in made.parts if part.data is None]
+    written: list[Opened] = []
+
+    def make(drafts: Drafts) -> Manifest:
+        if opened is not None:
+            _check_files(opened, made)
+        files = iter(drafts.write_all(planned))
+        basis = made.basis or next(files)
+        segments = (part.data or replace(next(files), tasks=len(part.segment.tasks)) for part in made.parts)
         manifest = Manifest(
-            generation=(parent or 0) + 1,
-            parent=parent,
+            generation=(seen or 0) + 1,
+            parent=seen,
             dtype=collection.dtype,
             base_model=collection.base_model,
             summary=collection.summary,
             slots=segment.slot_shapes(collection),
-            basis=written[0],
-            segments=tuple(written[1:]),
+            basis=basis,
+            segments=tuple(segments),
+            time=now(),
+            note=note,
+            change=made.change,
         )
-        _write_small(folder, manifest_name(manifest.generation), manifests.dump(manifest), temporary)
-        # every file that the manifest names, and the manifest, have to last before CURRENT names them
-        files.sync_folder(folder)
-        _write_small(folder, CURRENT, f"{manifest.generation}\n".encode(), temporary)
-        files.sync_folder(folder)
-        return manifest.generation
-    finally:
-        for path in temporary:
-            with contextlib.suppress(OSError):
-                files.remove(path)
+        written.append(_mapped(folder, manifest, collection, made))
+        return manifest
 
-
-def _write_all(folder: Path, planned: Sequence[tuple[str, Named, int]], temporary: list[Path]) -> list[DataFile]:
-    """Write files of tensors side by side, each while it is being hashed."""
-    with ThreadPoolExecutor(max_workers=2 * len(planned)) as pool:
-        jobs: list[tuple[Path, list[memoryview], Future[str], Future[None]]] = []
-        for kind, named, _ in planned:
-            buffers, path = _buffers(kind, named), _temporary(folder, temporary)
-            jobs.append((path, buffers, pool.submit(_hash, buffers), pool.submit(_write, path, buffers)))
-    written = []
-    for (kind, _, tasks), (path, buffers, digest, done) in zip(planned, jobs, strict=True):
-        done.result()
-        sha256 = digest.result()
-        name = data_name(kind, sha256)
-        files.rename(path, folder / name)
-        written.append(DataFile(name, sha256, sum(map(len, buffers)), tasks))
-    return written
-
-
-def _buffers(kind: str, named: Named) -> list[memoryview]:
-    """Give a file of tensors as pieces of memory: the header, then the tensors where they are."""
-    entries = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in named]
-    places = order(entries)
-    pieces = [memoryview(header((entries[i] for i in places), {"loraspan": kind}))]
-    pieces += [memoryview(_memory(named[i][1])) for i in places if named[i][1].numel()]
-    return pieces
-
-
-def _memory(tensor: Tensor) -> memoryview:
-    flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy().data)
-
-
-def _hash(buffers: Sequence[memoryview]) -> str:
-    digest = hashlib.sha256()
-    for piece in buffers:
-        digest.update(piece)
-    return digest.hexdigest()
-
-
-def _write(path: Path, buffers: Sequence[memoryview]) -> None:
-    descriptor = files.create(path)
     try:
-        for piece in buffers:
-            done = 0
-            while done < len(piece):
-                done += files.write(descriptor, piece[done:])
-        files.sync(descriptor)
-    finally:
-        files.close(descriptor)
+        data = publish(folder, seen, timeout, make)
+    except DamagedError as error:
+        raise error.within(folder) from None
+    return replace(written[0], sha256=hashlib.sha256(data).hexdigest())
 
 
-def _write_small(folder: Path, name: str, data: bytes, temporary: list[Path]) -> None:
-    path = _temporary(folder, temporary)
-    _write(path, [memoryview(data)])
-    files.rename(path, folder / name)
-
-
-def _temporary(folder: Path, made: list[Path]) -> Path:
-    made.append(folder / f"{TEMPORARY}{uuid.uuid4().hex}")
-    return made[-1]
-
-
-def _standing(folder: Path, overwrite: bool) -> int | None:
-    """Give the generation that a folder is at, None where there is none yet; refuse a folder of something else."""
-    if not folder.exists():
-        return None
-    if not folder.is_dir():
-        raise StoreError(f"{folder}: a store is a folder, and this is a file: choose another path")
-    generation = current(folder)
-    if generation is None:
-        # what the first save leaves when it is cut short
-        strangers = [entry.name for entry in folder.iterdir() if not _ours(entry.name)]
-        if strangers:
-            raise StoreError(f"{folder}: a folder that is no store, with {strangers[0]!r} in it: choose another path")
-    elif not overwrite:
-        raise StoreError(
-            f"{folder}: a store already, at generation {generation}: "
-            "pass overwrite=True to write its next generation, or choose another path"
-        )
-    return generation
-
-
-def _ours(name: str) -> bool:
-    return (
-        name == LOCK or name.startswith(TEMPORARY) or bool(DATA_FILE.fullmatch(name) or MANIFEST_FILE.fullmatch(name))
+def _mapped(folder: Path, manifest: Manifest, collection: Collection, made: Plan) -> Opened:
+    """Give the generation with what was just written as views of its files: that it can be read is part of writing."""
+    slots = collection.slots
+    if made.basis is None:
+        bases = segment.read_basis(TensorFile(folder, manifest.basis), manifest)
+        slots = {slot.name: SlotSpace(*bases[slot.name], slot.kind, slot.kernel) for slot in manifest.slots}
+    segments = tuple(
+        segment.read_tasks(TensorFile(folder, data), manifest, data) if part.data is None else part.segment
+        for part, data in zip(made.parts, manifest.segments, strict=True)
     )
+    held = replace(collection, slots=slots, segments=segments)
+    return Opened(folder, manifest.generation, held, manifest.basis, manifest.segments, made.names, "")
 
 
-@contextlib.contextmanager
-def _locked(folder: Path, timeout: float) -> Iterator[None]:
-    from filelock import FileLock, Timeout
-
-    path = folder / LOCK
-    # made here, so that its mode follows the umask and whoever may write to the folder may lock it
-    with contextlib.suppress(FileExistsError):
-        files.close(files.create(path))
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=timeout)
-    except Timeout:
+def _check_generation(opened: Opened) -> None:
+    if (now := current(opened.folder)) != opened.generation:
         raise StoreError(
-            f"{folder}: another writer has held {LOCK} for {timeout:g} s: wait until it is done, and repeat"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
+            f"{opened.folder}: another writer was faster: it is at generation {now} and was at {opened.generation} "
+            f"when it was opened; {AGAIN}"
+        )
 
 
-def _clean(folder: Path, generation: int | None) -> None:
-    """Remove what a writer that was cut short left behind."""
-    used: set[str] | None = set()
-    candidates = []
-    for entry in sorted(folder.iterdir()):
-        match = MANIFEST_FILE.fullmatch(entry.name)
-        if entry.name.startswith(TEMPORARY) or (match and int(match[1]) > (generation or 0)):
-            files.remove(entry)
-        elif match and used is not None:
-            try:
-                used.update(data.file for data in read_manifest(folder, int(match[1])).files)
-            except (FormatError, StoreError, ArgumentError):
-                used = None  # a generation that cannot be read may still be repaired: keep all files
-        elif DATA_FILE.fullmatch(entry.name):
-            candidates.append(entry)
-    for entry in candidates:
-        if used is not None and entry.name not in used:
-            files.remove(entry)
+def _check_files(opened: Opened, made: Plan) -> None:
+    """See that the store is the one that was opened, not another one of that number, and still has what stands."""
+    folder = opened.folder
+    if hashlib.sha256(read_sealed(folder, opened.generation)).hexdigest() != opened.sha256:
+        raise StoreError(f"{folder}: generation {opened.generation} is not the one that was opened; {AGAIN}")
+    stands: Sequence[DataFile | None] = [made.basis, *(part.data for part in made.parts)]
+    for data in filter(None, stands):
+        size = (folder / data.file).stat().st_size
+        if size != data.size:
+            raise DamagedError(data.file, "size", f"the manifest says {data.size} bytes; it has {size}; {AGAIN}")
+
+
+def _check_note(operator: str, note: str) -> None:
+    if type(note) is not str or len(note) > _LONGEST_NOTE:
+        raise ArgumentError(f"{operator}: note has to be text of at most {_LONGEST_NOTE} characters; got {note!r:.80}")

@@ -122,7 +122,7 @@ def _tasks(folder: Path, manifest: Manifest, spoilt: set[str]) -> Iterator[Findi
         if data.file in spoilt:
             continue
         try:
-            found = segment.read_tasks(TensorFile(folder, data), manifest, data.tasks)
+            found = segment.read_tasks(TensorFile(folder, data), manifest, data)
         except DamagedError as error:
             yield error.finding
             continue

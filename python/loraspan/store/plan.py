@@ -1,0 +1,186 @@
+"""What the next generation has in common with the one it is made from, and what has to be written."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from itertools import chain, zip_longest
+
+import numpy as np
+
+from loraspan.collection.collection import Collection, Segment, SlotSpace, Task
+from loraspan.collection.layout import columns_bytes, segment_bytes
+from loraspan.collection.segments import merge
+from loraspan.errors import ArgumentError
+from loraspan.store.checks import check_change
+from loraspan.store.compaction import first_to_join
+from loraspan.store.manifest import Change, DataFile
+from loraspan.store.opened import Opened
+from loraspan.store.segment import slot_shape
+
+_KEPT = [each.name for each in fields(Task) if each.name != "name"]
+# a generation tells the names that it brings and takes, unless they are longer than this
+_LONGEST_CHANGE = 10_000
+
+
+@dataclass(frozen=True)
+class Part:
+    """A segment of the next generation: of a file that stands, or, with None, to be written."""
+
+    segment: Segment
+    data: DataFile | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The next generation: ``basis`` is None where the bases have to be written."""
+
+    basis: DataFile | None
+    parts: tuple[Part, ...]
+    names: frozenset[str]
+    change: Change | None
+
+
+def plan(opened: Opened, collection: Collection) -> Plan:
+    """Find what stands of ``collection``, check the rest, and say which segments are to be joined.
+
+    Raises:
+        ShapeError: if parts of the collection do not fit together.
+        ArgumentError: if a name occurs twice, or something cannot be written as it is.
+    """
+    parts, names = _compare(opened, collection)
+    check_change(collection, opened.collection, [part.segment for part in parts if part.data is None])
+    after = names.after(opened.names)
+    parts = [_without_dead(part, collection.slots) for part in parts if part.segment.living]
+    first = first_to_join([_size(part) for part in parts])
+    if first < len(parts):
+        parts[first:] = [Part(merge([part.segment for part in parts[first:]]), None)]
+    basis = opened.basis if _bases_stand(opened.collection, collection) else None
+    return Plan(basis, tuple(parts), after, names.change())
+
+
+def all_new(collection: Collection) -> Plan:
+    """Write everything, a file a segment."""
+    parts = tuple(Part(merge([segment]), None) for segment in collection.segments)
+    return Plan(None, parts, frozenset(), None)
+
+
+@dataclass(frozen=True)
+class _Names:
+    """The names that go and come, and the pairs among them that one task has."""
+
+    gone: list[str] = field(default_factory=list)
+    came: list[str] = field(default_factory=list)
+    renamed: list[tuple[str, str]] = field(default_factory=list)
+
+    def note(self, was: Sequence[Task | None], now: Sequence[Task | None]) -> None:
+        """Compare the tasks of a segment, place by place."""
+        for old, new in zip_longest(was, now):
+            if old is new:
+                continue
+            if old is not None:
+                self.gone.append(old.name)
+            if new is not None:
+                self.came.append(new.name)
+            if old is not None and new is not None and old.name != new.name:
+                self.renamed.append((old.name, new.name))
+
+    def after(self, before: frozenset[str]) -> frozenset[str]:
+        """Give all names of the next generation; refuse one that comes twice."""
+        names = set(before.difference(self.gone))
+        for name in self.came:
+            if name in names:
+                raise ArgumentError(f"commit: two tasks are named {name!r}: rename one")
+            names.add(name)
+        return frozenset(names)
+
+    def change(self) -> Change | None:
+        """Give what the manifest tells of this, None if that is too long."""
+        came, gone = Counter(self.came), Counter(self.gone)
+        came.subtract(new for _, new in self.renamed)
+        gone.subtract(old for old, _ in self.renamed)
+        added, removed = tuple(came - gone), tuple(gone - came)
+        if sum(map(len, [*added, *removed, *chain(*self.renamed)])) > _LONGEST_CHANGE:
+            return None
+        return Change(added, removed, tuple(self.renamed))
+
+
+def _compare(opened: Opened, collection: Collection) -> tuple[list[Part], _Names]:
+    before = zip(opened.collection.segments, opened.segments, strict=True)
+    standing = {id(segment.columns): (segment, data) for segment, data in before}
+    parts, names = [], _Names()
+    for segment in collection.segments:
+        was = standing.pop(id(segment.columns), None)
+        if was is None:
+            names.note((), segment.tasks)
+            parts.append(Part(segment, None))
+            continue
+        if was[0].tasks is not segment.tasks:
+            names.note(was[0].tasks, segment.tasks)
+        parts.append(Part(segment, _patched(*was, segment.tasks)))
+    for old, _ in standing.values():
+        names.note(old.tasks, ())
+    return parts, names
+
+
+def _patched(was: Segment, data: DataFile, tasks: Sequence[Task | None]) -> DataFile | None:
+    """Give the same file with other ``tasks``, None if it cannot hold them."""
+    if was.tasks is tasks:
+        return data
+    if len(was.tasks) != len(tasks):
+        return None
+    removed, renamed = set(data.removed), dict(data.renamed)
+    for i, (old, new) in enumerate(zip(was.tasks, tasks, strict=True)):
+        if old is new:
+            continue
+        if old is None or (new is not None and any(getattr(old, key) is not getattr(new, key) for key in _KEPT)):
+            return None
+        if new is None:
+            removed.add(i)
+            renamed.pop(i, None)
+        else:
+            renamed[i] = new.name
+    return replace(data, removed=tuple(sorted(removed)), renamed=tuple(sorted(renamed.items())))
+
+
+def _without_dead(part: Part, slots: Mapping[str, SlotSpace]) -> Part:
+    """Write a segment anew where removed tasks take more than half of it."""
+    if part.data is None or not part.data.removed:
+        return part
+    alive = np.array([task is not None for task in part.segment.tasks], dtype=np.bool_)
+    total = living = 0
+    for path, columns in part.segment.columns.items():
+        shape = slot_shape(path, slots[path])
+        sizes = columns_bytes(
+            columns.counts,
+            n=shape.n,
+            d=shape.d,
+            k_out=shape.k_out,
+            k_in=shape.k_in,
+            dtype=columns.left_private.dtype,
+            dense=columns.dense,
+        )
+        total += int(sizes.sum())
+        living += int(sizes[alive[columns.tasks]].sum())
+    # extras of the dead are not in memory: they take what their file has and the columns have not
+    extras = sum(extra.nbytes for task in part.segment.tasks if task is not None for extra in task.extras.values())
+    return Part(part.segment, None) if living + extras < total / 2 else part
+
+
+def _size(part: Part) -> int:
+    return segment_bytes(part.segment) if part.data is None else part.data.size
+
+
+def _bases_stand(opened: Collection, collection: Collection) -> bool:
+    """Say whether the file of the bases serves ``collection``: it may have more slots, without bases."""
+    if opened.dtype != collection.dtype:
+        return False
+    for name, slot in collection.slots.items():
+        was = opened.slots.get(name)
+        for side in ("u", "v"):
+            now = getattr(slot, side)
+            if (was is None or getattr(was, side) is not now) and (now.numel() or (was and getattr(was, side).numel())):
+                return False
+    gone = opened.slots.keys() - collection.slots.keys()
+    return not any(opened.slots[name].u.numel() or opened.slots[name].v.numel() for name in gone)

@@ -1,0 +1,98 @@
+"""Make a generation the current one: its files first, its name last."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+
+from loraspan.errors import StoreError
+from loraspan.store import files
+from loraspan.store import manifest as manifests
+from loraspan.store.drafts import Drafts, tidy, unfinished
+from loraspan.store.format import CURRENT, DATA_FILE, LOCK, MANIFEST_FILE, TEMPORARY, UNFINISHED, manifest_name
+from loraspan.store.lock import locked
+from loraspan.store.manifest import Manifest
+from loraspan.store.reader import current
+
+AGAIN = "nothing was written; open it again and repeat the change"
+
+
+def publish(folder: Path, seen: int | None, timeout: float, make: Callable[[Drafts], Manifest]) -> bytes:
+    """Write the generation after ``seen``, and give the bytes of its manifest.
+
+    Args:
+        folder: of the store.
+        seen: the generation that the new one was made from; if the store is at another one, nothing is written.
+        timeout: seconds to wait for another writer.
+        make: writes the files that are missing, and gives the manifest. It is called with the store locked.
+
+    Raises:
+        StoreError: if another writer was faster or holds the lock, or the files cannot be written.
+    """
+    number = (seen or 0) + 1
+    try:
+        files.make_folder(folder)
+        with locked(folder, timeout):
+            if (now := current(folder)) != seen:
+                raise StoreError(
+                    f"{folder}: another writer was faster: it is at generation {now} and was at {seen} when this "
+                    f"began; {AGAIN}"
+                )
+            tidy(folder, seen)
+            with unfinished(folder, number) as drafts:
+                return _publish(folder, make(drafts), drafts)
+    except StoreError:
+        raise
+    except OSError as error:
+        what = f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
+        raise StoreError(f"{folder}: cannot be written: {what}; {_state(folder, number)}") from error
+
+
+def _publish(folder: Path, manifest: Manifest, drafts: Drafts) -> bytes:
+    data = manifests.dump(manifest)
+    drafts.write(manifest_name(manifest.generation), data)
+    # every file that the manifest names, and the manifest, have to last before CURRENT names them
+    files.sync_folder(folder)
+    drafts.write(CURRENT, f"{manifest.generation}\n".encode())
+    files.sync_folder(folder)
+    return data
+
+
+def _state(folder: Path, number: int) -> str:
+    if current(folder) == number:
+        return f"generation {number} is the current one, and may not outlast a loss of power"
+    return "the store is as it was before"
+
+
+def standing(folder: Path, overwrite: bool) -> int | None:
+    """Give the generation that a folder is at, None where there is none yet; refuse a folder of something else."""
+    if not folder.exists():
+        return None
+    if not folder.is_dir():
+        raise StoreError(f"{folder}: a store is a folder, and this is a file: choose another path")
+    generation = current(folder)
+    if generation is None:
+        # what the first save leaves when it is cut short
+        strangers = [entry.name for entry in folder.iterdir() if not _ours(entry.name)]
+        if strangers:
+            raise StoreError(f"{folder}: a folder that is no store, with {strangers[0]!r} in it: choose another path")
+    elif not overwrite:
+        raise StoreError(
+            f"{folder}: a store already, at generation {generation}: "
+            "pass overwrite=True to write its next generation, or choose another path"
+        )
+    return generation
+
+
+def now() -> str:
+    """Give the time for a manifest, in UTC to the second."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def _ours(name: str) -> bool:
+    return (
+        name in (LOCK, UNFINISHED)
+        or name.startswith(TEMPORARY)
+        or bool(DATA_FILE.fullmatch(name) or MANIFEST_FILE.fullmatch(name))
+    )
