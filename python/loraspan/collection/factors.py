@@ -73,7 +73,9 @@ class SlotFactors:
         return up, down
 
     def some(self, rows: list[int]) -> SlotFactors:
-        """Give some of the tasks, by their places."""
+        """Give some of the tasks, by their places, of adapters that :func:`read_factors` read."""
+        assert isinstance(self.up, FactorRows)
+        assert isinstance(self.down, FactorRows)
         at = torch.tensor(rows)
         kept = {name: getattr(self, name)[at] for name in ("gram_up", "gram_down", "scales", "squares")}
         up, down = self.up.some(rows), self.down.some(rows)

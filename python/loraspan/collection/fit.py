@@ -95,7 +95,7 @@ def fit(
         fitted = []
         for i, slot in enumerate(slots):
             report("fit", i, len(slots))
-            fitted.append(_fit_shared(slot, squares, goal))
+            fitted.append(fit_shared(slot, squares, goal))
     report("fit", len(slots), len(slots))
     lost = torch.zeros(len(adapters), dtype=torch.float64)
     for slot, (_, _, slot_lost) in zip(slots, fitted, strict=True):
@@ -135,7 +135,7 @@ def total_squares(slots: Sequence[SlotFactors], count: int) -> Tensor:
     return squares
 
 
-def _fit_shared(slot: SlotFactors, squares: Tensor, goal: Goal) -> tuple[SlotSpace, Columns, Tensor]:
+def fit_shared(slot: SlotFactors, squares: Tensor, goal: Goal) -> tuple[SlotSpace, Columns, Tensor]:
     """Fit one slot with all ends shared."""
     members = torch.tensor(slot.members)
     # a task's relative error counts where a rank is asked for, the collection's energy where that is

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from loraspan.collection.stack import Stack
 from loraspan.linalg.eig import top_eigenpairs
-from loraspan.linalg.roots import orthonormalize
+from loraspan.linalg.roots import gram_root, orthonormalize
 from loraspan.ops import gram, power, sketch
 from loraspan.ops.dense import eigh
 
@@ -48,6 +48,8 @@ def find_range(stack: Stack, width: int, *, precision: str, seed: int) -> Range:
         Halko, Martinsson, Tropp, *Finding structure with randomness*, 2011, algorithms 4.4 and 5.3.
     """
     rows = stack.x.shape[0]
+    if (rows + 1) / 2 <= 5 * width * _SKETCH_COST and stack.vectors.total > rows:
+        return _by_rows(stack, width, precision)
     # multiply-adds per column of X: half a Gram, or the sketch and two power steps of twice its work
     if (rows + 1) / 2 <= 5 * width * _SKETCH_COST:
         values, vectors, image = _by_gram(stack, width, precision)
@@ -57,6 +59,17 @@ def find_range(stack: Stack, width: int, *, precision: str, seed: int) -> Range:
     values, vectors, image = values[:kept], vectors[:, :kept], image[:, :kept]
     inverse = values.rsqrt()
     return Range(values, stack.weigh_transposed(vectors) * inverse, image * inverse)
+
+
+def _by_rows(stack: Stack, width: int, precision: str) -> Range:
+    """Where the vectors of all tasks are more than the rows that they are made of: in coordinates of the rows."""
+    inner = gram(stack.x, precision=precision)
+    root = gram_root(inner)
+    weighted = gram([stack.weigh(root.r.T.contiguous()).T], precision="f64")
+    values, vectors = top_eigenpairs(weighted, width)
+    kept = int((values > _FLOOR[precision] * values[:1]).sum()) if values.numel() else 0
+    w = root.inverse @ vectors[:, :kept]
+    return Range(values[:kept], w, inner @ w)
 
 
 def _by_gram(stack: Stack, width: int, precision: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -52,7 +52,7 @@ def select(columns: Columns, rows: NDArray[np.int64], tasks: NDArray[np.int64]) 
         return Columns(tasks, columns.counts, columns.dense, **columns.tensors())
     offsets = columns.offsets()
     tensors = {
-        field: tensor[torch.from_numpy(_spans(offsets[rows, j], offsets[rows + 1, j]))]
+        field: tensor[torch.from_numpy(spans(offsets[rows, j], offsets[rows + 1, j]))]
         for j, (field, tensor) in enumerate(columns.tensors().items())
     }
     return Columns(tasks, columns.counts[rows], columns.dense[rows], **tensors)
@@ -64,7 +64,7 @@ def _living(columns: Columns, alive: NDArray[np.bool_], first: int) -> Columns:
     return select(columns, rows, places[columns.tasks[rows]])
 
 
-def _spans(starts: NDArray[np.int64], stops: NDArray[np.int64]) -> NDArray[np.int64]:
+def spans(starts: NDArray[np.int64], stops: NDArray[np.int64]) -> NDArray[np.int64]:
     """Give the numbers from each start to its stop, one span after another."""
     lengths = stops - starts
     jumps = np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)

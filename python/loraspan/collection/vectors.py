@@ -49,10 +49,6 @@ class Vectors(Protocol):
         """Undo :meth:`pack`."""
         ...
 
-    def some(self, tasks: Sequence[int]) -> Vectors:
-        """Give those of some tasks."""
-        ...
-
     def rows_of(self, task: int) -> list[Tensor]:
         """Give the rows that a task's vectors are made of, in blocks."""
         ...
@@ -92,7 +88,7 @@ class FactorRows:
     pack, unpack = spread, pad
 
     def some(self, tasks: Sequence[int]) -> FactorRows:
-        """As :class:`Vectors`."""
+        """Give those of some tasks."""
         return FactorRows([self.x.blocks[i] for i in tasks], self._rank, self.x.target)
 
     def rows_of(self, task: int) -> list[Tensor]:

@@ -17,7 +17,7 @@ from loraspan.collection.core_space import refine_jointly
 from loraspan.collection.factors import SlotFactors
 from loraspan.collection.ranges import Range, find_range
 
-_FIRST_WIDTH = 64
+_FIRST_WIDTH, _OVERSAMPLE = 64, 8
 # Above this budget float32 ranges lose nothing that counts; the stored columns are measured in float64 all the same.
 _COARSE_ERROR = 1e-2
 
@@ -25,7 +25,7 @@ _COARSE_ERROR = 1e-2
 def fit_within(
     slots: Sequence[SlotFactors],
     squares: Tensor,
-    max_error: float,
+    max_error: float | Tensor,
     dtype: torch.dtype,
     seed: int,
     refine: int,
@@ -36,7 +36,7 @@ def fit_within(
     Args:
         slots: the factors.
         squares: ``[N]``: every task's ``|dW|_F^2`` over all slots.
-        max_error: relative, between 0 and 1.
+        max_error: relative, between 0 and 1, for every task or ``[N]``.
         dtype: of what is stored.
         seed: of the sketches.
         refine: iterations of joint refinement.
@@ -45,7 +45,7 @@ def fit_within(
     canonicals = [slot.canonical() for slot in slots]
     shares = allotments([(s.members, c.s) for s, c in zip(slots, canonicals, strict=True)], len(squares), max_error)
     weights = torch.where(squares > 0, squares.rsqrt(), 0.0)
-    coarse = max_error > _COARSE_ERROR
+    coarse = float(torch.as_tensor(max_error).min()) > _COARSE_ERROR
     unspent = torch.zeros_like(squares)
     fitted = []
     for i, (slot, canonical, share) in enumerate(zip(slots, canonicals, shares, strict=True)):
@@ -59,6 +59,11 @@ def fit_within(
     return fitted
 
 
+def fit_joint(builder: SlotBuilder, rank: int, refine: int, seed: int) -> tuple[SlotSpace, Columns, Tensor]:
+    """Give a slot on two bases of ``rank``, with private columns for what goes beyond the losses allowed."""
+    return _SlotFitter(builder, refine).fit_joint(rank, seed)
+
+
 class _SlotFitter:
     """Fits one slot: chooses the cheapest form, builds it, and measures what is lost."""
 
@@ -67,9 +72,21 @@ class _SlotFitter:
 
     def fit(self, precision: str, seed: int) -> tuple[SlotSpace, Columns, Tensor]:
         """Give the slot's bases and columns, and ``[T]`` squared losses."""
-        slot, dtype = self._builder.slot, self._builder.dtype
         plan, ranges = self._choose(precision, seed)
-        bases, parts, lost = self._build(plan, ranges)
+        return self._finish(*self._build(plan, ranges))
+
+    def fit_joint(self, rank: int, seed: int) -> tuple[SlotSpace, Columns, Tensor]:
+        """Give the same for two bases of ``rank``."""
+        out, inn = (
+            find_range(side.stack, rank + _OVERSAMPLE, precision="f64", seed=seed + i)
+            for i, side in enumerate(self._builder.sides)
+        )
+        widths = min(rank, len(out.energies)), min(rank, len(inn.energies))
+        bases = self._joint_bases(Plan("ss", *widths, 0), (out, inn))
+        return self._finish(bases, *self._builder.shared(bases))
+
+    def _finish(self, bases: tuple[Basis, Basis], parts: list[Part], lost: Tensor) -> tuple[SlotSpace, Columns, Tensor]:
+        slot, dtype = self._builder.slot, self._builder.dtype
         ranks = (bases[0].v.shape[1], bases[1].v.shape[1])
         columns = assemble(slot.members, parts, slot.shape, ranks, dtype)
         return SlotSpace(bases[0].v, bases[1].v, slot.kind, slot.kernel), columns, lost

@@ -1,0 +1,164 @@
+r"""New bases for the tasks that a collection holds: what has become common among cores and private columns.
+
+Nothing but the collection is read. A task is ``dW_i = left_i right_i^T`` with ends on the bases and private ones, so
+the enlarged bases ``[U Q_out]``, ``[V Q_in]`` hold every task, and a fit in their coordinates is the fit of the tasks
+as they are stored: its matrices are as large as the bases and the private ends together (or sketched, where these are
+many), whatever the number of tasks and the length of the vectors.
+
+Source:
+    The merge of Share, arXiv 2602.06043, section 3, with weighted cores in place of stacked loadings.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from loraspan.collection.budget import allotments
+from loraspan.collection.build import SlotBuilder
+from loraspan.collection.collection import Collection, Segment, SlotSpace, Task
+from loraspan.collection.columns import Columns
+from loraspan.collection.factors import SlotFactors
+from loraspan.collection.fit import Goal, fit_shared, total_squares
+from loraspan.collection.stored import stored_slots
+from loraspan.collection.within import fit_joint, fit_within
+from loraspan.errors import ArgumentError
+
+_Report = Callable[[str, int, int], None]
+_Fitted = list[tuple[SlotSpace, Columns, Tensor]]
+# What rounding adds to a loss beyond its measured value, relative to the task.
+_ROUNDING = 1e-9
+
+
+def refit(
+    collection: Collection,
+    *,
+    rank: int | None = None,
+    max_forgetting: float | None = None,
+    spend: float = 1.0,
+    refine: int = 2,
+    seed: int = 0,
+    report: _Report | None = None,
+) -> Collection:
+    """Give the same tasks on new bases, in one segment.
+
+    What a task loses is its distance from what was stored of it, relative to the norm of its original ``dW``. Its error
+    against its original is then at most its error before and that loss, and is reported as a ``"bound"``; the losses of
+    its life add up in ``Task.forgotten``.
+
+    Args:
+        collection: with at least one task.
+        rank: width of every new basis; None takes what needs the fewest bytes.
+        max_forgetting: what any task may lose over its whole life; private columns keep the rest. None, with a rank,
+            keeps shared columns alone, whatever they lose.
+        spend: the share of what is left of ``max_forgetting`` that this refit may take.
+        refine: iterations of joint refinement.
+        seed: of the sketches.
+        report: called with "fit", slots done and slots in all.
+
+    Raises:
+        ArgumentError: if there is no task, neither goal is given, one is out of range, or ``max_forgetting`` cannot be
+            met: it is spent, or below what rounding to the collection's dtype takes.
+    """
+    _check(collection, rank, max_forgetting)
+    report = report or (lambda _stage, _done, _total: None)
+    slots = stored_slots(collection)
+    squares = total_squares(slots, len(collection.tasks))
+    if max_forgetting is None:
+        assert rank is not None
+        fitted = _within_rank(slots, squares, Goal(rank=rank, refine=refine, dtype=collection.dtype, seed=seed), report)
+    else:
+        allowed = spend * _allowances(collection.tasks, squares, max_forgetting)
+        fitted = _within_loss(slots, squares, allowed, collection.dtype, rank, refine, seed, report)
+    report("fit", len(slots), len(slots))
+    lost = torch.zeros_like(squares)
+    for slot, (_, _, of_slot) in zip(slots, fitted, strict=True):
+        lost.index_add_(0, torch.tensor(slot.members), of_slot)
+    tasks = tuple(_aged(task, math.sqrt(float(gone))) for task, gone in zip(collection.tasks, lost, strict=True))
+    if max_forgetting is not None:
+        _check_met(collection, tasks, max_forgetting)
+    return _collection(collection, slots, fitted, tasks)
+
+
+def _check(collection: Collection, rank: int | None, max_forgetting: float | None) -> None:
+    if not collection.tasks:
+        raise ArgumentError("refit: the collection has no task; add one first")
+    if rank is None and max_forgetting is None:
+        raise ArgumentError("refit: give rank, max_forgetting or both")
+    if rank is not None and rank < 1:
+        raise ArgumentError(f"refit: rank is at least 1; got {rank}")
+    if max_forgetting is not None and not 0 < max_forgetting < 1:
+        raise ArgumentError(f"refit: max_forgetting is between 0 and 1; got {max_forgetting}")
+
+
+def _allowances(tasks: Sequence[Task], squares: Tensor, max_forgetting: float) -> Tensor:
+    """Give what each task may still lose, relative to what is stored of it, ``[N]``."""
+    left = torch.tensor([max(max_forgetting - task.forgotten, 0.0) * task.norm for task in tasks], dtype=torch.float64)
+    return torch.where(squares > 0, left * torch.where(squares > 0, squares, 1.0).rsqrt(), 0.0)
+
+
+def _within_rank(slots: Sequence[SlotFactors], squares: Tensor, goal: Goal, report: _Report) -> _Fitted:
+    fitted = []
+    for i, slot in enumerate(slots):
+        report("fit", i, len(slots))
+        fitted.append(fit_shared(slot, squares, goal))
+    return fitted
+
+
+def _within_loss(
+    slots: Sequence[SlotFactors],
+    squares: Tensor,
+    allowed: Tensor,
+    dtype: torch.dtype,
+    rank: int | None,
+    refine: int,
+    seed: int,
+    report: _Report,
+) -> _Fitted:
+    if rank is None:
+        return fit_within(slots, squares, allowed, dtype, seed, refine, report)
+    canonicals = [slot.canonical() for slot in slots]
+    spectra = [(slot.members, c.s) for slot, c in zip(slots, canonicals, strict=True)]
+    weights = torch.where(squares > 0, squares.rsqrt(), 0.0)
+    fitted = []
+    for i, (slot, canonical, share) in enumerate(
+        zip(slots, canonicals, allotments(spectra, len(squares), allowed), strict=True)
+    ):
+        report("fit", i, len(slots))
+        builder = SlotBuilder(slot, canonical, weights[torch.tensor(slot.members)], share, dtype)
+        fitted.append(fit_joint(builder, rank, refine, seed))
+    return fitted
+
+
+def _aged(task: Task, loss: float) -> Task:
+    share = loss / task.norm if task.norm > 0 else 0.0
+    if share <= 0:
+        return task
+    return replace(task, error=task.error + share, error_kind="bound", forgotten=task.forgotten + share)
+
+
+def _check_met(collection: Collection, tasks: Sequence[Task], max_forgetting: float) -> None:
+    worst = max(range(len(tasks)), key=lambda i: tasks[i].forgotten)
+    before, after = collection.tasks[worst].forgotten, tasks[worst].forgotten
+    if after > max_forgetting + _ROUNDING:
+        raise ArgumentError(
+            f"refit: max_forgetting={max_forgetting:g} cannot be met: task {tasks[worst].name!r} has lost {before:.3g} "
+            f"in earlier refits and would lose {after - before:.3g} more, rounding to {collection.dtype} included; "
+            f"nothing was changed: allow more, or keep the bases as they are"
+        )
+
+
+def _collection(
+    collection: Collection, slots: Sequence[SlotFactors], fitted: _Fitted, tasks: tuple[Task, ...]
+) -> Collection:
+    spaces = dict(collection.slots)
+    for slot, (space, _, _) in zip(slots, fitted, strict=True):
+        spaces[slot.path] = space
+    # a slot that no task has any more goes with the tasks that had it
+    spaces = {path: space for path, space in spaces.items() if path in {slot.path for slot in slots}}
+    columns = {slot.path: made for slot, (_, made, _) in zip(slots, fitted, strict=True)}
+    return replace(collection, slots=spaces, segments=(Segment(tasks, columns),))
