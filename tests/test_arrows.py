@@ -34,9 +34,10 @@ MAY_IMPORT = {
     "store": {"adapters", *BELOW_STORE},
     "serve": {"adapters", *BELOW_STORE},
     "train": BELOW_STORE,
-    "subspace": BELOW_SUBSPACE,
-    "cli": {"subspace", "loraspan", *BELOW_SUBSPACE},
-    "compat": {"subspace", "loraspan", *BELOW_SUBSPACE},
+    "many": BELOW_SUBSPACE,
+    "subspace": {"many", *BELOW_SUBSPACE},
+    "cli": {"subspace", "loraspan", "many", *BELOW_SUBSPACE},
+    "compat": {"subspace", "loraspan", "many", *BELOW_SUBSPACE},
     "__main__": {"cli"},
     "loraspan": {"subspace", *BELOW_SUBSPACE},
 }

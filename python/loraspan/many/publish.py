@@ -1,0 +1,86 @@
+"""From the pieces of a finished run to a store: one generation, which is there in full or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from loraspan import store
+from loraspan.collection.collection import Collection, Segment, SlotSpace
+from loraspan.errors import ArgumentError, MismatchError, StoreError
+from loraspan.many.census import Aside, Census
+from loraspan.many.ledger import Ledger, read_piece
+from loraspan.many.run import BASES
+from loraspan.many.work import read_bases
+from loraspan.store.manifest import DataFile, Manifest
+from loraspan.store.mapped import TensorFile
+from loraspan.store.reader import current
+from loraspan.store.segment import read_tasks, slot_shape
+
+PUBLISH = "publish.json"
+
+
+def gather(
+    ledger: Ledger, names: Sequence[str], census: Census, dtype: torch.dtype, skip: bool
+) -> tuple[Collection, list[Aside]]:
+    """Map the pieces of a run as one collection, a segment for each group, and list whom its work has set aside.
+
+    Raises:
+        ArgumentError: if nobody is left.
+        MismatchError: without ``skip``, if an adapter was set aside when the run was begun with it.
+    """
+    spaces = read_bases(str(ledger.path / BASES), census.slots, dtype)
+    segments: list[Segment] = []
+    aside: list[Aside] = []
+    for name in names:
+        _, notes = read_piece(str(ledger.path / name))
+        aside += [Aside(*one) for one in notes["aside"]]
+        if notes["tasks"]:
+            segments.append(_segment(ledger, name, int(notes["tasks"]), spaces, dtype))
+    if aside and not skip:
+        raise MismatchError(f"{aside[0].reason} (it was set aside by on_error='skip' when the run began)")
+    if not segments:
+        raise ArgumentError(f"compress: there is no adapter to compress; the first of {len(aside)}: {aside[0].reason}")
+    used = {path for segment in segments for path in segment.columns}
+    kept = {path: space for path, space in spaces.items() if path in used}
+    return Collection(kept, tuple(segments), dtype, census.base_model), aside
+
+
+def _segment(ledger: Ledger, name: str, tasks: int, spaces: dict[str, SlotSpace], dtype: torch.dtype) -> Segment:
+    slots = tuple(slot_shape(path, space) for path, space in spaces.items())
+    data = DataFile(name, "", (ledger.path / name).stat().st_size, tasks)
+    manifest = Manifest(1, None, dtype, None, "", slots, data, (data,))
+    return read_tasks(TensorFile(ledger.path, data), manifest, data)
+
+
+def publish(ledger: Ledger, collection: Collection, folder: Path, overwrite: bool) -> None:
+    """Write the store, or see that it was written when the run was cut short right after that.
+
+    Raises:
+        StoreError: if it cannot be written, or another writer was faster.
+    """
+    now = current(folder) if folder.is_dir() else None
+    if not ledger.has(PUBLISH):
+        ledger.write_json(PUBLISH, {"parent": now})
+    parent = ledger.read_json(PUBLISH)["parent"]
+    if now == parent:
+        store.save(collection, folder, overwrite=overwrite, parent=parent)
+    elif not _same(collection, store.open(folder)):
+        raise StoreError(
+            f"{folder}: another writer was faster: it was at generation {parent} and is at {now}; {ledger.path} holds "
+            "all of this run: run the same again with another out"
+        )
+
+
+def _same(one: Collection, other: Collection) -> bool:
+    """Say whether two collections have the same tasks on the same bases."""
+    return (
+        [(task.name, task.error) for task in one.tasks] == [(task.name, task.error) for task in other.tasks]
+        and one.slots.keys() == other.slots.keys()
+        and all(
+            torch.equal(space.u, other.slots[path].u) and torch.equal(space.v, other.slots[path].v)
+            for path, space in one.slots.items()
+        )
+    )

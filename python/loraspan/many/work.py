@@ -1,0 +1,190 @@
+"""The pieces of work of a run: pure functions of paths and small arguments, each giving the bytes of one file.
+
+They know nothing of the run, the ledger or each other, and give the same bits wherever they run and however often.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from loraspan.adapters.base import Adapter
+from loraspan.collection.collection import Segment, SlotSpace
+from loraspan.collection.express import express
+from loraspan.collection.factors import SlotFactors, read_factors
+from loraspan.collection.fit import Goal, total_squares
+from loraspan.collection.merge_ranges import Summary, basis_of, merge, summarize
+from loraspan.collection.widths import precision_of, scout, turns_for, weights_of
+from loraspan.errors import NotFiniteError
+from loraspan.many.census import Aside, Map, Origin, open_origin
+from loraspan.many.ledger import Pieces, encode, read_piece
+from loraspan.store.segment import task_tensors
+
+_SIDES = ("out", "in")
+
+
+class Work(NamedTuple):
+    """What every piece of work on adapters is given: whom, for which goal, and what to do with who is not finite."""
+
+    origins: tuple[Origin, ...]
+    goal: Goal
+    skip: bool
+
+
+class Group(NamedTuple):
+    """Adapters by slot, and every task's ``|dW|_F^2``; without those that are not finite."""
+
+    slots: list[SlotFactors]
+    squares: Tensor
+
+
+def read_group(work: Work) -> Group:
+    """Open the adapters, which maps their files and closes them, and take the Grams of their factors."""
+    adapters = [open_origin(origin) for origin in work.origins]
+    try:
+        slots = read_factors(adapters)
+    except NotFiniteError:
+        if not work.skip:
+            raise
+        adapters, _ = _finite(adapters)
+        slots = read_factors(adapters)
+    return Group(slots, total_squares(slots, len(adapters)))
+
+
+def _finite(adapters: Sequence[Adapter]) -> tuple[list[Adapter], list[Aside]]:
+    kept, aside = [], []
+    for adapter in adapters:
+        try:
+            read_factors([adapter])
+            kept.append(adapter)
+        except NotFiniteError as error:
+            aside.append(Aside(adapter.source.path, adapter.name, str(error)))
+    return kept, aside
+
+
+def scout_sample(work: Work, stands_for: Mapping[str, float]) -> dict[str, int]:
+    """Guess the ranks of bases from a sample; see :func:`loraspan.collection.widths.scout`."""
+    group = read_group(work)
+    return scout(group.slots, group.squares, work.goal, stands_for)
+
+
+def summarize_group(work: Work, widths: Mapping[str, int]) -> Pieces:
+    """Give the summaries of both sides of every slot that has a width."""
+    group = read_group(work)
+    named: list[tuple[str, Tensor]] = []
+    totals: dict[str, float] = {}
+    precisions: dict[str, str] = {}
+    for slot in group.slots:
+        width = widths.get(slot.path, 0)
+        if not width:
+            continue
+        weights = weights_of(slot, group.squares, work.goal)
+        totals[slot.path] = float((weights.square() * slot.squares).sum())
+        precision = precisions[slot.path] = precision_of(slot, work.goal)
+        for i, (side, stack) in enumerate(zip(_SIDES, slot.stacks(weights), strict=True)):
+            made = summarize(stack, width, totals[slot.path], precision=precision, seed=work.goal.seed + i)
+            named += _named(side, slot.path, made)
+    return encode(named, {"totals": totals, "precision": precisions})
+
+
+def merge_summaries(paths: Sequence[str], widths: Mapping[str, int]) -> Pieces:
+    """Give the summaries of several groups as those of one, the older first."""
+    pieces = [read_piece(path) for path in paths]
+    named: list[tuple[str, Tensor]] = []
+    totals: dict[str, float] = {}
+    precisions: dict[str, str] = {}
+    for _, notes in pieces:
+        for path, precision in notes["precision"].items():
+            precisions[path] = max(precision, precisions.get(path, precision))
+    for path, precision in precisions.items():
+        present = [(tensors, notes["totals"][path]) for tensors, notes in pieces if path in notes["totals"]]
+        totals[path] = sum(total for _, total in present)
+        for side in _SIDES:
+            parts = [_summary(tensors, side, path, total) for tensors, total in present]
+            full = [part for part in parts if part is not None]
+            if full:
+                named += _named(side, path, merge(full, widths[path], precision=precision))
+    return encode(named, {"totals": totals, "precision": precisions})
+
+
+def choose_bases(
+    work: Work, widths: Mapping[str, int], stands_for: Mapping[str, float], slots: Mapping[str, Map], path: str | None
+) -> Pieces:
+    """Give the bases of all slots as they will be stored, decided on a sample, from the summaries of all tasks.
+
+    Without a ``path`` to summaries no slot has any.
+
+    Raises:
+        TooNarrowError: if the summaries do not hold what the goal asks for.
+    """
+    if path is None:
+        return encode([], {"slots": list(slots)})
+    tensors, notes = read_piece(path)
+    summaries = {}
+    for key, total in notes["totals"].items():
+        out, inn = (_summary(tensors, side, key, total) for side in _SIDES)
+        if out is not None and inn is not None:
+            summaries[key] = (out, inn)
+    group = read_group(work)
+    turns = turns_for(group.slots, group.squares, work.goal, summaries, widths, stands_for)
+    named: list[tuple[str, Tensor]] = []
+    for key, turn in turns.items():
+        for name, side, one in zip("uv", summaries[key], turn, strict=True):
+            if one.shape[1]:
+                named.append((f"{name}.{key}", basis_of(side, one, work.goal.dtype).v))
+    return encode(named, {"slots": list(slots)})
+
+
+def read_bases(path: str, slots: Mapping[str, Map], dtype: torch.dtype) -> dict[str, SlotSpace]:
+    """Map the bases of all slots; a slot may have none."""
+    tensors, _ = read_piece(path)
+    return {
+        key: SlotSpace(
+            tensors.get(f"u.{key}", torch.empty(one.n, 0, dtype=dtype)),
+            tensors.get(f"v.{key}", torch.empty(one.d, 0, dtype=dtype)),
+            one.kind,
+            one.kernel,
+        )
+        for key, one in slots.items()
+    }
+
+
+def express_group(work: Work, hash_files: bool, slots: Mapping[str, Map], bases: str) -> Pieces:
+    """Give the tasks of a group on the bases, as a segment of the store.
+
+    Raises:
+        ArgumentError: if the goal's ``max_error`` is below what rounding to its dtype allows.
+    """
+    adapters = [open_origin(origin, hash_file=hash_files) for origin in work.origins]
+    spaces = read_bases(bases, slots, work.goal.dtype)
+    aside: list[Aside] = []
+    try:
+        made = _express(spaces, adapters, work.goal)
+    except NotFiniteError:
+        if not work.skip:
+            raise
+        adapters, aside = _finite(adapters)
+        made = _express(spaces, adapters, work.goal)
+    return encode(task_tensors(made), {"tasks": len(made.tasks), "aside": aside})
+
+
+def _express(spaces: Mapping[str, SlotSpace], adapters: Sequence[Adapter], goal: Goal) -> Segment:
+    if not adapters:
+        return Segment((), {})
+    return express(spaces, adapters, max_error=goal.max_error, dtype=goal.dtype, operator="compress").segment
+
+
+def _named(side: str, path: str, made: Summary) -> list[tuple[str, Tensor]]:
+    if not len(made.rows):
+        return []
+    return [(f"{side}.{path}", made.rows), (f"{side}_energies.{path}", made.energies)]
+
+
+def _summary(tensors: Mapping[str, Tensor], side: str, path: str, total: float) -> Summary | None:
+    """Give a summary back; None if it has no direction."""
+    if f"{side}.{path}" not in tensors:
+        return None
+    return Summary(tensors[f"{side}.{path}"], tensors[f"{side}_energies.{path}"], total)
