@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -134,6 +135,23 @@ def check_supported(fields: Mapping[str, Any]) -> None:
         raise UnsupportedError("megatron_core names a module to import, and an adapter with it is refused")
     _check_init(fields.get("init_lora_weights"))
     _check_lists(fields)
+    _check_numbers(fields)
+
+
+def check_fields(fields: Mapping[str, Any]) -> None:
+    """Check the fields that are understood, whoever gave them, and let the others pass.
+
+    Raises:
+        FormatError: if one has the wrong type, or a number that no adapter has.
+
+    Example:
+        >>> check_fields({"lora_alpha": 16, "my_own": 1})
+    """
+    for name, value in fields.items():
+        if name in _TYPES:
+            _check_type(name, value)
+    _check_lists(fields)
+    _check_numbers(fields)
 
 
 def _check_type(name: str, value: Any) -> None:
@@ -162,9 +180,23 @@ def _check_lists(fields: Mapping[str, Any]) -> None:
         value = fields.get(name)
         if isinstance(value, list) and not all(isinstance(item, str) for item in value):
             raise FormatError(f"{name} needs a list of names; got {str(value)[:80]}")
-    for name in ("rank_pattern", "alpha_pattern"):
-        for key, value in (fields.get(name) or {}).items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-                raise FormatError(f"{name} needs a positive number for each key; got {value!r} for {key[:80]!r}")
     if fields.get("bias") not in (None, "none", "all", "lora_only"):
         raise FormatError(f"bias needs none, all or lora_only; got {fields['bias']!r}")
+
+
+def _check_numbers(fields: Mapping[str, Any]) -> None:
+    if fields.get("r") is not None and fields["r"] < 1:
+        raise FormatError(f"r needs a rank of at least 1; got {fields['r']}")
+    for name in ("lora_alpha", "lora_dropout"):
+        if not _is_finite(fields.get(name) or 0):
+            raise FormatError(f"{name} needs a finite number; got {str(fields[name])[:80]}")
+    for name, what in (("rank_pattern", "positive whole number"), ("alpha_pattern", "positive number")):
+        for key, value in (fields.get(name) or {}).items():
+            fits = type(value) in _NUMBER and value > 0 and _is_finite(value)
+            if not fits or (name == "rank_pattern" and value != int(value)):
+                raise FormatError(f"{name} needs a {what} for each key; got {str(value)[:80]!r} for {key[:80]!r}")
+
+
+def _is_finite(value: float) -> bool:
+    # an int of JSON may be past all floats, and then math.isfinite raises
+    return abs(value) <= sys.float_info.max

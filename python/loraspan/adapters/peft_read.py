@@ -20,6 +20,8 @@ from loraspan.adapters.scales import Rule, Scales
 from loraspan.errors import FormatError, UnsupportedError
 
 _PICKLED = "adapter_model.bin"
+# ranks up to the first are always taken, and beyond it up to so many times the map's own largest
+_ANY_RANK, _PAST_FULL = 1024, 8
 _FACTOR_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -104,10 +106,10 @@ def _slots(pairs: Mapping[str, Pair], tensors: Mapping[str, Tensor], config: Con
     for path, pair in pairs.items():
         stored_down, stored_up = tensors[pair.down], tensors[pair.up]
         down, up = _matrix(stored_down, pair.down), _matrix(stored_up, pair.up)
-        if down.shape[0] != up.shape[1] or not down.shape[0] or stored_down.ndim != stored_up.ndim:
+        if down.shape[0] != up.shape[1] or not (down.numel() and up.numel()) or stored_down.ndim != stored_up.ndim:
             raise FormatError(
-                f"{pair.down!r} and {pair.up!r} need [r, d] and [n, r] with r at least 1, or both with a kernel; "
-                f"got {list(stored_down.shape)} and {list(stored_up.shape)}"
+                f"{pair.down!r} and {pair.up!r} need [r, d] and [n, r] with r at least 1, n and d too, "
+                f"or both a kernel; got {list(stored_down.shape)} and {list(stored_up.shape)}"
             )
         candidates = _expert_parameters(path, config.fields) if has_experts else []
         if candidates:
@@ -118,7 +120,18 @@ def _slots(pairs: Mapping[str, Pair], tensors: Mapping[str, Tensor], config: Con
             slots[path] = _slot(path, pair, down, up, stored_down, config.scales)
     if not slots:
         raise FormatError("needs at least one pair of LoRA factors; there is none")
+    for path, slot in slots.items():
+        _check_rank(path, slot)
     return slots
+
+
+def _check_rank(path: str, slot: Slot) -> None:
+    # work in r x r is never much more than the factors themselves, unless r is far above what the map can have
+    if slot.lora_rank > max(_ANY_RANK, _PAST_FULL * min(slot.shape)):
+        raise UnsupportedError(
+            f"module {path!r}: rank {slot.lora_rank} is far past the {min(slot.shape)} that a map of shape "
+            f"{list(slot.shape)} can have; cut the factors down to that, by a QR of each"
+        )
 
 
 def _matrix(factor: Tensor, key: str) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from loraspan.adapters import experts
 from loraspan.adapters.base import Adapter, Slot
+from loraspan.adapters.config import check_fields
 from loraspan.adapters.fold import fold, scaled
 from loraspan.adapters.keys import CONFIG_NAME, PREFIX, WEIGHTS_NAME, factor_keys
 from loraspan.adapters.mapped import map_tensors
@@ -100,6 +101,7 @@ def _is_export(file: Path) -> bool:
 def _contents(adapter: Adapter, dtype: torch.dtype | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not adapter.slots:
         raise ArgumentError(f"adapter {adapter.name!r}: needs at least one slot to be written")
+    check_fields(adapter.config)
     plain = {path: slot for path, slot in adapter.slots.items() if slot.kind != "expert"}
     groups = experts.gather({path: slot for path, slot in adapter.slots.items() if slot.kind == "expert"})
     config = {name: adapter.config.get(name, default) for name, default in _KEPT.items()}
@@ -122,12 +124,20 @@ def _contents(adapter: Adapter, dtype: torch.dtype | None) -> tuple[dict[str, An
     }
     tensors = _extras(adapter)
     for path, slot in plain.items():
-        tensors |= _plain_factors(path, slot, dtype)
+        _put(tensors, _plain_factors(path, slot, dtype))
     for stem, group in groups.items():
         pairs = [fold(f"{stem}[{e}]", slot, dtype) for e, slot in enumerate(group)]
         names = factor_keys(experts.file_path_of(stem, targets), "expert")
-        tensors[names.down], tensors[names.up] = experts.join(pairs, expert_rank)
+        _put(tensors, dict(zip((names.down, names.up), experts.join(pairs, expert_rank), strict=True)))
     return config, tensors
+
+
+def _put(tensors: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
+    """Put factors among the tensors of a file, none in place of another."""
+    for key, factor in more.items():
+        if key in tensors:
+            raise FormatError(f"extra {key!r}: it has the name of a factor, and a file has room for one of them")
+        tensors[key] = factor
 
 
 def _plain_factors(path: str, slot: Slot, dtype: torch.dtype | None) -> dict[str, Tensor]:

@@ -21,6 +21,8 @@ else:
 MAX_PATTERN_CHARS = 1000
 # with p open repeats and PEFT's own in front a match takes up to chars ** (p + 1) steps
 MAX_OPEN_REPEATS = 2
+# of that kind for one pattern table and all modules together: some seconds at 2 ns each
+MAX_STEPS = 2 * 10**9
 _LITERAL = re.compile(r"[\w.\-]*", re.ASCII)
 _REPEATS = (_sre.MAX_REPEAT, _sre.MIN_REPEAT)
 
@@ -43,7 +45,7 @@ class Patterns:
         where: names the field in errors.
 
     Raises:
-        UnsupportedError: if a key could take exponential time to match.
+        UnsupportedError: if a key could take very long to match.
         FormatError: if a key is not a regular expression.
 
     Example:
@@ -52,13 +54,26 @@ class Patterns:
     """
 
     def __init__(self, table: Mapping[str, Any], where: str) -> None:
-        self._rules = [(_tail(key), _compiled(key, where), value) for key, value in table.items()]
+        self._rules = [(_tail(key), *_compiled(key, where), value) for key, value in table.items()]
+        self._where, self._steps = where, 0
 
     def first(self, path: str) -> Any:
-        """Give the value of the first key that matches, or None."""
-        for tail, pattern, value in self._rules:
-            if path.endswith(tail) and pattern.match(path):
-                return value
+        """Give the value of the first key that matches, or None.
+
+        Raises:
+            UnsupportedError: if all paths asked for so far could take very long together.
+        """
+        for tail, pattern, repeats, value in self._rules:
+            self._steps += 1
+            if path.endswith(tail):
+                self._steps += (len(path) + 1) ** (repeats + 1)
+                if self._steps > MAX_STEPS:
+                    raise UnsupportedError(
+                        f"{self._where}: its {len(self._rules)} keys would take very long to match with module paths "
+                        f"such as {path[:80]!r}: it needs fewer keys, or fewer repeats such as * in them"
+                    )
+                if pattern.match(path):
+                    return value
         return None
 
 
@@ -111,7 +126,8 @@ def _tail(key: str) -> str:
 
 
 @functools.lru_cache(maxsize=4096)
-def _compiled(key: str, where: str) -> re.Pattern[str]:
+def _compiled(key: str, where: str) -> tuple[re.Pattern[str], int]:
+    """Give the pattern of a key and how many open repeats it has."""
     if len(key) > MAX_PATTERN_CHARS:
         raise UnsupportedError(f"{where}: needs keys of at most {MAX_PATTERN_CHARS} characters; got {len(key)}")
     try:
@@ -119,12 +135,13 @@ def _compiled(key: str, where: str) -> re.Pattern[str]:
         compiled = re.compile(rf"(.*\.)?({key})$")
     except (re.error, OverflowError, RecursionError) as error:
         raise FormatError(f"{where}: needs regular expressions as keys; {key[:80]!r} is none: {error}") from None
-    if _open_repeats(tree, inside=False) > MAX_OPEN_REPEATS:
+    repeats = _open_repeats(tree, inside=False)
+    if repeats > MAX_OPEN_REPEATS:
         raise UnsupportedError(
             f"{where}: key {key[:80]!r} could take very long to match: it needs at most {MAX_OPEN_REPEATS} repeats "
             "such as * or {2,}, none inside another and none of alternatives, and no back-reference or look-around"
         )
-    return compiled
+    return compiled, repeats
 
 
 def _open_repeats(tree: Any, *, inside: bool) -> int:
