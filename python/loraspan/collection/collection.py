@@ -97,6 +97,7 @@ class Collection:
         dtype: of bases, loadings and private columns as stored.
         base_model: the base model that the adapters name, if they do.
         summary: one sentence on how much is shared and which form was chosen.
+        fitted: bytes of the collection when its bases were last fitted, or a refit was last found not to pay.
     """
 
     slots: Mapping[str, SlotSpace]
@@ -104,6 +105,7 @@ class Collection:
     dtype: torch.dtype = torch.float32
     base_model: str | None = None
     summary: str = ""
+    fitted: int = 0
 
     @cached_property
     def tasks(self) -> tuple[Task, ...]:

@@ -88,6 +88,7 @@ class Manifest:
     time: str | None = None
     note: str = ""
     change: Change | None = None
+    fitted: int = 0
 
     @property
     def tasks(self) -> int:
@@ -114,6 +115,7 @@ def dump(manifest: Manifest) -> bytes:
         "dtype": DTYPE_NAMES[manifest.dtype],
         "base_model": manifest.base_model,
         "summary": manifest.summary,
+        "fitted": manifest.fitted,
         "basis": _file_table(manifest.basis),
     }
     lines = [f'  "{key}": {json.dumps(value)}' for key, value in head.items()]
@@ -162,6 +164,7 @@ def parse(data: bytes, file: str) -> Manifest:
         time=None if table.get("time") is None else take(table, "time", str, file, "manifest"),
         note=take(table, "note", str, file, "manifest") if "note" in table else "",
         change=_change(table["change"], file) if "change" in table else None,
+        fitted=take_size(table, "fitted", file, "manifest", largest=2**62) if "fitted" in table else 0,
     )
 
 

@@ -143,6 +143,7 @@ def _write(
             dtype=collection.dtype,
             base_model=collection.base_model,
             summary=collection.summary,
+            fitted=collection.fitted,
             slots=segment.slot_shapes(collection),
             basis=basis,
             segments=tuple(segments),
