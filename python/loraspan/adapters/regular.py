@@ -7,6 +7,8 @@ import os
 import stat
 from typing import BinaryIO
 
+from loraspan.errors import StoreError
+
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     """Open a regular file.
@@ -14,7 +16,7 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     A pipe would keep its reader waiting for ever, and a device may have no end; a link to a regular file is one.
 
     Raises:
-        OSError: if it cannot be opened or is no regular file.
+        OSError: if it cannot be opened; a :class:`StoreError`, with the same attributes, if it is no regular file.
 
     Example:
         >>> import tempfile
@@ -27,5 +29,5 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     descriptor = os.open(path, flags)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError(errno.EINVAL, "it is no regular file", os.fspath(path))
+        raise StoreError(errno.EINVAL, "it is no regular file", os.fspath(path))
     return os.fdopen(descriptor, "rb")
