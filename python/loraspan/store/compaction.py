@@ -7,8 +7,8 @@ from collections.abc import Sequence
 # so many segments of a size class may lie side by side, and a class is so many times larger than the one below
 _MOST = 8
 _UNIT = 1 << 12
-# larger ones are left as they are: to join them would take that much memory
-_LARGEST = 1 << 30
+# larger ones are left as they are, so that what is joined takes about 1.2 GB of memory at most
+_LARGEST = 1 << 27
 
 
 def first_to_join(sizes: Sequence[int]) -> int:
@@ -16,7 +16,8 @@ def first_to_join(sizes: Sequence[int]) -> int:
 
     Only what came last is joined, so tasks keep their order. Let ``S(c)`` be the longest tail of segments of size
     class ``c`` at most. A tail with more than 8 segments for each class in it is joined, the smallest such tail first.
-    So there are at most 8 segments for each class, ``8 log8(bytes / 4096)`` in all but for those above 1 GiB. The
+    So there are at most 8 segments for each class, ``8 log8(bytes / 4096)`` in all, and those above 128 MiB,
+    which are left as they are. The
     joined tail has at least 8 segments that are not in the tail of the next class below, so most of what is written
     again moves up a class, and tasks of about one size are written once on each class: at most
     ``1 + log8(total bytes / bytes of a task)`` times, and that much again where sizes are mixed to the worst.

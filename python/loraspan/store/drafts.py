@@ -61,9 +61,16 @@ class Drafts:
         target = self._folder / name
         if not target.exists():
             self._made.append(target)
-        files.rename(path, target)
-        if target.stat().st_size != size:
-            raise StoreError(f"{target}: the file system did not put the new file in place of the old one")
+        replaced = True
+        try:
+            files.rename(path, target)
+        except FileExistsError:
+            replaced = False
+        if not replaced or path.exists() or target.stat().st_size != size:
+            raise StoreError(
+                f"{target}: its file system does not put a new file in place of an old one, without which no change "
+                "can be made in one step: the store is as it was before; copy it to another disk to change it"
+            )
 
     def discard(self) -> None:
         """Remove everything but what the current generation may consist of."""
@@ -112,6 +119,8 @@ def tidy(folder: Path, generation: int | None) -> None:
     for entry in candidates:
         if used is not None and entry.name not in used:
             files.remove(entry)
+    if used is not None:
+        files.remove(folder / UNFINISHED)
 
 
 def _buffers(kind: str, named: Named) -> list[memoryview]:

@@ -16,10 +16,12 @@ SCHEMA = 1
 CURRENT = "CURRENT"
 LOCK = ".lock"
 UNFINISHED = ".unfinished"
+PINS, PIN = ".pins", ".pin-"
 TEMPORARY = ".tmp-"
 BASIS, TASKS = "basis", "tasks"
 
 DATA_FILE = re.compile(r"(basis|tasks)-[0-9a-f]{32}\.safetensors", re.ASCII)
+PIN_FILE = re.compile(r"\.pin-([0-9]{6,18})-[0-9a-f]{32}", re.ASCII)
 MANIFEST_FILE = re.compile(r"manifest-([0-9]{6,18})\.json", re.ASCII)
 
 # far above any real dimension, and small enough that sums and products of a few stay in 64 bits

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loraspan.errors import StoreError
 from loraspan.store import files
 from loraspan.store.format import LOCK
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
+
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 @contextlib.contextmanager
@@ -18,20 +25,38 @@ def locked(folder: Path, timeout: float, name: str = LOCK) -> Iterator[None]:
     Raises:
         StoreError: if somebody else has held it for ``timeout`` seconds, or the file system has no locks.
     """
-    from filelock import FileLock, Timeout
+    from filelock import Timeout
 
     path = folder / name
     # made here, so that its mode follows the umask and whoever may write to the folder may lock it
     with contextlib.suppress(FileExistsError):
         files.close(files.create(path))
-    lock = FileLock(path)
+    lock = lock_on(path)
     try:
         lock.acquire(timeout=timeout)
     except Timeout:
         raise StoreError(
             f"{folder}: another writer has held {name} for {timeout:g} s: wait until it is done, and repeat"
         ) from None
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+            raise
+        raise StoreError(
+            f"{folder}: its file system has no locks, without which two writers would spoil each other's work: "
+            "nothing was changed; copy the store to another disk, change it there, and copy it back"
+        ) from error
     try:
         yield
     finally:
         lock.release()
+
+
+def lock_on(path: Path) -> BaseFileLock:
+    """Give a lock on a file that goes with the process that holds it, or an error where there is none."""
+    from filelock import FileLock
+
+    try:
+        # a lock that is a file outlasts its process
+        return FileLock(path, fallback_to_soft=False)
+    except TypeError:
+        return FileLock(path)

@@ -21,6 +21,7 @@ from loraspan.store.format import BASIS, DATA_FILE, SCHEMA, TASKS, DamagedError,
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # the last key of a manifest: the sha256 of all bytes before this
 _SEAL = b',\n  "checksum": '
+_LONGEST_CHANGE = 10_000
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,9}", re.ASCII)
 _BY_NAME = {DTYPE_NAMES[dtype]: dtype for dtype in FLOATS}
 
@@ -71,6 +72,11 @@ class Change:
     added: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
     renamed: tuple[tuple[str, str], ...] = ()
+
+    def unless_long(self) -> Change | None:
+        """Give this, or None where a manifest would grow by more than 10,000 characters."""
+        names = [*self.added, *self.removed, *(name for pair in self.renamed for name in pair)]
+        return self if sum(map(len, names)) + 6 * len(names) <= _LONGEST_CHANGE else None
 
 
 @dataclass(frozen=True)

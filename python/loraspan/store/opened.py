@@ -8,11 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from loraspan.collection.collection import Collection, SlotSpace
+from loraspan.errors import StoreError
 from loraspan.store import segment
 from loraspan.store.format import DamagedError, manifest_name
 from loraspan.store.manifest import DataFile
 from loraspan.store.mapped import TensorFile
-from loraspan.store.reader import double_name, parse_manifest, read_sealed, wanted
+from loraspan.store.reader import current, double_name, parse_manifest, read_sealed, wanted
+
+# how often a store may change under an opening before it fails
+_PATIENCE = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +70,15 @@ def open_at(path: str | os.PathLike[str], generation: int | None = None) -> Open
     """
     folder = Path(path)
     try:
-        return _open(folder, generation)
+        for _ in range(_PATIENCE):
+            number = wanted(folder, generation)
+            try:
+                return _open(folder, number)
+            except StoreError:
+                # gc may have removed what a writer has just replaced: then there is a newer one
+                if generation is not None or current(folder) == number:
+                    raise
+        return _open(folder, wanted(folder, generation))
     except DamagedError as error:
         raise error.within(folder) from None
 
@@ -98,8 +110,7 @@ def open(path: str | os.PathLike[str], *, generation: int | None = None) -> Coll
     return open_at(path, generation).collection
 
 
-def _open(folder: Path, generation: int | None) -> Opened:
-    number = wanted(folder, generation)
+def _open(folder: Path, number: int) -> Opened:
     data = read_sealed(folder, number)
     manifest = parse_manifest(data, number)
     bases = segment.read_basis(TensorFile(folder, manifest.basis), manifest)

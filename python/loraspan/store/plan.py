@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from itertools import chain, zip_longest
+from itertools import zip_longest
 
 import numpy as np
 
@@ -20,8 +20,6 @@ from loraspan.store.opened import Opened
 from loraspan.store.segment import slot_shape
 
 _KEPT = [each.name for each in fields(Task) if each.name != "name"]
-# a generation tells the names that it brings and takes, unless they are longer than this
-_LONGEST_CHANGE = 10_000
 
 
 @dataclass(frozen=True)
@@ -101,9 +99,7 @@ class _Names:
         came.subtract(new for _, new in self.renamed)
         gone.subtract(old for old, _ in self.renamed)
         added, removed = tuple(came - gone), tuple(gone - came)
-        if sum(map(len, [*added, *removed, *chain(*self.renamed)])) > _LONGEST_CHANGE:
-            return None
-        return Change(added, removed, tuple(self.renamed))
+        return Change(added, removed, tuple(self.renamed)).unless_long()
 
 
 def _compare(opened: Opened, collection: Collection) -> tuple[list[Part], _Names]:

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
-from loraspan.errors import StoreError
+from loraspan.errors import ArgumentError, FormatError, StoreError
 from loraspan.store import files
 from loraspan.store import manifest as manifests
 from loraspan.store.drafts import Drafts, tidy, unfinished
-from loraspan.store.format import CURRENT, DATA_FILE, LOCK, MANIFEST_FILE, TEMPORARY, UNFINISHED, manifest_name
+from loraspan.store.format import (
+    CURRENT,
+    DATA_FILE,
+    LOCK,
+    MANIFEST_FILE,
+    PIN_FILE,
+    PINS,
+    TEMPORARY,
+    UNFINISHED,
+    manifest_name,
+)
 from loraspan.store.lock import locked
-from loraspan.store.manifest import Manifest
+from loraspan.store.manifest import DataFile, Manifest
 from loraspan.store.reader import current
 
+_LONGEST_NOTE = 10_000
 AGAIN = "nothing was written; open it again and repeat the change"
 
 
@@ -60,8 +72,9 @@ def _publish(folder: Path, manifest: Manifest, drafts: Drafts) -> bytes:
 
 
 def _state(folder: Path, number: int) -> str:
-    if current(folder) == number:
-        return f"generation {number} is the current one, and may not outlast a loss of power"
+    with contextlib.suppress(OSError, FormatError):
+        if current(folder) == number:
+            return f"generation {number} is the current one, and may not outlast a loss of power"
     return "the store is as it was before"
 
 
@@ -85,14 +98,32 @@ def standing(folder: Path, overwrite: bool) -> int | None:
     return generation
 
 
+def check_note(operator: str, note: str) -> None:
+    """Refuse a note that is no text, or too long."""
+    if type(note) is not str or len(note) > _LONGEST_NOTE:
+        raise ArgumentError(f"{operator}: note has to be text of at most {_LONGEST_NOTE} characters; got {note!r:.80}")
+
+
+def check_files(folder: Path, wanted: Sequence[DataFile]) -> None:
+    """See that files that stand are there, and of their size."""
+    for data in wanted:
+        try:
+            size = (folder / data.file).stat().st_size
+        except OSError as error:
+            raise StoreError(f"{folder / data.file}: cannot be read: {error.strerror}; {AGAIN}") from error
+        if size != data.size:
+            raise StoreError(f"{folder / data.file}: needs {data.size} bytes; it has {size}; {AGAIN}")
+
+
 def now() -> str:
     """Give the time for a manifest, in UTC to the second."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def _ours(name: str) -> bool:
+    patterns = (DATA_FILE, MANIFEST_FILE, PIN_FILE)
     return (
-        name in (LOCK, UNFINISHED)
+        name in (LOCK, PINS, UNFINISHED)
         or name.startswith(TEMPORARY)
-        or bool(DATA_FILE.fullmatch(name) or MANIFEST_FILE.fullmatch(name))
+        or any(pattern.fullmatch(name) for pattern in patterns)
     )

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from loraspan.collection.collection import Collection, SlotSpace
-from loraspan.errors import ArgumentError, StoreError
+from loraspan.errors import StoreError
 from loraspan.store import segment
 from loraspan.store.checks import check
 from loraspan.store.drafts import Drafts, Named
 from loraspan.store.format import BASIS, TASKS, DamagedError
-from loraspan.store.manifest import DataFile, Manifest
+from loraspan.store.manifest import Manifest
 from loraspan.store.mapped import TensorFile
 from loraspan.store.opened import Opened
 from loraspan.store.plan import Plan, all_new, plan
-from loraspan.store.publish import AGAIN, now, publish, standing
+from loraspan.store.publish import AGAIN, check_files, check_note, now, publish, standing
 from loraspan.store.reader import current, read_sealed
-
-_LONGEST_NOTE = 10_000
 
 
 def save(
@@ -64,7 +61,7 @@ def save(
         [1, 2]
     """
     folder = Path(path)
-    _check_note("save", note)
+    check_note("save", note)
     check(collection)
     seen = standing(folder, overwrite)
     if parent is not None and parent != seen:
@@ -110,10 +107,10 @@ def commit(opened: Opened, collection: Collection, *, note: str = "", timeout: f
         ...     commit(opened, replace(opened.collection, base_model="base"), note="name the base").generation
         2
     """
-    _check_note("commit", note)
-    made = plan(opened, collection)
-    # before anything is joined in memory, and again under the lock
+    check_note("commit", note)
+    # before anything is joined, and again with the store locked
     _check_generation(opened)
+    made = plan(opened, collection)
     return _write(opened.folder, opened.generation, collection, made, note, timeout, opened)
 
 
@@ -188,13 +185,5 @@ def _check_files(opened: Opened, made: Plan) -> None:
     folder = opened.folder
     if hashlib.sha256(read_sealed(folder, opened.generation)).hexdigest() != opened.sha256:
         raise StoreError(f"{folder}: generation {opened.generation} is not the one that was opened; {AGAIN}")
-    stands: Sequence[DataFile | None] = [made.basis, *(part.data for part in made.parts)]
-    for data in filter(None, stands):
-        size = (folder / data.file).stat().st_size
-        if size != data.size:
-            raise DamagedError(data.file, "size", f"the manifest says {data.size} bytes; it has {size}; {AGAIN}")
-
-
-def _check_note(operator: str, note: str) -> None:
-    if type(note) is not str or len(note) > _LONGEST_NOTE:
-        raise ArgumentError(f"{operator}: note has to be text of at most {_LONGEST_NOTE} characters; got {note!r:.80}")
+    stands = [made.basis, *(part.data for part in made.parts)]
+    check_files(folder, [data for data in stands if data is not None])
