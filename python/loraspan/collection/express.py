@@ -68,13 +68,9 @@ def express(
         MismatchError: if an adapter disagrees with the bases on a slot.
         NotFiniteError: if a factor holds a NaN or an infinity.
     """
-    factors = read_factors(adapters, place)
-    _check_shapes(slots, factors, adapters)
+    factors, bases = read_standing(slots, adapters, dtype, place)
     whole = {**slots, **{f.path: _empty(f, dtype) for f in factors if f.path not in slots}}
-    order = {path: i for i, path in enumerate(whole)}
-    factors.sort(key=lambda f: order[f.path])
     squares = total_squares(factors, len(adapters))
-    bases = standing_bases(factors, [whole[f.path] for f in factors])
     canonicals = [f.canonical() for f in factors]
     if max_error is None:
         found = [_shared(f, both, dtype) for f, both in zip(factors, bases, strict=True)]
@@ -91,6 +87,23 @@ def express(
     tasks = describe(adapters, squares, totals)
     check_met(operator, tasks, max_error, dtype)
     return Expressed(Segment(tasks, columns), whole, squares, lost)
+
+
+def read_standing(
+    slots: Mapping[str, SlotSpace], adapters: Sequence[Adapter], dtype: torch.dtype, place: torch.device | None = None
+) -> tuple[list[SlotFactors], list[tuple[Basis, Basis]]]:
+    """Give the factors of the adapters, slots in the order of ``slots``, and their products with the bases.
+
+    Raises:
+        MismatchError: if an adapter disagrees with the bases on a slot.
+        NotFiniteError: if a factor holds a NaN or an infinity.
+    """
+    factors = read_factors(adapters, place)
+    _check_shapes(slots, factors, adapters)
+    order = {path: i for i, path in enumerate(slots)}
+    factors.sort(key=lambda f: order.get(f.path, len(order)))
+    spaces = [slots[f.path] if f.path in slots else _empty(f, dtype) for f in factors]
+    return factors, standing_bases(factors, spaces)
 
 
 def standing_bases(factors: Sequence[SlotFactors], slots: Sequence[SlotSpace]) -> list[tuple[Basis, Basis]]:

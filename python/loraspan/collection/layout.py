@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+
+from loraspan.errors import ArgumentError
 
 if TYPE_CHECKING:
     from loraspan.collection.collection import Collection, Segment, Task
@@ -44,6 +47,8 @@ Entry = tuple[str, torch.dtype, Sequence[int]]
 # starts at a multiple of its item.
 ALIGNMENT = 64
 _LENGTH_BYTES = 8
+_BYTES = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kMGTKmgt]?B?)", re.ASCII)
+_UNITS = {"": 1, "B": 1, **{f"{unit}{b}": 10 ** (3 * i) for i, unit in enumerate("KMGT", 1) for b in ("", "B")}}
 # of a manifest beside its names and numbers, and of its lists' elements; see `manifest_bytes`
 _MANIFEST, _MANIFEST_SLOT, _MANIFEST_FILE = 319, 57, 175
 
@@ -137,9 +142,14 @@ def collection_bytes(collection: Collection) -> int:
     Tensors, integer tables and extras are exact. The headers, the tasks' records and the manifest are counted by their
     names and numbers, and come out within about one per cent or 500 bytes of the truth, whichever is more.
     """
+    return basis_file_bytes(collection) + sum(map(segment_bytes, collection.segments)) + manifest_bytes(collection)
+
+
+def basis_file_bytes(collection: Collection) -> int:
+    """Give the bytes of the file of the bases, as :func:`collection_bytes` counts them."""
     slots = collection.slots
     basis = [(f"{side}.{name}", m.dtype, m.shape) for name, s in slots.items() for side, m in (("u", s.u), ("v", s.v))]
-    return _file_bytes("basis", basis) + sum(map(segment_bytes, collection.segments)) + manifest_bytes(collection)
+    return _file_bytes("basis", basis)
 
 
 def segment_bytes(segment: Segment) -> int:
@@ -175,6 +185,25 @@ def manifest_bytes(collection: Collection) -> int:
         numbers = [*slot.u.shape, *slot.v.shape, slot.kind, slot.kernel]
         total += _MANIFEST_SLOT + len(_dumps(name)) + len(_dumps(numbers)) - 7
     return total
+
+
+def parse_bytes(operator: str, value: int | str | None) -> int | None:
+    """Give a number of bytes from a number or from text, in powers of ten.
+
+    Raises:
+        ArgumentError: if it is neither a positive number nor such text.
+
+    Example:
+        >>> parse_bytes("refit", "1.5 GB"), parse_bytes("refit", 200)
+        (1500000000, 200)
+    """
+    if value is None:
+        return None
+    match = _BYTES.fullmatch(value.strip()) if isinstance(value, str) else None
+    count = int(float(match[1]) * _UNITS[match[2].upper()]) if match else value
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise ArgumentError(f"{operator}: a number of bytes is positive, or text such as '200MB'; got {value!r}")
+    return count
 
 
 def _slot_entries(name: str, columns: Columns, tasks: int) -> list[Entry]:
