@@ -47,6 +47,15 @@ std::vector<Job> read_jobs(const Table& table, const Read& read) {
   return jobs;
 }
 
+// Address, row stride, column stride, dtype; of a packed matrix codes, scales, length of its columns, dtype.
+template <typename Field>
+Matrix read_matrix(const Field& field) {
+  const auto dtype = Dtype(field(3));
+  if (dtype == Dtype::packed8 || dtype == Dtype::packed4)
+    return {address<void>(field(0)), 0, 0, dtype, address<const std::uint16_t>(field(1)), field(2)};
+  return {address<void>(field(0)), field(1), field(2), dtype};
+}
+
 template <typename Field>
 Rows read_rows(const std::vector<Block>& blocks, const Field& field) {
   return {blocks.data() + field(0), field(1), field(2)};
@@ -106,22 +115,22 @@ void reconstruct(const Table& job_table, const std::vector<double>& scales, int 
   const Kernels& kernels = kernels_named(isa);
   std::size_t next = 0;
   const auto jobs = read_jobs<ReconstructJob>(job_table, [&](auto field) {
-    const auto matrix = [&](py::ssize_t at) {
-      return Matrix{address<void>(field(at)), field(at + 1), field(at + 2), Dtype(field(at + 3))};
-    };
+    const auto matrix = [&](py::ssize_t at) { return read_matrix([&](py::ssize_t i) { return field(at + i); }); };
     return ReconstructJob{matrix(0), matrix(4), matrix(8), field(12), field(13), field(14), scales.at(next++)};
   });
   py::gil_scoped_release release;
   kernels.reconstruct(jobs.data(), static_cast<std::int64_t>(jobs.size()), threads);
 }
 
-// `fixed`: v and u (address, strides, dtype), d, n, k_in, k_out; index, tasks, five tables, their rows, dtype of ends.
+// `fixed`: v and u (four fields each), d, n, k_in, k_out; index, tasks, five tables, their rows, dtype of ends; bits
+// and scales of the four tables of ends.
 std::int64_t shared_lora(const std::vector<std::int64_t>& fixed, const std::vector<std::int64_t>& rows, double scale,
                          bool transposed, int threads, const std::string& isa) {
   const Kernels& kernels = kernels_named(isa);
   const auto matrix = [](const std::vector<std::int64_t>& from, std::size_t at) {
-    return Matrix{address<void>(from.at(at)), from.at(at + 1), from.at(at + 2), Dtype(from.at(at + 3))};
+    return read_matrix([&](std::size_t i) { return from.at(at + i); });
   };
+  const auto scales = [&](std::size_t at) { return address<const std::uint16_t>(fixed.at(at)); };
   const auto table = [&](std::size_t at) { return address<const void>(fixed.at(at)); };
   const Cores cores = {address<const std::int64_t>(fixed.at(12)),
                        fixed.at(13),
@@ -131,7 +140,9 @@ std::int64_t shared_lora(const std::vector<std::int64_t>& fixed, const std::vect
                        table(17),
                        table(18),
                        {fixed.at(19), fixed.at(20), fixed.at(21), fixed.at(22), fixed.at(23)},
-                       Dtype(fixed.at(24))};
+                       Dtype(fixed.at(24)),
+                       {fixed.at(25), fixed.at(26), fixed.at(27), fixed.at(28)},
+                       {scales(29), scales(30), scales(31), scales(32)}};
   const SharedLoraJob job = {matrix(rows, 0),
                              matrix(rows, 4),
                              matrix(fixed, 0),

@@ -13,6 +13,13 @@ typedef std::int32_t Ints __attribute__((vector_size(kVectorBytes), may_alias));
 inline std::int64_t code_bytes(std::int64_t length, std::int64_t bits) { return (length * bits + 7) / 8; }
 inline std::int64_t scale_count(std::int64_t length) { return (length + kPackedBlock - 1) / kPackedBlock; }
 
+inline bool is_packed(Dtype dtype) { return dtype == Dtype::packed8 || dtype == Dtype::packed4; }
+
+// The rows that are the columns of a packed matrix.
+inline PackedRows columns_of(const Matrix& a) {
+  return {static_cast<const std::uint8_t*>(a.data), a.scales, a.length, a.dtype == Dtype::packed8 ? 8 : 4};
+}
+
 inline Vec<float> float_levels(Bytes levels) {
   return __builtin_convertvector(__builtin_convertvector(levels, Ints), Vec<float>);
 }
@@ -98,20 +105,20 @@ inline void panels_along(const PackedRows& x, std::int64_t rows, std::int64_t fi
     }
 }
 
-// Panels [from, to) of packed rows, columns [c0, c0 + n): lane i of vector c of panel p is entry c0 + c of row p L + i.
-// Rows past the last are zero.
+// Panel p of packed rows, of which there are `rows`: lane i of vector c is entry c0 + c of row p L + i, zero past the
+// last row.
 template <typename T>
-inline void panels_across(const PackedRows& x, std::int64_t rows, std::int64_t from, std::int64_t to, std::int64_t c0,
-                          std::int64_t n, T* panels, std::int64_t stride) {
+inline void panel_across(const PackedRows& x, std::int64_t rows, std::int64_t p, std::int64_t c0, std::int64_t n,
+                         T* panel) {
   constexpr std::int64_t L = kLanes<T>;
   alignas(64) T lines[L * kLineColumns];
-  for (std::int64_t p = from; p < to; ++p)
-    for (std::int64_t start = 0; start < n; start += kLineColumns) {
-      const std::int64_t width = min_of(n - start, kLineColumns), lanes = max_of(0, min_of(rows - p * L, L));
-      for (std::int64_t i = 0; i < lanes; ++i) unpack_padded(x, p * L + i, c0 + start, width, lines + i * kLineColumns);
-      for (std::int64_t i = lanes * kLineColumns; i < L * kLineColumns; ++i) lines[i] = 0;
-      transpose_lines(static_cast<const T*>(lines), width, panels + p * stride + start * L);
-    }
+  const std::int64_t lanes = max_of(0, min_of(rows - p * L, L));
+  for (std::int64_t start = 0; start < n; start += kLineColumns) {
+    const std::int64_t width = min_of(n - start, kLineColumns);
+    for (std::int64_t i = 0; i < lanes; ++i) unpack_padded(x, p * L + i, c0 + start, width, lines + i * kLineColumns);
+    for (std::int64_t i = lanes * kLineColumns; i < L * kLineColumns; ++i) lines[i] = 0;
+    transpose_lines(static_cast<const T*>(lines), width, panel + start * L);
+  }
 }
 
 void unpack(const PackedRows& x, std::int64_t rows, void* out, Dtype dtype, int threads) {

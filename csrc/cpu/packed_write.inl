@@ -60,14 +60,34 @@ inline double ordered_dot(const float* a, const float* b) {
 // Half the sum of neighbouring levels, with which an entry is compared, over 128.
 inline float between(int j) { return static_cast<float>(kLevels[j - 1] + kLevels[j]) * 0x1p-8f; }
 
-// The nearest level of every entry, and what error they leave.
-inline void choose_levels(const float* x, float scale, bool flipped, Choice* choice) {
-  constexpr int L = kLanes<float>;
-  alignas(64) float errors[kPackedBlock];
-  choice->scale = scale;
-  choice->flipped = flipped;
-  for (std::int64_t i = 0; i < kPackedBlock; i += L) {
-    const Vec<float> entries = flipped ? -load(x + i) : load(x + i);
+// Finds the level whose product with a scale is nearest: the one after as many points between levels as are passed.
+struct NearestLevels {
+#if defined(__AVX512F__)
+  // the points, and the levels, in a register each: four steps halve what is left
+  __m512 points, levels;
+  explicit NearestLevels(float scale) {
+    alignas(64) float p[kLevelCount], l[kLevelCount];
+    for (int j = 0; j < kLevelCount; ++j) {
+      p[j] = j > 0 ? scale * between(j) : 0;
+      l[j] = static_cast<float>(kLevels[j]);
+    }
+    points = reinterpret_cast<__m512>(load(static_cast<const float*>(p)));
+    levels = reinterpret_cast<__m512>(load(static_cast<const float*>(l)));
+  }
+  Vec<float> of(Vec<float> entries) const {
+    Ints index = {};
+    LORASPAN_UNROLL
+    for (int step = 8; step > 0; step /= 2) {
+      const Ints next = index + step;
+      const __m512 point = _mm512_maskz_permutexvar_ps(kAll, reinterpret_cast<__m512i>(next), points);
+      index = entries > reinterpret_cast<Vec<float>>(point) ? next : index;
+    }
+    return reinterpret_cast<Vec<float>>(_mm512_maskz_permutexvar_ps(kAll, reinterpret_cast<__m512i>(index), levels));
+  }
+#else
+  float scale;
+  explicit NearestLevels(float scale) : scale(scale) {}
+  Vec<float> of(Vec<float> entries) const {
     Vec<float> level = broadcast(static_cast<float>(kLevels[0]));
     LORASPAN_UNROLL
     for (int j = 1; j < kLevelCount; ++j) {
@@ -75,6 +95,21 @@ inline void choose_levels(const float* x, float scale, bool flipped, Choice* cho
       const Vec<float> step = broadcast(static_cast<float>(kLevels[j] - kLevels[j - 1]));
       level += reinterpret_cast<Vec<float>>(past & reinterpret_cast<Ints>(step));
     }
+    return level;
+  }
+#endif
+};
+
+// The nearest level of every entry, and what error they leave.
+inline void choose_levels(const float* x, float scale, bool flipped, Choice* choice) {
+  constexpr int L = kLanes<float>;
+  alignas(64) float errors[kPackedBlock];
+  choice->scale = scale;
+  choice->flipped = flipped;
+  const NearestLevels nearest(scale);
+  for (std::int64_t i = 0; i < kPackedBlock; i += L) {
+    const Vec<float> entries = flipped ? -load(x + i) : load(x + i);
+    const Vec<float> level = nearest.of(entries);
     store(choice->levels + i, level);
     store(errors + i, entries - level * broadcast(scale * 0x1p-7f));
   }

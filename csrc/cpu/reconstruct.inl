@@ -23,10 +23,15 @@ inline int compare_bases(const ReconstructJob& a, const ReconstructJob& b) {
   const std::uintptr_t data[2] = {reinterpret_cast<std::uintptr_t>(a.basis.data),
                                   reinterpret_cast<std::uintptr_t>(b.basis.data)};
   if (data[0] != data[1]) return data[0] < data[1] ? -1 : 1;
-  const std::int64_t keys[2][6] = {
-      {a.m, a.k, a.basis.row_stride, a.basis.col_stride, static_cast<std::int64_t>(a.basis.dtype), needs_double(a)},
-      {b.m, b.k, b.basis.row_stride, b.basis.col_stride, static_cast<std::int64_t>(b.basis.dtype), needs_double(b)}};
-  for (int i = 0; i < 6; ++i)
+  const auto scales = [](const Matrix& basis) {
+    return static_cast<std::int64_t>(reinterpret_cast<std::intptr_t>(basis.scales));
+  };
+  const auto dtype = [](const Matrix& basis) { return static_cast<std::int64_t>(basis.dtype); };
+  constexpr int kKeys = 7;
+  const std::int64_t keys[2][kKeys] = {
+      {a.m, a.k, a.basis.row_stride, a.basis.col_stride, dtype(a.basis), scales(a.basis), needs_double(a)},
+      {b.m, b.k, b.basis.row_stride, b.basis.col_stride, dtype(b.basis), scales(b.basis), needs_double(b)}};
+  for (int i = 0; i < kKeys; ++i)
     if (keys[0][i] != keys[1][i]) return keys[0][i] < keys[1][i] ? -1 : 1;
   return 0;
 }
@@ -53,6 +58,26 @@ inline std::int64_t* sort_order(std::int64_t count, std::int64_t* order, std::in
 }
 
 inline Block rows_of(const Matrix& a, std::int64_t rows) { return {a.data, rows, a.row_stride, a.col_stride, a.dtype}; }
+
+// Panels of rows [first, first + rows) of a matrix with k columns.
+template <typename T>
+inline void row_panels(const Matrix& a, std::int64_t k, std::int64_t first, std::int64_t rows, T* panels,
+                       std::int64_t stride) {
+  constexpr std::int64_t L = kLanes<T>;
+  if (is_packed(a.dtype)) return panels_along(columns_of(a), k, first, rows, panels, stride);
+  Block block = rows_of(a, rows);
+  with_type(a.data, a.dtype, [&](auto* data) { block.data = data + first * a.row_stride; });
+  pack_panels<T>({&block, 1, k}, rows, 0, (rows + L - 1) / L, 0, k, panels, stride);
+}
+
+// Panel p of the columns of a matrix, of which there are `columns`: their entries [c0, c0 + n), a lane for each.
+template <typename T>
+inline void column_panel(const Matrix& a, std::int64_t columns, std::int64_t p, std::int64_t c0, std::int64_t n,
+                         T* panel) {
+  if (is_packed(a.dtype)) return panel_across(columns_of(a), columns, p, c0, n, panel);
+  const Block turned = {a.data, columns, a.col_stride, a.row_stride, a.dtype};
+  pack_panels<T>({&turned, 1, c0 + n}, columns, p, p + 1, c0, n, panel, 0);
+}
 
 // `loadings` [columns, k] packed as panels, times the rows of a basis block, packed as panels too, straight to out.
 template <typename T>
@@ -86,9 +111,7 @@ void reconstruct_block(const ReconstructJob* jobs, const std::int64_t* order, co
   const std::int64_t rows = min_of(any.m - first_row, group.block_rows), k = any.k, panel = (k + 1) * L;
   const std::int64_t panels = (rows + L - 1) / L;
   T* basis = scratch<T>(Use::basis, panels * panel);
-  Block block = rows_of(any.basis, rows);
-  with_type(block.data, block.dtype, [&](auto* data) { block.data = data + first_row * block.row_stride; });
-  pack_panels<T>({&block, 1, k}, rows, 0, panels, 0, k, basis, panel);
+  row_panels(any.basis, k, first_row, rows, basis, panel);
   for (std::int64_t i = 0; i < group.count; ++i) {
     const ReconstructJob& job = jobs[order[group.first + i]];
     if (!job.loadings.data) {
@@ -97,11 +120,10 @@ void reconstruct_block(const ReconstructJob* jobs, const std::int64_t* order, co
               job.out, first_row, c);
       continue;
     }
-    const Matrix turned = {job.loadings.data, job.loadings.col_stride, job.loadings.row_stride, job.loadings.dtype};
-    const Block columns = rows_of(turned, job.p);
     const std::int64_t column_panels = (round_up(job.p, kPlaceColumns) + L - 1) / L;
     T* loadings = scratch<T>(Use::weights, column_panels * panel);
-    pack_panels<T>({&columns, 1, k}, job.p, 0, (job.p + L - 1) / L, 0, k, loadings, panel);
+    for (std::int64_t p = 0; p < (job.p + L - 1) / L; ++p)
+      column_panel(job.loadings, job.p, p, 0, k, loadings + p * panel);
     place_products(job, basis, panel, first_row, rows, loadings);
   }
 }

@@ -57,6 +57,7 @@ void run_shared(const SharedLoraJob& job, const Active& active, int threads) {
   constexpr std::int64_t kRows = 8;
   parallel_for((count + kRows - 1) / kRows, threads, [&](std::int64_t task) {
     T* x = active.own_in ? scratch<T>(Use::weights, round_up(job.d, L)) : nullptr;
+    T* spare = sides.packed ? scratch<T>(Use::basis, max_of(max_of(job.d, job.n), max_of(in, out))) : nullptr;
     for (std::int64_t i = task * kRows; i < min_of(count, (task + 1) * kRows); ++i) {
       const std::int64_t t = active.rows[i];
       for (std::int64_t k = 0; k < out; ++k) g[i * out + k] = 0;
@@ -68,12 +69,12 @@ void run_shared(const SharedLoraJob& job, const Active& active, int threads) {
         const std::int64_t at = t * job.mixture + m, id = job.tasks[at];
         if (id == -1) continue;
         const T share = static_cast<T>(job.scale) * (job.shares ? static_cast<T>(job.shares[at]) : T{1});
-        own += add_task<T>(job, sides, id, share, {z + i * in, x}, g + i * out, ends + i * active.own_out + own);
+        own += add_task<T>(job, sides, id, share, {z + i * in, x, spare}, g + i * out, ends + i * active.own_out + own);
       }
       found[i] = own;
     }
   });
-  const OwnEnds<T> own = {ends, found, active.own_out, job.cores.dtype};
+  const OwnEnds<T> own = {ends, found, active.own_out, sides.out_own};
   expand<T>({job.y, active.rows, count}, job.n, job.u, job.k_out, g, out, active.own_out ? &own : nullptr, threads);
 }
 
@@ -97,6 +98,14 @@ inline bool pays_alone(const SharedLoraJob& job, std::int64_t task, std::int64_t
   return alone < shared;
 }
 
+// The ends from row `first` on as the columns of a matrix.
+inline Matrix ends_from(const EndTable& t, std::int64_t first) {
+  char* data = const_cast<char*>(static_cast<const char*>(t.data));
+  if (!is_packed(t.dtype)) return {data + first * t.length * entry_bytes(t.dtype), 1, t.length, t.dtype};
+  const std::int64_t bytes = code_bytes(t.length, packed_ends(t).bits);
+  return {data + first * bytes, 0, 0, t.dtype, t.scales + first * scale_count(t.length), t.length};
+}
+
 // One side of a task's columns in full, [length, stride] of T: explicit ends as they are, coefficients on the basis.
 template <typename T>
 std::int64_t factor_jobs(const SharedLoraJob& job, const FormColumns* forms, bool out, T* factor, std::int64_t stride,
@@ -104,7 +113,6 @@ std::int64_t factor_jobs(const SharedLoraJob& job, const FormColumns* forms, boo
   const Sides sides = sides_of(job);
   const Matrix& basis = out ? job.u : job.v;
   const std::int64_t length = out ? job.n : job.d, k = out ? job.k_out : job.k_in;
-  const std::int64_t bytes = entry_bytes(sides.dtype);
   std::int64_t at = 0, found = 0;
   for (int i = 0; i < 4; ++i) {
     const FormColumns& form = forms[i];
@@ -112,16 +120,14 @@ std::int64_t factor_jobs(const SharedLoraJob& job, const FormColumns* forms, boo
     const Matrix place = {factor + at, stride, 1, sizeof(T) == 4 ? Dtype::f32 : Dtype::f64};
     at += form.count;
     if (form.count == 0 || length == 0) continue;
-    const void* table = end.kind == End::own ? (out ? sides.out_own : sides.in_own) : (out ? sides.out : sides.in);
-    const std::int64_t width = end.kind == End::own ? length : k;
-    char* rows = const_cast<char*>(static_cast<const char*>(table)) + end.first * width * bytes;
-    const Matrix none = {nullptr, 0, 0, sides.dtype}, coefficients = {rows, 1, width, sides.dtype};
+    const EndTable& table = end.kind == End::own ? (out ? sides.out_own : sides.in_own) : (out ? sides.out : sides.in);
+    const Matrix none = {nullptr, 0, 0, Dtype::f32};
     if (end.kind == End::own)
-      jobs[found++] = {{rows, 1, length, sides.dtype}, none, place, length, form.count, form.count, 1.0};
+      jobs[found++] = {ends_from(table, end.first), none, place, length, form.count, form.count, 1.0};
     else if (end.kind == End::axes)
       jobs[found++] = {basis, none, place, length, k, k, 1.0};
     else
-      jobs[found++] = {basis, coefficients, place, length, k, form.count, 1.0};
+      jobs[found++] = {basis, ends_from(table, end.first), place, length, k, form.count, 1.0};
   }
   return found;
 }

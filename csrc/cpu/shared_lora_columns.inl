@@ -17,16 +17,22 @@ struct FormColumns {
 
 // The tables as they are read: by the side whose ends meet x, and by the side whose ends make y.
 struct Sides {
-  const void *in, *in_own, *out, *out_own;
-  std::int64_t k_in, k_out, d, n;
-  Dtype dtype;
+  EndTable in, in_own, out, out_own;
+  bool packed;  // whether any of them is
 };
 
 inline Sides sides_of(const SharedLoraJob& job) {
   const Cores& c = job.cores;
+  const auto table = [&](int i, const void* data, std::int64_t length) {
+    const Dtype dtype = c.bits[i] == 8 ? Dtype::packed8 : c.bits[i] == 4 ? Dtype::packed4 : c.dtype;
+    return EndTable{data, c.scales[i], length, dtype};
+  };
+  const bool packed = c.bits[0] != 0 || c.bits[1] != 0 || c.bits[2] != 0 || c.bits[3] != 0;
   if (job.transposed)
-    return {c.left, c.left_private, c.right, c.right_private, job.k_in, job.k_out, job.d, job.n, c.dtype};
-  return {c.right, c.right_private, c.left, c.left_private, job.k_in, job.k_out, job.d, job.n, c.dtype};
+    return {table(0, c.left, job.k_in), table(1, c.left_private, job.d), table(2, c.right, job.k_out),
+            table(3, c.right_private, job.n), packed};
+  return {table(2, c.right, job.k_in), table(3, c.right_private, job.d), table(0, c.left, job.k_out),
+          table(1, c.left_private, job.n), packed};
 }
 
 inline double weight_at(const Cores& cores, std::int64_t i) {
@@ -92,10 +98,12 @@ inline void add_scaled(const S* from, T share, std::int64_t n, T* to) {
   for (; c < n; ++c) to[c] += share * static_cast<T>(widen_entry(from[c]));
 }
 
-// What one row brings to its task: z = x V, and x itself as T for explicit ends (null where no task has any).
+// What one row brings to its task: z = x V, and x itself as T for explicit ends (null where no task has any); and room
+// for the longest packed end.
 template <typename T>
 struct RowIn {
   const T *z, *x;
+  T* spare;
 };
 
 // Adds a task's columns for one row to g [k_out], and its explicit left ends to `ends`; gives how many those are.
@@ -105,29 +113,27 @@ inline std::int64_t add_task(const SharedLoraJob& job, const Sides& sides, std::
   FormColumns forms[4];
   read_forms(job, task, forms);
   std::int64_t found = 0;
-  const std::int64_t bytes = entry_bytes(sides.dtype);
-  with_type(sides.in, sides.dtype, [&](auto* any) {
-    using S = typename Writable<decltype(any)>::type;
-    for (const FormColumns& form : forms) {
-      const bool in_own = form.in.kind == End::own;
-      const std::int64_t length = in_own ? sides.d : sides.k_in;
-      const S* table = static_cast<const S*>(in_own ? sides.in_own : sides.in);
-      for (std::int64_t j = 0; j < form.count; ++j) {
-        const T weight = static_cast<T>(weight_at(job.cores, form.weight + j)) * share;
-        const T* target = in_own ? row.x : row.z;
-        const T product =
-            form.in.kind == End::axes ? row.z[j] : dot_with<T>(table + (form.in.first + j) * length, target, length);
-        const T load_of = weight * product;
-        if (form.out.kind == End::axes) {
-          g[j] += load_of;
-        } else if (form.out.kind == End::shared) {
-          add_scaled(static_cast<const S*>(sides.out) + (form.out.first + j) * sides.k_out, load_of, sides.k_out, g);
-        } else {
-          ends[found++] = {static_cast<const char*>(sides.out_own) + (form.out.first + j) * sides.n * bytes, load_of};
-        }
+  for (const FormColumns& form : forms) {
+    const bool in_own = form.in.kind == End::own;
+    const EndTable& in = in_own ? sides.in_own : sides.in;
+    const T* target = in_own ? row.x : row.z;
+    for (std::int64_t j = 0; j < form.count; ++j) {
+      const T weight = static_cast<T>(weight_at(job.cores, form.weight + j)) * share;
+      T product = form.in.kind == End::axes ? row.z[j] : 0;
+      if (form.in.kind != End::axes)
+        with_end<T>(in, form.in.first + j, 0, in.length, row.spare,
+                    [&](auto* end) { product = dot_with<T>(end, target, in.length); });
+      const T load_of = weight * product;
+      if (form.out.kind == End::axes) {
+        g[j] += load_of;
+      } else if (form.out.kind == End::shared) {
+        with_end<T>(sides.out, form.out.first + j, 0, sides.out.length, row.spare,
+                    [&](auto* end) { add_scaled(end, load_of, sides.out.length, g); });
+      } else {
+        ends[found++] = {form.out.first + j, load_of};
       }
     }
-  });
+  }
   return found;
 }
 

@@ -96,13 +96,12 @@ inline const T* thin_rows(const Matrix& v, std::int64_t c0, std::int64_t n, std:
   }
   T* copy = scratch<T>(Use::packed, n * stride);
   *step = stride;
-  if (v.row_stride == 1 && v.col_stride != 1) {
+  if (is_packed(v.dtype) || (v.row_stride == 1 && v.col_stride != 1)) {
     // columns lie along memory: panels are made by transposing, with lanes for columns of V
     constexpr int L = kLanes<T>;
-    const Block turned = {v.data, k, v.col_stride, v.row_stride, v.dtype};
     T* panel = scratch<T>(Use::tile, n * L);
     for (std::int64_t j = 0; j < stride; j += L) {
-      pack_panels<T>({&turned, 1, c0 + n}, k, j / L, j / L + 1, c0, n, panel, 0);
+      column_panel(v, k, j / L, c0, n, panel);
       for (std::int64_t c = 0; c < n; ++c) store(copy + c * stride + j, load(static_cast<const T*>(panel) + c * L));
     }
     return copy;
@@ -171,10 +170,33 @@ void project(const PickedRows& x, std::int64_t d, const Matrix& v, std::int64_t 
   });
 }
 
-// An explicit left end of a row: `share` times the n entries at `data`.
+// Ends in a table, a row of `length` entries each.
+struct EndTable {
+  const void* data;
+  const std::uint16_t* scales;  // of packed rows
+  std::int64_t length;
+  Dtype dtype;
+};
+
+inline PackedRows packed_ends(const EndTable& t) {
+  return {static_cast<const std::uint8_t*>(t.data), t.scales, t.length, t.dtype == Dtype::packed8 ? 8 : 4};
+}
+
+// Calls body(p) with `p` as the entries [first, first + n) of a row; packed ones are unpacked to `spare` first.
+template <typename T, typename Body>
+inline void with_end(const EndTable& t, std::int64_t row, std::int64_t first, std::int64_t n, T* spare,
+                     const Body& body) {
+  if (is_packed(t.dtype)) {
+    unpack_line(packed_ends(t), row, first, n, spare);
+    return body(static_cast<const T*>(spare));
+  }
+  with_type(t.data, t.dtype, [&](auto* data) { body(data + row * t.length + first); });
+}
+
+// An explicit left end of a row: `share` times that row of the table of ends.
 template <typename T>
 struct OwnEnd {
-  const void* data;
+  std::int64_t row;
   T share;
 };
 
@@ -184,18 +206,19 @@ struct OwnEnds {
   const OwnEnd<T>* ends;
   const std::int64_t* counts;
   std::int64_t most;
-  Dtype dtype;
+  EndTable table;
 };
 
 template <typename T>
 inline void add_own_ends(const OwnEnds<T>& own, std::int64_t row, std::int64_t c0, std::int64_t n, T* sums) {
   constexpr int L = kLanes<T>;
+  alignas(64) T spare[kExpandVectors * L];
   for (std::int64_t e = 0; e < own.counts[row]; ++e) {
     const OwnEnd<T>& end = own.ends[row * own.most + e];
     const Vec<T> share = broadcast(end.share);
-    with_type(end.data, own.dtype, [&](auto* data) {
+    with_end<T>(own.table, end.row, c0, n, spare, [&](auto* data) {
       for (std::int64_t c = 0; c < n; c += L) {
-        const Vec<T> entries = n - c < L ? load_first<T>(data + c0 + c, n - c) : load_as<T>(data + c0 + c);
+        const Vec<T> entries = n - c < L ? load_first<T>(data + c, n - c) : load_as<T>(data + c);
         store(sums + c, share * entries + load(static_cast<const T*>(sums) + c));
       }
     });
@@ -230,9 +253,7 @@ void expand(const PickedRows& y, std::int64_t n, const Matrix& u, std::int64_t k
     const std::int64_t c0 = task * kWidth, width = min_of(kWidth, n - c0), vectors = (width + L - 1) / L;
     const std::int64_t panel = (k + 1) * L;
     T* panels = scratch<T>(Use::basis, vectors * panel);
-    Block block = rows_of(u, width);
-    with_type(u.data, u.dtype, [&](auto* data) { block.data = data + c0 * u.row_stride; });
-    if (k > 0) pack_panels<T>({&block, 1, k}, width, 0, vectors, 0, k, panels, panel);
+    if (k > 0) row_panels(u, k, c0, width, panels, panel);
     T* sums = scratch<T>(Use::tile, kTileRows * kWidth);
     for (std::int64_t i = 0; i < y.count; i += kTileRows) {
       const T* rows[kTileRows];

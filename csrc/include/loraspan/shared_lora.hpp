@@ -21,14 +21,17 @@ struct Cores {
   const void* right;          // [., k_in]
   const void* right_private;  // [., d]
   std::int64_t rows[5];       // of each of the five, in this order
-  Dtype dtype;                // of the four tables of ends
+  Dtype dtype;                // of the tables of ends that are not packed
+  // Of left, left_private, right, right_private: bits of the codes there, 0 where a table is not packed; and scales.
+  std::int64_t bits[4] = {};
+  const std::uint16_t* scales[4] = {};
 };
 
 struct SharedLoraJob {
   Matrix y;  // [t, n], read and written
   Matrix x;  // [t, d]
-  Matrix v;  // [d, k_in]
-  Matrix u;  // [n, k_out]
+  Matrix v;  // [d, k_in], may be packed
+  Matrix u;  // [n, k_out], may be packed
   std::int64_t t, d, n, k_in, k_out;
   Cores cores;
   const std::int64_t* tasks;  // [t, mixture], contiguous; -1 for none

@@ -42,15 +42,18 @@ def _launch(path: int, pieces: Sequence[Piece]) -> None:
     table = (ctypes.c_int64 * (1 + _PIECES * _FIELDS))(len(pieces))
     blocks, kept = 0, []
     for i, piece in enumerate(pieces):
-        basis = piece.basis
+        basis, loadings = piece.basis, piece.loadings
+        # packed rows are refused before
+        assert isinstance(basis, Tensor)
+        assert loadings is None or isinstance(loadings, Tensor)
         # blocks of one launch write while others still read
         if basis.untyped_storage().data_ptr() == piece.out.untyped_storage().data_ptr():
             basis = basis.clone()
         kept.append(basis)
         m, k, p = *basis.shape[-2:], piece.out.shape[-1]
-        tiles = -(-m * p // _ENTRIES) if piece.loadings is None else -(-m // _TILE) * -(-p // _TILE)
+        tiles = -(-m * p // _ENTRIES) if loadings is None else -(-m // _TILE) * -(-p // _TILE)
         scale = struct.unpack("q", struct.pack("d", piece.scale))[0]
-        fields = (*matrix_fields(basis, False), *matrix_fields(piece.loadings, True), *matrix_fields(piece.out, False))
+        fields = (*matrix_fields(basis, False), *matrix_fields(loadings, True), *matrix_fields(piece.out, False))
         table[1 + i * _FIELDS : 1 + (i + 1) * _FIELDS] = [blocks, max(tiles, 1), *fields, m, k, p, scale]
         blocks += tiles * (piece.out.shape[0] if piece.out.ndim == 3 else 1)
     if blocks:

@@ -5,6 +5,7 @@ from loraspan.ops.combine import Combined, combine, combine_many
 from loraspan.ops.cores import Cores
 from loraspan.ops.gram import gram, gram_many
 from loraspan.ops.packed import Packed, pack, unpack
+from loraspan.ops.packed_products import PackedProducts, packed_products
 from loraspan.ops.reconstruct import Piece, reconstruct, reconstruct_many
 from loraspan.ops.shared_lora import shared_lora, shared_lora_
 from loraspan.ops.sketch import power, power_many, sketch, sketch_many
@@ -14,6 +15,7 @@ __all__ = [
     "Combined",
     "Cores",
     "Packed",
+    "PackedProducts",
     "Piece",
     "RowBlocks",
     "combine",
@@ -21,6 +23,7 @@ __all__ = [
     "gram",
     "gram_many",
     "pack",
+    "packed_products",
     "power",
     "power_many",
     "reconstruct",

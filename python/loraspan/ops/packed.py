@@ -37,9 +37,9 @@ class Packed:
 
     Example:
         >>> import torch
-        >>> packed = pack(torch.eye(3), 4)
+        >>> packed = pack(127 * torch.eye(3), 4)
         >>> packed.shape, packed.nbytes, unpack(packed.rows(1, 2))
-        ((3, 3), 12, tensor([[0., 1., 0.]]))
+        ((3, 3), 12, tensor([[  0., 127.,   0.]]))
     """
 
     codes: Tensor
@@ -82,6 +82,15 @@ class Packed:
         """Give rows ``[start, stop)`` as a view."""
         return Packed(self.codes[start:stop], self.scales[start:stop], self.length, self.bits)
 
+    def columns(self, start: int, stop: int) -> Packed:
+        """Give entries ``[start, stop)`` of all rows, copied; ``start`` is where a block begins."""
+        if start % BLOCK:
+            raise ArgumentError(f"Packed.columns: start is a multiple of {BLOCK}; got {start}")
+        stop = max(start, min(stop, self.length))
+        codes = self.codes[:, start * self.bits // 8 : -(-stop * self.bits // 8)]
+        scales = self.scales[:, start // BLOCK : -(-stop // BLOCK)]
+        return Packed(codes.contiguous(), scales.contiguous(), stop - start, self.bits)
+
     def to(self, device: torch.device | str) -> Packed:
         """Give it on another device, or itself."""
         if self.device == torch.device(device):
@@ -90,9 +99,9 @@ class Packed:
 
     @property
     def fields(self) -> tuple[int, int, int, int]:
-        """Its transpose ``[length, rows]`` as the compiled core reads a matrix: codes, scales, column stride, dtype."""
+        """Its transpose ``[length, rows]`` as the compiled core reads a packed matrix: codes, scales, length, dtype."""
         # torch says 0 for the address of an empty tensor, which is not "none"
-        return (self.codes.data_ptr() or 1, self.scales.data_ptr(), self.codes.shape[1], _CODES[self.bits])
+        return (self.codes.data_ptr() or 1, self.scales.data_ptr(), self.length, _CODES[self.bits])
 
 
 def pack(rows: Tensor, bits: int, *, backend: str | None = None) -> Packed:
@@ -122,7 +131,7 @@ def pack(rows: Tensor, bits: int, *, backend: str | None = None) -> Packed:
     Example:
         >>> import torch
         >>> unpack(pack(torch.tensor([[1.0, -0.5, 0.25]]), 8))
-        tensor([[ 1.0000, -0.5040,  0.2520]])
+        tensor([[ 0.9999, -0.5039,  0.2520]])
 
     Source:
         Scales of blocks: Dettmers et al., *8-bit Optimizers via Block-wise Quantization*, 2022, section 2. Levels that
@@ -171,6 +180,27 @@ def unpack(packed: Packed, *, dtype: torch.dtype = torch.float32, backend: str |
         raise ShapeError(f"unpack: dtype is float16, bfloat16, float32 or float64; got {dtype}")
     found: Tensor = choose("unpack", UNPACK_BACKENDS, backend, packed.codes).run(packed, dtype)
     return found
+
+
+def shape_of(matrix: Tensor | Packed) -> tuple[int, int]:
+    """Give the shape of a matrix, of which packed rows are the columns."""
+    rows, columns = matrix.shape
+    return (columns, rows) if isinstance(matrix, Packed) else (rows, columns)
+
+
+def fields_of(matrix: Tensor | Packed | None) -> tuple[int, int, int, int]:
+    """Give what the compiled core is told of a matrix, of which packed rows are the columns."""
+    return matrix.fields if isinstance(matrix, Packed) else _native.matrix_fields(matrix)
+
+
+def unpacked(matrix: Tensor | Packed) -> Tensor:
+    """Give a matrix, of which packed rows are the columns, in full (references only)."""
+    return _unpack_reference(matrix, torch.float32).T if isinstance(matrix, Packed) else matrix
+
+
+def refuses_packed(*matrices: Tensor | Packed | None) -> str | None:
+    """Say why a backend that knows no packed rows cannot take these, if so."""
+    return "it reads no packed rows" if any(isinstance(m, Packed) for m in matrices) else None
 
 
 def _refuse(rows: Tensor, row: int) -> None:

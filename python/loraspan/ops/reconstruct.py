@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from loraspan import _core, _device, _native
 from loraspan._dispatch import Backend, choose
 from loraspan.errors import ShapeError
 from loraspan.ops.library import register
+from loraspan.ops.packed import Packed, fields_of, refuses_packed, shape_of, unpacked
 from loraspan.ops.rounding import narrow
 
 
@@ -22,10 +24,12 @@ class Piece(NamedTuple):
 
     ``out [m, p]`` is overwritten with ``scale * basis [m, k] @ loadings [k, p]``, or with ``scale * basis`` where
     ``loadings`` is None: so private columns are converted and put beside rebuilt ones. All may have any strides.
+    Packed rows count as columns: ``basis`` may be a :class:`loraspan.ops.Packed` ``[k, m]`` and ``loadings`` one of
+    ``[p, k]``. They are read tile by tile, with the bits that unpacking them to float32 first would give.
     """
 
-    basis: Tensor
-    loadings: Tensor | None
+    basis: Tensor | Packed
+    loadings: Tensor | Packed | None
     out: Tensor
     scale: float = 1.0
 
@@ -128,19 +132,22 @@ def _check(pieces: Sequence[Piece]) -> None:
     for piece in pieces:
         basis, loadings, out, _ = piece
         tensors = [t for t in (basis, loadings, out) if t is not None]
-        if any(t.ndim != 2 for t in tensors):
+        if any(isinstance(t, Tensor) and t.ndim != 2 for t in tensors):
             raise ShapeError(f"reconstruct: a piece is of matrices; got {[list(t.shape) for t in tensors]}")
-        inner, columns = (basis.shape[1], basis.shape[1]) if loadings is None else loadings.shape
-        if basis.shape[1] != inner or out.shape != (basis.shape[0], columns):
+        m, k = shape_of(basis)
+        inner, columns = (k, k) if loadings is None else shape_of(loadings)
+        if k != inner or out.shape != (m, columns):
             raise ShapeError(
-                f"reconstruct: basis has {basis.shape[1]} vectors of length {basis.shape[0]}; got "
-                f"loadings {None if loadings is None else list(loadings.shape)} and out {list(out.shape)}"
+                f"reconstruct: basis has {k} vectors of length {m}; got "
+                f"loadings {None if loadings is None else list(shape_of(loadings))} and out {list(out.shape)}"
             )
         for t in tensors:
-            if t.dtype not in _native.DTYPE_CODES or t.device != basis.device:
+            kind = torch.float32 if isinstance(t, Packed) else t.dtype
+            if kind not in _native.DTYPE_CODES or t.device != basis.device:
                 raise ShapeError(
                     f"reconstruct: tensors are float16, bfloat16, float32 or float64 and on one device; "
-                    f"got {t.dtype} on {t.device} beside {basis.dtype} on {basis.device}"
+                    f"got {kind} on {t.device} beside {'packed rows' if isinstance(basis, Packed) else basis.dtype} "
+                    f"on {basis.device}"
                 )
 
 
@@ -148,8 +155,7 @@ def _cpu(pieces: Sequence[Piece], *, isa: str) -> None:
     if len(pieces) == 1 and pieces[0].out.ndim == 3:
         jobs, scales = _batch_jobs(pieces[0]), [pieces[0].scale] * pieces[0].out.shape[0]
     else:
-        fields = _native.matrix_fields
-        rows = [(*fields(b), *fields(l), *fields(o), b.shape[0], b.shape[1], o.shape[1]) for b, l, o, _ in pieces]
+        rows = [(*fields_of(b), *fields_of(l), *fields_of(o), *shape_of(b), o.shape[1]) for b, l, o, _ in pieces]
         jobs, scales = _native.table(rows, 15), [p.scale for p in pieces]
     _core.reconstruct(jobs, scales, _native.threads(), isa)
 
@@ -165,6 +171,8 @@ def _batch_jobs(whole: Piece) -> NDArray[np.int64]:
 def reference(pieces: Sequence[Piece]) -> None:
     """Say it in torch, on whatever device the tensors are (MPS among them)."""
     for basis, loadings, out, scale in pieces:
+        basis = unpacked(basis)
+        loadings = None if loadings is None else unpacked(loadings)
         if out.ndim == 3 and loadings is not None:
             # one by one: a batched product may round otherwise than that of a member alone
             reference([Piece(*members, scale) for members in zip(basis, loadings, out, strict=True)])
@@ -182,9 +190,13 @@ def _refuses(pieces: Sequence[Piece]) -> str | None:
     return None
 
 
+def _refuses_packed(otherwise: Callable[..., str | None], pieces: Sequence[Piece]) -> str | None:
+    return refuses_packed(*(matrix for piece in pieces for matrix in piece[:2])) or otherwise(pieces)
+
+
 BACKENDS = (
     *_native.backends(_cpu, _refuses),
-    *_device.backends("reconstruct"),
+    *[Backend(b.name, b.run, partial(_refuses_packed, b.refuses)) for b in _device.backends("reconstruct")],
     Backend("reference", reference, lambda *_: None),
 )
 

@@ -96,4 +96,5 @@ def _fixed(v: Tensor, u: Tensor, cores: Cores) -> tuple[int, ...]:
         *(*fields(v), *fields(u), v.shape[0], u.shape[0], v.shape[1], u.shape[1]),
         *(cores.index.data_ptr(), cores.index.shape[0], *[t.data_ptr() for t in tables], *[t.shape[0] for t in tables]),
         _CODES[cores.left.dtype],
+        *(0,) * 8,
     )
