@@ -27,6 +27,8 @@ _FIRST_WIDTH = 64
 # Directions are summarized to at least this much more than the bases are expected to take: what a merge cuts off is
 # then of the size of what lies past twice the rank, and no basis is made of it.
 _MARGIN, _VECTOR = 32, 16
+# Rows of a sample for each direction from which on turning the directions to it is good for all.
+_ROWS_TO_REFINE = 8
 # As in a fit of all at once: finer goals need ranges in float64.
 _FINE_ENERGY, _COARSE_ERROR = 1 - 1e-4, 1e-2
 
@@ -57,6 +59,11 @@ def weights_of(slot: SlotFactors, squares: Tensor, goal: Goal) -> Tensor:
     """Give the weight of every task of a slot: for its relative error, or 1 where the energy of all counts; ``[T]``."""
     of_slot = squares[torch.tensor(slot.members)]
     return torch.ones_like(of_slot) if goal.energy is not None else torch.where(of_slot > 0, of_slot.rsqrt(), 0.0)
+
+
+def rank_unseen(goal: Goal) -> int:
+    """Give the rank to expect in a slot that nobody in a sample has."""
+    return goal.rank or (0 if goal.energy is None else _FIRST_WIDTH)
 
 
 def widths_for(ranks: Mapping[str, int]) -> dict[str, int]:
@@ -121,7 +128,8 @@ def turns_for(
     if goal.energy is not None:
         return _turns_for_energy(summaries, widths, goal.energy)
     allowed = [None] * len(slots) if goal.max_error is None else _allowed(slots, squares, goal)
-    found: dict[str, Turns] = {}
+    # a slot that nobody in the sample has takes the leading directions as they are
+    found = {path: Turns(*(_leading(side, goal.rank or 0) for side in both)) for path, both in summaries.items()}
     for slot, share in zip(slots, allowed, strict=True):
         if slot.path not in summaries:
             continue
@@ -137,12 +145,16 @@ def turns_for(
             found[slot.path] = Turns(_leading(both[0], rank_out), _leading(both[1], rank_in))
             continue
         cores = out.mT @ inn * (slot.scales * weights)[:, None, None]
-        found[slot.path] = Turns(*refine_jointly(cores, rank_out, rank_in, goal.refine))
+        everyone = stands_for[slot.path] == 1
+        refine = goal.refine if everyone or slot.up.total >= _ROWS_TO_REFINE * max(cores.shape[1:]) else 0
+        found[slot.path] = Turns(*refine_jointly(cores, rank_out, rank_in, refine))
     return found
 
 
 def _allowed(slots: Sequence[SlotFactors], squares: Tensor, goal: Goal) -> list[Tensor]:
     assert goal.max_error is not None
+    if not slots:
+        return []
     return allotments([(slot.members, slot.canonical().s) for slot in slots], len(squares), goal.max_error)
 
 
@@ -161,7 +173,7 @@ def _turns_for_energy(
 
 
 def _leading(side: Summary, rank: int) -> Tensor:
-    return torch.eye(len(side.energies), rank, dtype=torch.float64)
+    return torch.eye(len(side.energies), min(rank, len(side.energies)), dtype=torch.float64)
 
 
 def _energy_rank(side: Summary, energy: float, width: int) -> int | None:

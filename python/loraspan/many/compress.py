@@ -20,7 +20,7 @@ from loraspan.errors import ArgumentError, LoraspanError, StoreError
 from loraspan.many.census import Aside, Census, find_each, take_census
 from loraspan.many.ledger import Ledger
 from loraspan.many.publish import PUBLISH, gather, publish
-from loraspan.many.run import BASES, FIRST_WIDTHS, Progress, Run
+from loraspan.many.run import Progress, Run
 
 CENSUS = "census.json"
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]i?)?b?\s*", re.ASCII | re.IGNORECASE)
@@ -99,7 +99,66 @@ def compress_many(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> ManyReport:
-    """Put any number of adapters into a store."""
+    r"""Put any number of adapters into a store, group after group, in bounded memory, to be continued if interrupted.
+
+    Three times over the bytes: once to open every source and see what it is; once, group by group, to summarize each
+    slot by its leading directions, whose summaries merge into those of all; once, group by group, to express every
+    task on the bases that come of them. What is finished is kept in a folder ``<out>.progress`` beside ``out``. A run
+    that was interrupted, however, goes on from there when it is called again with the same arguments, and ends with
+    the same bits; ``executor`` and ``on_error`` may be others. When all is done the store appears as one generation,
+    and the folder goes.
+
+    Peak anonymous memory above that after the import, of this process and those that an executor starts here, apart
+    from their interpreters:
+
+    .. math:: 48\,MiB + 6\,KiB \cdot N + 5 \, group,
+
+    where a group is as many adapters as keep its own cost (:mod:`loraspan.many.groups`) within what ``memory`` leaves
+    for it; four groups are in work or waiting at a time. Without an executor it is one, and less memory is taken. A
+    source is a mapped file while its group is in work: its pages are not anonymous, and no descriptor stays open.
+
+    Args:
+        sources: as for :func:`loraspan.compress`, :class:`Adapter` objects excepted: they are in memory already.
+        out: the store's folder.
+        rank: width of every shared basis.
+        energy: share of the energy that every slot keeps. Each side gets directions that lose at most half of the
+            rest, as their summaries prove, so bases may come out wider than a fit of all at once would make them.
+        max_error: relative error on ``dW`` that no task exceeds. The form of each slot is chosen on a sample of tasks
+            spread over all; private columns carry what shared ones do not, so the bound holds for every task.
+        dtype: of what is stored.
+        refine: iterations that fit both sides of a slot jointly, on the sample; none for ``energy``.
+        seed: of the sketches.
+        memory: bytes, or text such as ``"1GB"``. Which adapters form a group follows from it, and the last bits.
+        executor: any of ``concurrent.futures``; it has to see the files under the same paths. The result is the same
+            whichever it is. Processes are to be spawned, not forked. None does the work here.
+        on_error: ``"stop"`` at the first adapter that cannot be taken, or ``"skip"``: it is set aside, and the reason
+            is in the report. Those are: what cannot be read; another base model or other shapes than most have; a
+            name for the second time; a NaN or an infinity.
+        hash_files: keep a sha256 of every whole source file.
+        overwrite: whether a store that is there gets a new generation.
+        progress: called with a stage (``"read"`` in sources, ``"summarize"`` and ``"express"`` in bytes of factors),
+            how much of it is done, and how much there is.
+
+    Raises:
+        ArgumentError: if an argument is out of range, or ``memory`` too small; says what would do.
+        StoreError: if ``out`` may not be written, another run is at work on it, or one is unfinished that was begun
+            with other arguments or sources; says which.
+        LoraspanError: with ``"stop"``, as :func:`loraspan.compress`.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from loraspan.adapters import Adapter, Slot, peft
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> for i in range(3):
+        ...     slot = Slot((i + 1) * torch.eye(2, 8), torch.eye(6, 2), 1.0)
+        ...     peft.write(Adapter(f"task-{i}", {"q": slot}), folder / f"task-{i}")
+        >>> report = compress_many(folder, folder / "team.span", rank=2, memory="100MB")
+        >>> report.tasks, report.max_error < 1e-6
+        (3, True)
+
+    Source:
+        Merging summaries: see :func:`loraspan.collection.merge_ranges.merge`.
+    """
     goal = Goal(rank, energy, max_error, refine, dtype, seed)
     if on_error not in ("stop", "skip"):
         raise ArgumentError(f"compress: on_error is 'stop' or 'skip'; got {on_error!r}")
@@ -118,7 +177,7 @@ def compress_many(
             collection, aside = gather(ledger, run.segments(), census, goal.dtype, skip)
         except LoraspanError:
             # nothing to go on with: the next run may be a different one
-            if not ledger.has_any((FIRST_WIDTHS, BASES)):
+            if ledger.is_barren():
                 ledger.drop()
             raise
         nbytes = collection_bytes(collection)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +91,9 @@ class Ledger:
         """Say whether a piece is done."""
         return (self.path / name).exists()
 
-    def has_any(self, names: Iterable[str]) -> bool:
-        """Say whether one of some pieces is done."""
-        return any(map(self.has, names))
+    def is_barren(self) -> bool:
+        """Say whether no piece of work is done that took longer than looking at the sources."""
+        return not any(entry.suffix == ".safetensors" for entry in self.path.iterdir())
 
     def write(self, name: str, pieces: Sequence[NDArray[np.uint8]]) -> None:
         """Make a piece last.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from loraspan.collection.fit import Goal
-from loraspan.collection.widths import TooNarrowError, widths_for
+from loraspan.collection.widths import TooNarrowError, rank_unseen, widths_for
 from loraspan.many.census import Census
 from loraspan.many.groups import (
     IN_FLIGHT,
@@ -28,7 +28,7 @@ from loraspan.many.work import Work, choose_bases, express_group, merge_summarie
 
 Progress = Callable[[str, int, int], None]
 
-BASES, FIRST_WIDTHS = "bases.safetensors", "widths-0.json"
+BASES = "bases.safetensors"
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,8 @@ class Run:
         """Give the widths of summaries: twice what a sample alone calls for, and wider after each failed attempt."""
         name = f"widths-{attempt}.json"
         if not self.ledger.has(name):
-            ranks = run(self.executor, scout_sample, self._work(self._sample), self._stands_for)
+            seen = run(self.executor, scout_sample, self._work(self._sample), self._stands_for)
+            ranks = {path: seen.get(path, rank_unseen(self.goal)) for path in self.census.slots}
             self.ledger.write_json(name, widths_for(ranks))
         return {key: int(width) for key, width in self.ledger.read_json(name).items()}
 
