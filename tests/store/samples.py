@@ -146,6 +146,29 @@ def save_in_segments(held, folder, cuts):
     return store.save(replace(held, segments=parts), folder)
 
 
+def without(held, *names):
+    """Give a collection without some tasks, as removing them leaves it."""
+    return _each_task(held, lambda task: None if task.name in names else task)
+
+
+def renamed(held, **new):
+    """Give a collection with other names for some tasks."""
+    return _each_task(held, lambda task: replace(task, name=new[task.name]) if task.name in new else task)
+
+
+def _each_task(held, change):
+    def changed(of):
+        tasks = tuple(None if task is None else change(task) for task in of.tasks)
+        return of if all(a is b for a, b in zip(tasks, of.tasks, strict=True)) else Segment(tasks, of.columns)
+
+    return replace(held, segments=tuple(changed(of) for of in held.segments))
+
+
+def adding(held, *segments):
+    """Give a collection with more segments."""
+    return replace(held, segments=(*held.segments, *segments))
+
+
 def edit_manifest(folder, change, *, seal=True):
     """Change the current manifest, and give it the checksum of what it has become."""
     path = Path(folder) / f"manifest-{int((Path(folder) / 'CURRENT').read_text()):06d}.json"

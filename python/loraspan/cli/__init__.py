@@ -10,8 +10,11 @@ from loraspan.cli.compress import compress
 from loraspan.cli.demo import demo
 from loraspan.cli.doctor import doctor
 from loraspan.cli.export import export
+from loraspan.cli.gc import gc
 from loraspan.cli.info import info
+from loraspan.cli.log import log
 from loraspan.cli.output import one_line
+from loraspan.cli.rollback import rollback
 from loraspan.cli.verify import verify
 from loraspan.errors import LoraspanError
 
@@ -53,5 +56,5 @@ def main() -> None:
     """
 
 
-for _command in (compress, info, export, verify, demo, doctor):
+for _command in (compress, info, export, verify, log, rollback, gc, demo, doctor):
     main.add_command(_command)

@@ -52,10 +52,16 @@ def plan(opened: Opened, collection: Collection) -> Plan:
     after = names.after(opened.names)
     parts = [_without_dead(part, collection.slots) for part in parts if part.segment.living]
     first = first_to_join([_size(part) for part in parts])
-    if first < len(parts):
-        parts[first:] = [Part(merge([part.segment for part in parts[first:]]), None)]
+    groups = [[part] for part in parts[:first]] + ([parts[first:]] if first < len(parts) else [])
+    parts = [_joined(group) for group in groups]
     basis = opened.basis if _bases_stand(opened.collection, collection) else None
     return Plan(basis, tuple(parts), after, names.change())
+
+
+def _joined(parts: Sequence[Part]) -> Part:
+    if len(parts) == 1 and parts[0].data is not None:
+        return parts[0]
+    return Part(merge([part.segment for part in parts]), None)
 
 
 def all_new(collection: Collection) -> Plan:
