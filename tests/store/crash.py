@@ -20,7 +20,7 @@ class Disk:
     def __init__(self, monkeypatch, stop=None, *, torn=False):
         self.stop, self.torn, self.steps, self.dead = stop, torn, [], False
         self._lock = threading.RLock()
-        self._paths, self._volatile, self._renames = {}, set(), []
+        self._paths, self._volatile, self._changes = {}, set(), []
         self._honest = {name: getattr(files, name) for name in STEPS}
         for name in STEPS:
             monkeypatch.setattr(files, name, lambda *args, name=name: self._step(name, *args))
@@ -38,7 +38,8 @@ class Disk:
             raise Crash
 
     def _do(self, name, *args):
-        before = args[1].read_bytes() if name == "rename" and args[1].exists() else None
+        target = {"rename": args[-1], "remove": args[0]}.get(name)
+        before = target.read_bytes() if target is not None and target.exists() else None
         result = self._honest[name](*args)
         if name == "create":
             self._paths[result] = args[0]
@@ -49,13 +50,15 @@ class Disk:
             if args[0] in self._volatile:
                 self._volatile.remove(args[0])
                 self._volatile.add(args[1])
-            self._renames.append((*args, before))
+            self._changes.append((*args, before))
+        elif name == "remove" and before is not None:
+            self._changes.append((None, *args, before))
         elif name == "sync_folder":
-            self._renames.clear()
+            self._changes.clear()
         return result
 
     def lose_power(self, *, names, data):
-        """Forget ``"all"`` renames that no folder was synced after, or all ``"but the last"``.
+        """Forget ``"all"`` renames and removals that no folder was synced after, or all ``"but the last"``.
 
         With ``data``, forget half of every file that was not synced too. A disk keeps its own order.
         """
@@ -63,8 +66,9 @@ class Disk:
             if path.exists():
                 content = path.read_bytes()
                 path.write_bytes(content[: len(content) // 2])
-        lost = {"none": [], "all": self._renames, "but the last": self._renames[:-1]}[names]
+        lost = {"none": [], "all": self._changes, "but the last": self._changes[:-1]}[names]
         for old, new, before in reversed(lost):
-            new.replace(old)
+            if old is not None and new.exists():
+                new.replace(old)
             if before is not None:
                 new.write_bytes(before)

@@ -11,6 +11,7 @@ from loraspan.adapters.header import MAX_NAME_CHARS
 from loraspan.collection.collection import Collection, Segment, SlotSpace
 from loraspan.collection.layout import DTYPE_NAMES
 from loraspan.errors import ArgumentError, ShapeError
+from loraspan.ops.packed import Packed
 from loraspan.store.format import LARGEST
 from loraspan.store.manifest import FLOATS, slot_problem
 from loraspan.store.segment import problem_of, slot_shape
@@ -76,6 +77,8 @@ def _check_slot(name: str, slot: SlotSpace, collection: Collection) -> None:
     if slot.kind not in KINDS:
         raise ArgumentError(f"save: the kind of slot {name!r} is one of {', '.join(KINDS)}; got {slot.kind!r}")
     for side, basis in (("u", slot.u), ("v", slot.v)):
+        if isinstance(basis, Packed):
+            continue
         if basis.ndim != 2 or max(basis.shape) > LARGEST or basis.dtype != collection.dtype:
             raise ShapeError(
                 f"save: {side} of slot {name!r} has to be a matrix of {collection.dtype}; "

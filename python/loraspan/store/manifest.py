@@ -95,6 +95,7 @@ class Manifest:
     note: str = ""
     change: Change | None = None
     fitted: int = 0
+    bits: tuple[int, int, int] = (0, 0, 0)
 
     @property
     def tasks(self) -> int:
@@ -121,6 +122,7 @@ def dump(manifest: Manifest) -> bytes:
         "dtype": DTYPE_NAMES[manifest.dtype],
         "base_model": manifest.base_model,
         "summary": manifest.summary,
+        "bits": list(manifest.bits),
         "fitted": manifest.fitted,
         "basis": _file_table(manifest.basis),
     }
@@ -170,6 +172,7 @@ def parse(data: bytes, file: str) -> Manifest:
         time=None if table.get("time") is None else take(table, "time", str, file, "manifest"),
         note=take(table, "note", str, file, "manifest") if "note" in table else "",
         change=_change(table["change"], file) if "change" in table else None,
+        bits=_bits(table, file),
         fitted=take_size(table, "fitted", file, "manifest", largest=2**62) if "fitted" in table else 0,
     )
 
@@ -248,6 +251,13 @@ def _change(table: Any, file: str) -> Change:
     if len(pairs) < len(renamed) or not all(type(name) is str for names in (added, removed, *pairs) for name in names):
         raise DamagedError(file, "change", "it has to hold names of tasks, and pairs of them under 'renamed'")
     return Change(tuple(added), tuple(removed), tuple(pairs))
+
+
+def _bits(table: Any, file: str) -> tuple[int, int, int]:
+    bits = take(table, "bits", list, file, "manifest") if "bits" in table else [0, 0, 0]
+    if len(bits) != 3 or any(type(each) is not int or each not in (0, 4, 8) for each in bits):
+        raise DamagedError(file, "manifest", f"'bits' has to be three of 0, 4 and 8; it is {bits!r}")
+    return bits[0], bits[1], bits[2]
 
 
 def _file_table(data: DataFile) -> dict[str, object]:

@@ -118,6 +118,8 @@ def _open(folder: Path, number: int) -> Opened:
     if (double := double_name(segments)) is not None:
         raise DamagedError(manifest_name(number), f"task {double!r}"[:200], "two tasks have this name")
     slots = {slot.name: SlotSpace(*bases[slot.name], slot.kind, slot.kernel) for slot in manifest.slots}
-    held = Collection(slots, segments, manifest.dtype, manifest.base_model, manifest.summary, manifest.fitted)
+    held = Collection(
+        slots, segments, manifest.dtype, manifest.base_model, manifest.summary, manifest.fitted, manifest.bits
+    )
     names = frozenset(task.name for task in held.tasks)
     return Opened(folder, number, held, manifest.basis, manifest.segments, names, hashlib.sha256(data).hexdigest())

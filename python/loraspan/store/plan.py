@@ -11,6 +11,7 @@ import numpy as np
 
 from loraspan.collection.collection import Collection, Segment, SlotSpace, Task
 from loraspan.collection.layout import columns_bytes, segment_bytes
+from loraspan.collection.rows import Widths
 from loraspan.collection.segments import merge
 from loraspan.errors import ArgumentError
 from loraspan.store.checks import check_change
@@ -146,7 +147,7 @@ def _patched(was: Segment, data: DataFile, tasks: Sequence[Task | None]) -> Data
     return replace(data, removed=tuple(sorted(removed)), renamed=tuple(sorted(renamed.items())))
 
 
-def _without_dead(part: Part, slots: Mapping[str, SlotSpace]) -> Part:
+def _without_dead(part: Part, slots: Mapping[str, SlotSpace], widths: Widths) -> Part:
     """Write a segment anew where removed tasks take more than half of it."""
     if part.data is None or not part.data.removed:
         return part
@@ -160,7 +161,7 @@ def _without_dead(part: Part, slots: Mapping[str, SlotSpace]) -> Part:
             d=shape.d,
             k_out=shape.k_out,
             k_in=shape.k_in,
-            dtype=columns.left_private.dtype,
+            dtype=widths,
             dense=columns.dense,
         )
         total += int(sizes.sum())
@@ -176,13 +177,13 @@ def _size(part: Part) -> int:
 
 def _bases_stand(opened: Collection, collection: Collection) -> bool:
     """Say whether the file of the bases serves ``collection``: it may have more slots, without bases."""
-    if opened.dtype != collection.dtype:
+    if (opened.dtype, opened.bits) != (collection.dtype, collection.bits):
         return False
     for name, slot in collection.slots.items():
         was = opened.slots.get(name)
         for side in ("u", "v"):
             now = getattr(slot, side)
-            if (was is None or getattr(was, side) is not now) and (now.numel() or (was and getattr(was, side).numel())):
+            if (was is None or getattr(was, side) is not now) and (now.nbytes or (was and getattr(was, side).nbytes)):
                 return False
     gone = opened.slots.keys() - collection.slots.keys()
-    return not any(opened.slots[name].u.numel() or opened.slots[name].v.numel() for name in gone)
+    return not any(opened.slots[name].u.nbytes or opened.slots[name].v.nbytes for name in gone)

@@ -13,17 +13,23 @@ from torch import Tensor
 from loraspan.collection.collection import Collection, Segment, SlotSpace, Task
 from loraspan.collection.columns import FIELDS, Columns
 from loraspan.collection.layout import narrow
+from loraspan.collection.rows import Rows, tensors_of
+from loraspan.ops.packed import Packed
+from loraspan.ops.packed_reference import BLOCK
 from loraspan.store import records
 from loraspan.store.format import LARGEST, DamagedError
 from loraspan.store.manifest import DataFile, Manifest, SlotShape
 from loraspan.store.mapped import TensorFile
 
 _INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int64)
+# bits of packed rows, by the dtype of their codes
+_PACKED = {torch.int8: 8, torch.uint8: 4}
 
 
 def basis_tensors(collection: Collection) -> list[tuple[str, Tensor]]:
     """Give the tensors of the file of the bases; one without an element is left out."""
-    named = [(f"{side}.{name}", m) for name, s in collection.slots.items() for side, m in (("u", s.u), ("v", s.v))]
+    sides = [(side, name, m) for name, s in collection.slots.items() for side, m in (("u", s.u), ("v", s.v))]
+    named = [pair for side, name, m in sides for pair in tensors_of(side, name, m)]
     return [(name, tensor) for name, tensor in named if tensor.numel()]
 
 
@@ -34,7 +40,7 @@ def task_tensors(segment: Segment) -> list[tuple[str, Tensor]]:
     text, codes = records.encode(tasks, list(segment.columns))
     named: list[tuple[str, Tensor]] = []
     for name, columns in segment.columns.items():
-        named += [(f"{field}.{name}", tensor) for field, tensor in columns.tensors().items()]
+        named += [pair for field, rows in columns.tensors().items() for pair in tensors_of(field, name, rows)]
         named.append((f"counts.{name}", _integers(columns.counts)))
         if 0 < len(columns.tasks) < len(tasks):
             named.append((f"rows.{name}", _integers(columns.tasks)))
@@ -49,20 +55,22 @@ def task_tensors(segment: Segment) -> list[tuple[str, Tensor]]:
     return named
 
 
-def read_basis(file: TensorFile, manifest: Manifest) -> dict[str, tuple[Tensor, Tensor]]:
+def read_basis(file: TensorFile, manifest: Manifest) -> dict[str, tuple[Rows, Rows]]:
     """Give ``(u, v)`` of every slot, as views.
 
     Raises:
         FormatError: if the file's tensors are not those of the manifest.
     """
-    expected = {
-        f"{side}.{slot.name}": shape
+    known = {f"{side}{scales}.{slot.name}" for slot in manifest.slots for side in "uv" for scales in ("", "_scales")}
+    file.refuse_strangers(known)
+    said = "the manifest says"
+    return {
+        slot.name: (
+            _ends(file, "u", slot.name, manifest.dtype, (slot.n, slot.k_out), said, standing=True),
+            _ends(file, "v", slot.name, manifest.dtype, (slot.d, slot.k_in), said, standing=True),
+        )
         for slot in manifest.slots
-        for side, shape in (("u", (slot.n, slot.k_out)), ("v", (slot.d, slot.k_in)))
     }
-    file.refuse_strangers(expected.keys())
-    found = {name: _float(file, name, manifest.dtype, shape, "the manifest says") for name, shape in expected.items()}
-    return {slot.name: (found[f"u.{slot.name}"], found[f"v.{slot.name}"]) for slot in manifest.slots}
 
 
 def read_tasks(file: TensorFile, manifest: Manifest, data: DataFile) -> Segment:
@@ -71,7 +79,7 @@ def read_tasks(file: TensorFile, manifest: Manifest, data: DataFile) -> Segment:
     Raises:
         FormatError: if the file's tensors do not fit the manifest or each other.
     """
-    kinds = (*FIELDS, "counts", "rows", "dense", "origin")
+    kinds = (*FIELDS, *(f"{field}_scales" for field in FIELDS[1:]), "counts", "rows", "dense", "origin")
     count = data.tasks
     extras = _extras(file, count)
     present = set(file.names())
@@ -93,7 +101,7 @@ def read_tasks(file: TensorFile, manifest: Manifest, data: DataFile) -> Segment:
 
 def slot_shape(name: str, slot: SlotSpace) -> SlotShape:
     """Give what the manifest says of a slot."""
-    (n, k_out), (d, k_in) = slot.u.shape, slot.v.shape
+    (n, d), (k_out, k_in) = slot.shape, slot.ranks
     return SlotShape(name, n, d, k_out, k_in, slot.kind, slot.kernel)
 
 
@@ -112,7 +120,7 @@ def problem_of(columns: Columns, slot: SlotShape, dtype: torch.dtype, tasks: int
         if tuple(tensor.shape) != shape:
             return field, f"the counts ask for shape {list(shape)}; it is {list(tensor.shape)}"
         wanted = torch.float32 if field == "weights" else dtype
-        if tensor.dtype != wanted:
+        if isinstance(tensor, Tensor) and tensor.dtype != wanted:
             return field, f"it has to be {wanted}; it is {tensor.dtype}"
     return None
 
@@ -147,11 +155,10 @@ def _columns(file: TensorFile, slot: SlotShape, dtype: torch.dtype, count: int) 
     if problem is not None:
         raise DamagedError(file.name, f"tensor '{problem[0]}.{slot.name}'", problem[1])
     totals = Columns(rows, counts, flags, *[torch.empty(0)] * 5).offsets()[-1]
-    tensors = {}
-    for field, shape in zip(FIELDS, _shapes(totals, slot), strict=True):
-        wanted = torch.float32 if field == "weights" else dtype
-        tensors[field] = _float(file, f"{field}.{slot.name}", wanted, shape, "the counts ask for")
-    return Columns(rows, counts, flags, **tensors)
+    shapes, asked = dict(zip(FIELDS, _shapes(totals, slot), strict=True)), "the counts ask for"
+    weights = _float(file, f"weights.{slot.name}", torch.float32, shapes["weights"], asked)
+    ends = {name: _ends(file, name, slot.name, dtype, (shapes[name][0], shapes[name][1]), asked) for name in FIELDS[1:]}
+    return Columns.made(rows, counts, flags, {"weights": weights, **ends})
 
 
 def _shapes(totals: NDArray[np.int64], slot: SlotShape) -> list[tuple[int, ...]]:
@@ -193,6 +200,35 @@ def _float(file: TensorFile, name: str, dtype: torch.dtype, shape: tuple[int, ..
         got = "it is missing" if tensor is None else f"it is {list(tensor.shape)}"
         raise DamagedError(file.name, f"tensor {name!r}", f"{why} shape {list(shape)}; {got}")
     return tensor
+
+
+def _ends(
+    file: TensorFile,
+    field: str,
+    slot: str,
+    dtype: torch.dtype,
+    shape: tuple[int, int],
+    why: str,
+    *,
+    standing: bool = False,
+) -> Rows:
+    """Give rows of floats or packed ones; ``standing``: a matrix whose columns are the vectors, where it is not packed."""
+    name = f"{field}.{slot}"
+    codes = file.tensor(name)
+    if codes is None or codes.dtype not in _PACKED:
+        if file.tensor(f"{field}_scales.{slot}") is not None:
+            raise DamagedError(file.name, f"tensor '{field}_scales.{slot}'", f"{name!r} is not packed")
+        return _float(file, name, dtype, shape, why)
+    bits = _PACKED[codes.dtype]
+    rows, length = shape[::-1] if standing else shape
+    if tuple(codes.shape) != (rows, -(-length * bits // 8)):
+        raise DamagedError(
+            file.name,
+            f"tensor {name!r}",
+            f"{why} {rows} rows of {length} entries in {bits} bits; it is {list(codes.shape)}",
+        )
+    scales = _float(file, f"{field}_scales.{slot}", torch.float16, (rows, -(-length // BLOCK)), why)
+    return Packed(codes.view(torch.uint8), scales, length, bits)
 
 
 def _extras(file: TensorFile, count: int) -> dict[int, dict[str, Tensor]]:

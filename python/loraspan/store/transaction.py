@@ -141,6 +141,7 @@ def _write(
             base_model=collection.base_model,
             summary=collection.summary,
             fitted=collection.fitted,
+            bits=collection.bits,
             slots=segment.slot_shapes(collection),
             basis=basis,
             segments=tuple(segments),

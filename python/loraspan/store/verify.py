@@ -16,6 +16,7 @@ from loraspan.collection.collection import Segment
 from loraspan.collection.columns import Columns
 from loraspan.errors import StoreError
 from loraspan.ops.gram import gram_many
+from loraspan.ops.packed import Packed
 from loraspan.store import segment
 from loraspan.store.format import CURRENT, DamagedError, Finding, manifest_name
 from loraspan.store.manifest import DataFile, Manifest
@@ -104,10 +105,12 @@ def _basis(folder: Path, manifest: Manifest, spoilt: set[str]) -> Iterator[Findi
     sides = {f"{side}.{slot}": m for slot, pair in bases.items() for side, m in zip("uv", pair, strict=True)}
     finite = {}
     for tensor, matrix in sides.items():
-        if (first := _first(matrix, _not_finite)) is None:
+        held = matrix.scales if isinstance(matrix, Packed) else matrix
+        if (first := _first(held, _not_finite)) is not None:
+            yield Finding(name, f"tensor {tensor!r}", f"entry {first} of {list(held.shape)} is not finite")
+        elif not isinstance(matrix, Packed):
             finite[tensor] = matrix
-        else:
-            yield Finding(name, f"tensor {tensor!r}", f"entry {first} of {list(matrix.shape)} is not finite")
+    # how far packed vectors may be from orthonormal says little: their checksum has to do
     allowed = 4 * _ROUNDOFF[manifest.dtype] + _FIT_DEPARTURE
     for tensor, gram in zip(finite, gram_many([m.T for m in finite.values()], precision="f32"), strict=True):
         off = float((gram - torch.eye(len(gram), dtype=torch.float64)).abs().max()) if gram.numel() else 0.0
@@ -135,7 +138,8 @@ def _tasks(folder: Path, manifest: Manifest, spoilt: set[str]) -> Iterator[Findi
 
 def _values(file: str, slot: str, columns: Columns, of: Segment) -> Iterator[Finding]:
     offsets = columns.offsets()
-    for j, (field, tensor) in enumerate(columns.tensors().items()):
+    for j, (field, rows) in enumerate(columns.tensors().items()):
+        tensor = rows.scales if isinstance(rows, Packed) else rows
         wrong, what = (_not_a_weight, "finite and not negative") if field == "weights" else (_not_finite, "finite")
         if (first := _first(tensor, wrong)) is None:
             continue
