@@ -11,8 +11,11 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from loraspan.errors import ShapeError
+from loraspan.ops.packed import Packed
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_PackedEnds = tuple[Packed | None, Packed | None, Packed | None, Packed | None]
+_PLAIN: _PackedEnds = (None, None, None, None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +38,8 @@ class Cores:
         right_private: ``[., d]``, private right ends of forms sp, pp.
         most: at least the largest number of columns of each form of any task. Compiled graphs keep it, so a capacity
             is better than a count.
+        packed: of ``left``, ``left_private``, ``right`` and ``right_private``, the packed rows of which that attribute
+            has the codes; None where it holds the ends themselves.
         known: what the compiled kernels were last told of these tensors; not part of what the object is.
     """
 
@@ -45,6 +50,7 @@ class Cores:
     right: Tensor
     right_private: Tensor
     most: tuple[int, int, int, int]
+    packed: _PackedEnds = _PLAIN
     known: list[Any] = field(default_factory=list, init=False, repr=False)
 
     @classmethod
@@ -52,10 +58,10 @@ class Cores:
         cls,
         counts: ArrayLike,
         weights: Tensor,
-        left: Tensor,
-        left_private: Tensor,
-        right: Tensor,
-        right_private: Tensor,
+        left: Tensor | Packed,
+        left_private: Tensor | Packed,
+        right: Tensor | Packed,
+        right_private: Tensor | Packed,
         *,
         dense: ArrayLike | None = None,
     ) -> Cores:
@@ -67,7 +73,7 @@ class Cores:
             left: ``[., k_out]``.
             left_private: ``[., n]``.
             right: ``[., k_in]``.
-            right_private: ``[., d]``; the four of one dtype and device, contiguous.
+            right_private: ``[., d]``; the four of one dtype and device, contiguous; each may be packed instead.
             dense: ``[R]``, which tasks hold a dense core; none if left out.
 
         Raises:
@@ -85,10 +91,12 @@ class Cores:
         ss, sp, ps, pp = table.T
         lengths = np.stack([ss + sp + ps + pp, ss + sp, ps + pp, np.where(full, 0, ss) + ps, sp + pp], axis=1)
         ends = lengths.cumsum(axis=0)
-        tensors = {"weights": weights, "left": left, "left_private": left_private, "right": right}
+        tensors: dict[str, Tensor | Packed] = {"weights": weights, "left": left, "left_private": left_private}
+        tensors["right"] = right
         tensors["right_private"] = right_private
+        plain = next((t for t in (left, left_private, right, right_private) if isinstance(t, Tensor)), None)
         for (name, tensor), wanted in zip(tensors.items(), lengths.sum(axis=0), strict=True):
-            _check(name, tensor, int(wanted), left)
+            _check(name, tensor, int(wanted), left, plain)
         if full.any() and (ss[full] != right.shape[1]).any():
             raise ShapeError(
                 f"Cores: a dense core has as many ss columns as right has, {right.shape[1]}; "
@@ -96,9 +104,15 @@ class Cores:
             )
         index = torch.from_numpy(np.concatenate([ends - lengths, table, full[:, None]], axis=1, dtype=np.int64))
         most = tuple(int(count) for count in table.max(axis=0, initial=0))
-        wide = torch.float64 if left.dtype == torch.float64 else torch.float32
+        wide = torch.float64 if plain is not None and plain.dtype == torch.float64 else torch.float32
         ends_of = (left, left_private, right, right_private)
-        return cls(index.to(left.device), weights.to(wide), *ends_of, (most[0], most[1], most[2], most[3]))
+        held = [t.codes if isinstance(t, Packed) else t for t in ends_of]
+        packed = [t if isinstance(t, Packed) else None for t in ends_of]
+        columns = (most[0], most[1], most[2], most[3])
+        return cls(
+            index.to(left.device), weights.to(wide), held[0], held[1], held[2], held[3], columns,
+            (packed[0], packed[1], packed[2], packed[3]),
+        )  # fmt: skip
 
     def fields(self) -> tuple[Tensor | list[int], ...]:
         """Give the attributes in order, as a torch operator takes them."""
@@ -106,22 +120,41 @@ class Cores:
         return (self.index, *tables, list(self.most))
 
     @property
+    def ends(self) -> tuple[Tensor | Packed, ...]:
+        """The four tables of ends, packed ones as such."""
+        held = (self.left, self.left_private, self.right, self.right_private)
+        return tuple(packed or plain for packed, plain in zip(self.packed, held, strict=True))
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether any of the four tables of ends is."""
+        return self.packed != _PLAIN
+
+    @property
     def tasks(self) -> int:
         """How many tasks the table has room for, ``R``."""
         return self.index.shape[0]
 
 
-def _check(name: str, tensor: Tensor, rows: int, like: Tensor) -> None:
+def _check(name: str, tensor: Tensor | Packed, rows: int, like: Tensor | Packed, plain: Tensor | None) -> None:
+    if isinstance(tensor, Packed):
+        if tensor.shape[0] != rows or tensor.device != like.device:
+            raise ShapeError(
+                f"Cores: by counts, {name} is [{rows}, .], on the device of left, {like.device}; got packed rows "
+                f"{list(tensor.shape)} on {tensor.device}"
+            )
+        return
     axes = 1 if name == "weights" else 2
     if tensor.ndim != axes or tensor.shape[0] != rows:
         shape = f"[{rows}]" if axes == 1 else f"[{rows}, .]"
         raise ShapeError(f"Cores: by counts, {name} is {shape}; got {list(tensor.shape)}")
-    right_dtype = tensor.dtype in _DTYPES if axes == 1 else tensor.dtype == like.dtype and like.dtype in _DTYPES
+    wanted = tensor.dtype if axes == 1 or plain is None else plain.dtype
+    right_dtype = tensor.dtype == wanted and wanted in _DTYPES
     if not right_dtype or tensor.device != like.device:
         raise ShapeError(
             f"Cores: the four tables of ends have one dtype (float16, bfloat16, float32 or float64) and one device, "
-            f"and weights are floats there; {name} is {tensor.dtype} on {tensor.device}, left {like.dtype} on "
-            f"{like.device}"
+            f"and weights are floats there; {name} is {tensor.dtype} on {tensor.device}, left "
+            f"{'packed' if isinstance(like, Packed) else like.dtype} on {like.device}"
         )
     if not tensor.is_contiguous():
         raise ShapeError(f"Cores: {name} needs to be contiguous; got strides {tensor.stride()}: use .contiguous()")

@@ -7,7 +7,9 @@ from torch import Tensor
 
 from loraspan.errors import ArgumentError
 from loraspan.ops.cores import Cores
+from loraspan.ops.packed import Packed
 from loraspan.ops.shared_lora_graph import differentiable
+from loraspan.ops.shared_lora_packed import differentiable as differentiable_in_rows
 from loraspan.ops.shared_lora_run import BACKENDS, add, check
 
 __all__ = ["BACKENDS", "shared_lora", "shared_lora_"]
@@ -16,8 +18,8 @@ __all__ = ["BACKENDS", "shared_lora", "shared_lora_"]
 def shared_lora(
     y: Tensor,
     x: Tensor,
-    v: Tensor,
-    u: Tensor,
+    v: Tensor | Packed,
+    u: Tensor | Packed,
     cores: Cores,
     tasks: Tensor,
     *,
@@ -31,11 +33,15 @@ def shared_lora(
     row meets the few columns of its own task. Differentiable in ``y``, ``x``, ``shares`` and the columns of ``cores``
     (weights and all four tables of ends), not in the bases, which are frozen.
 
+    Bases and tables of ends may be packed, with the bits that unpacking them to float32 first would give: the compiled
+    kernels unpack a tile at a time, ``"reference"`` all of it. Then it is differentiable in ``y`` and ``x`` alone, and
+    compiled graphs break at it.
+
     Args:
         y: ``[T, n]``, what the base layer gave; float16, bfloat16, float32 or float64.
         x: ``[T, d]``, what went into it; its dtype may differ.
-        v: ``[d, k_in]``, the input basis.
-        u: ``[n, k_out]``, the output basis.
+        v: ``[d, k_in]``, the input basis; or a :class:`loraspan.ops.Packed` ``[k_in, d]`` of its vectors.
+        u: ``[n, k_out]``, the output basis; or a :class:`loraspan.ops.Packed` ``[k_out, n]``.
         cores: the columns of all tasks.
         tasks: ``[T]`` or ``[T, m]`` int64, rows of ``cores``; -1 for none.
         shares: ``[T, m]`` (or ``[T]``) float32, the weight of each task in its row; None for ones.
@@ -55,7 +61,8 @@ def shared_lora(
     Raises:
         ShapeError: if sizes, dtypes or devices do not fit.
         ArgumentError: if a task is out of range or its columns do not lie in the tables (on the CPU; on a GPU, where
-            asking would mean waiting, its row gets NaN), or if a basis requires a gradient.
+            asking would mean waiting, its row gets NaN); if a basis requires a gradient, or columns or shares do where
+            something is packed; or if that is to be part of a whole compiled graph.
         BackendError: if the named backend cannot run this call.
 
     Example:
@@ -74,10 +81,13 @@ def shared_lora(
         *Accuracy and Stability of Numerical Algorithms*, 2nd ed., section 3.5.
     """
     if torch.compiler.is_compiling():
+        _refuse_packed(v, u, cores)
         check(y, x, v, u, cores, tasks, shares)
         found: Tensor = torch.ops.loraspan.shared_lora(y, x, v, u, *cores.fields(), tasks, shares, scale, backend)
         return found
     if torch.is_grad_enabled() and _wants_gradient(y, x, v, u, cores, shares):
+        if isinstance(v, Packed) or isinstance(u, Packed) or cores.is_packed:
+            return differentiable_in_rows(y, x, v, u, cores, tasks, shares, scale, backend)
         return differentiable(y, x, v, u, cores, tasks, shares, scale, backend)
     out = y.clone()
     add(out, x, v, u, cores, tasks, shares, scale, backend)
@@ -87,8 +97,8 @@ def shared_lora(
 def shared_lora_(
     y: Tensor,
     x: Tensor,
-    v: Tensor,
-    u: Tensor,
+    v: Tensor | Packed,
+    u: Tensor | Packed,
     cores: Cores,
     tasks: Tensor,
     *,
@@ -127,6 +137,7 @@ def shared_lora_(
                 [5.]])
     """
     if torch.compiler.is_compiling():
+        _refuse_packed(v, u, cores)
         check(y, x, v, u, cores, tasks, shares)
         torch.ops.loraspan.shared_lora_(y, x, v, u, *cores.fields(), tasks, shares, scale, backend)
         return y
@@ -139,8 +150,18 @@ def shared_lora_(
     return y
 
 
-def _wants_gradient(y: Tensor, x: Tensor, v: Tensor, u: Tensor, cores: Cores, shares: Tensor | None) -> bool:
-    if v.requires_grad or u.requires_grad:
+def _refuse_packed(v: Tensor | Packed, u: Tensor | Packed, cores: Cores) -> None:
+    if isinstance(v, Packed) or isinstance(u, Packed) or cores.is_packed:
+        raise ArgumentError(
+            "shared_lora: packed bases and ends are not for compiled graphs: leave the call out of the graph "
+            "(torch.compiler.disable), or unpack them"
+        )
+
+
+def _wants_gradient(
+    y: Tensor, x: Tensor, v: Tensor | Packed, u: Tensor | Packed, cores: Cores, shares: Tensor | None
+) -> bool:
+    if any(isinstance(basis, Tensor) and basis.requires_grad for basis in (v, u)):
         raise ArgumentError("shared_lora: the bases v and u are frozen: use .detach(); train the columns of cores")
     return (
         y.requires_grad

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from loraspan import _core, _native
 from loraspan.ops.cores import Cores
+from loraspan.ops.packed import Packed, fields_of, shape_of
 
 _CODES = _native.DTYPE_CODES
 
@@ -16,8 +17,8 @@ _CODES = _native.DTYPE_CODES
 def run(
     y: Tensor,
     x: Tensor,
-    v: Tensor,
-    u: Tensor,
+    v: Tensor | Packed,
+    u: Tensor | Packed,
     cores: Cores,
     tasks: Tensor,
     shares: Tensor | None,
@@ -35,14 +36,21 @@ def run(
     return _core.shared_lora(fixed, (*fields(y), *fields(x), *places), scale, transposed, _native.threads(), isa)
 
 
-def remember(v: Tensor, u: Tensor, cores: Cores) -> None:
+def remember(v: Tensor | Packed, u: Tensor | Packed, cores: Cores) -> None:
     """Keep what the kernels are told of these bases and tasks, once they have been checked against each other."""
-    if v.is_cpu and not (v.is_neg() or u.is_neg()):
+    if cores.index.is_cpu and not (is_negative(v) or is_negative(u)):
         cores.known[:] = [v, u, _state(v, u, cores), _fixed(v, u, cores)]
 
 
 def run_again(
-    y: Tensor, x: Tensor, v: Tensor, u: Tensor, cores: Cores, tasks: Tensor, shares: Tensor | None, scale: float
+    y: Tensor,
+    x: Tensor,
+    v: Tensor | Packed,
+    u: Tensor | Packed,
+    cores: Cores,
+    tasks: Tensor,
+    shares: Tensor | None,
+    scale: float,
 ) -> bool:
     """Run with bases and tasks that are remembered, if all else is plain; or give False, with nothing done.
 
@@ -81,20 +89,40 @@ def run_again(
     return _core.shared_lora(fixed, (*y_at, *x_at, *spans), scale, False, torch.get_num_threads(), _native.BEST) < 0
 
 
-def _state(v: Tensor, u: Tensor, cores: Cores) -> tuple[Any, ...]:
+def is_negative(basis: Tensor | Packed) -> bool:
+    """Say whether memory does not say the values of a basis."""
+    return isinstance(basis, Tensor) and basis.is_neg()
+
+
+def _state(v: Tensor | Packed, u: Tensor | Packed, cores: Cores) -> tuple[Any, ...]:
     """Give what changes if one of these very tensors is moved, turned or given other memory."""
     return (
-        *(v.data_ptr(), u.data_ptr(), v.stride(), u.stride(), cores.index.data_ptr(), cores.weights.data_ptr()),
+        *(_place(v), _place(u), cores.index.data_ptr(), cores.weights.data_ptr()),
         *(cores.left.data_ptr(), cores.right.data_ptr(), cores.left_private.data_ptr(), cores.right_private.data_ptr()),
+        *([packed.fields for packed in cores.packed if packed] if cores.is_packed else ()),
     )
 
 
-def _fixed(v: Tensor, u: Tensor, cores: Cores) -> tuple[int, ...]:
-    fields = _native.matrix_fields
-    tables = (cores.weights, cores.left, cores.left_private, cores.right, cores.right_private)
+def _place(basis: Tensor | Packed) -> tuple[Any, ...]:
+    if isinstance(basis, Packed):
+        return basis.fields
+    return basis.data_ptr(), basis.stride()
+
+
+def _fixed(v: Tensor | Packed, u: Tensor | Packed, cores: Cores) -> tuple[int, ...]:
+    held = (cores.left, cores.left_private, cores.right, cores.right_private)
+    tables = [
+        cores.weights.data_ptr(),
+        *[t.data_ptr() for t in held],
+        cores.weights.shape[0],
+        *[t.shape[0] for t in held],
+    ]
+    (d, k_in), (n, k_out) = shape_of(v), shape_of(u)
+    plain = [t.dtype for t, packed in zip(held, cores.packed, strict=True) if packed is None]
+    scales = [(0, 0) if t is None else (t.bits, t.scales.data_ptr()) for t in cores.packed]
     return (
-        *(*fields(v), *fields(u), v.shape[0], u.shape[0], v.shape[1], u.shape[1]),
-        *(cores.index.data_ptr(), cores.index.shape[0], *[t.data_ptr() for t in tables], *[t.shape[0] for t in tables]),
-        _CODES[cores.left.dtype],
-        *(0,) * 8,
+        *(*fields_of(v), *fields_of(u), d, n, k_in, k_out),
+        *(cores.index.data_ptr(), cores.index.shape[0], *tables),
+        _CODES[plain[0]] if plain else _CODES[torch.float32],
+        *(*[bits for bits, _ in scales], *[at for _, at in scales]),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,8 @@ from loraspan import _device, _native
 from loraspan._dispatch import Backend, choose
 from loraspan.errors import ArgumentError, ShapeError
 from loraspan.ops.cores import Cores
-from loraspan.ops.shared_lora_cpu import remember, run, run_again
+from loraspan.ops.packed import Packed, refuses_packed, shape_of, unpacked
+from loraspan.ops.shared_lora_cpu import is_negative, remember, run, run_again
 from loraspan.ops.shared_lora_reference import reference as _everywhere
 
 _CODES = _native.DTYPE_CODES
@@ -21,8 +23,8 @@ _CODES = _native.DTYPE_CODES
 def add(
     y: Tensor,
     x: Tensor,
-    v: Tensor,
-    u: Tensor,
+    v: Tensor | Packed,
+    u: Tensor | Packed,
     cores: Cores,
     tasks: Tensor,
     shares: Tensor | None,
@@ -47,23 +49,33 @@ def two_axes(tasks: Tensor, shares: Tensor | None) -> tuple[Tensor, Tensor | Non
     return tasks[:, None], None if shares is None else shares[:, None]
 
 
-def check(y: Tensor, x: Tensor, v: Tensor, u: Tensor, cores: Cores, tasks: Tensor, shares: Tensor | None) -> None:
+def check(
+    y: Tensor,
+    x: Tensor,
+    v: Tensor | Packed,
+    u: Tensor | Packed,
+    cores: Cores,
+    tasks: Tensor,
+    shares: Tensor | None,
+) -> None:
     """Refuse what does not fit, with a `ShapeError`."""
-    d, n = v.shape[0], u.shape[0]
+    flat = all(isinstance(basis, Packed) or basis.ndim == 2 for basis in (v, u))
+    d, n = (shape_of(v)[0], shape_of(u)[0]) if flat else (-1, -1)
     rows = tasks.shape[0] if tasks.ndim else -1
-    fits = v.ndim == u.ndim == 2 and 1 <= tasks.ndim <= 2 and x.shape == (rows, d) and y.shape == (rows, n)
+    fits = flat and 1 <= tasks.ndim <= 2 and x.shape == (rows, d) and y.shape == (rows, n)
     if not fits or (shares is not None and shares.shape != tasks.shape):
         raise ShapeError(
             f"shared_lora: y [T, n], x [T, d], v [d, k_in], u [n, k_out], tasks [T] or [T, m] and shares like tasks "
-            f"have to fit; got {list(y.shape)}, {list(x.shape)}, {list(v.shape)}, {list(u.shape)}, "
+            f"have to fit; got {list(y.shape)}, {list(x.shape)}, {_shape(v)}, {_shape(u)}, "
             f"{list(tasks.shape)} and {None if shares is None else list(shares.shape)}"
         )
     _check_ends(v, u, cores)
     for name, tensor in (("y", y), ("x", x), ("v", v), ("u", u)):
-        if tensor.dtype not in _CODES or tensor.device != y.device:
+        dtype = torch.float32 if isinstance(tensor, Packed) else tensor.dtype
+        if dtype not in _CODES or tensor.device != y.device:
             raise ShapeError(
                 f"shared_lora: tensors are float16, bfloat16, float32 or float64 and on one device; "
-                f"{name} is {tensor.dtype} on {tensor.device}, y {y.dtype} on {y.device}"
+                f"{name} is {dtype} on {tensor.device}, y {y.dtype} on {y.device}"
             )
     if tasks.dtype != torch.int64 or (shares is not None and shares.dtype != torch.float32):
         raise ShapeError(
@@ -77,19 +89,19 @@ def check(y: Tensor, x: Tensor, v: Tensor, u: Tensor, cores: Cores, tasks: Tenso
         )
 
 
-def _check_ends(v: Tensor, u: Tensor, cores: Cores) -> None:
-    pairs = (
-        ("left", cores.left, u.shape[1]),
-        ("right", cores.right, v.shape[1]),
-        ("left_private", cores.left_private, u.shape[0]),
-        ("right_private", cores.right_private, v.shape[0]),
-    )
-    for name, table, width in pairs:
+def _shape(basis: Tensor | Packed) -> list[int]:
+    return list(shape_of(basis) if isinstance(basis, Packed) else basis.shape)
+
+
+def _check_ends(v: Tensor | Packed, u: Tensor | Packed, cores: Cores) -> None:
+    names = ("left", "left_private", "right", "right_private")
+    (d, k_in), (n, k_out) = shape_of(v), shape_of(u)
+    for name, table, width in zip(names, cores.ends, (k_out, n, k_in, d), strict=True):
         # a table without rows may have any width
         if table.shape[1] != width and table.shape[0]:
             raise ShapeError(
-                f"shared_lora: cores.{name} has {table.shape[1]} columns and needs {width}, for v {list(v.shape)} and "
-                f"u {list(u.shape)}"
+                f"shared_lora: cores.{name} has {table.shape[1]} columns and needs {width}, for v {_shape(v)} and "
+                f"u {_shape(u)}"
             )
 
 
@@ -107,25 +119,40 @@ def _refuse_task(cores: Cores, tasks: Tensor, row: int) -> None:
 
 def reference(*call: Any, transposed: bool = False) -> None:
     """Say it in torch, on whatever device the tensors are (MPS among them)."""
-    y, _, _, _, cores, tasks, _, _ = call
+    y, x, v, u, cores, tasks, shares, scale = call
     if y.device.type == "cpu":
         wrong = ((tasks < -1) | (tasks >= cores.tasks)).any(dim=1).nonzero()
         if len(wrong):
             _refuse_task(cores, tasks, int(wrong[0]))
-    _everywhere(*call, transposed=transposed)
+    _everywhere(y, x, unpacked(v), unpacked(u), _unpacked_ends(cores), tasks, shares, scale, transposed=transposed)
 
 
-def _refuses(y: Tensor, x: Tensor, v: Tensor, u: Tensor, *_: object) -> str | None:
+def _unpacked_ends(cores: Cores) -> Cores:
+    """Give the columns with all ends in full."""
+    if not cores.is_packed:
+        return cores
+    full = [unpacked(t).T if isinstance(t, Packed) else t for t in cores.ends]
+    wide = torch.promote_types(cores.weights.dtype, torch.float32)
+    left, left_private, right, right_private = (t.to(wide) for t in full)
+    return Cores(cores.index, cores.weights, left, left_private, right, right_private, cores.most)
+
+
+def _refuses(y: Tensor, x: Tensor, v: Tensor | Packed, u: Tensor | Packed, *_: object) -> str | None:
     if y.device.type != "cpu":
         return f"it writes CPU memory, and y is on {y.device}"
-    if y.is_neg() or x.is_neg() or v.is_neg() or u.is_neg():
+    if y.is_neg() or x.is_neg() or is_negative(v) or is_negative(u):
         return "it reads memory, which does not say the values of a negative view: use .resolve_neg()"
     return None
 
 
+def _refuses_packed(otherwise: Callable[..., str | None], *call: Any) -> str | None:
+    _, _, v, u, cores, *_ = call
+    return refuses_packed(v, u, *cores.packed) or otherwise(*call)
+
+
 BACKENDS: tuple[Backend[Any], ...] = (
     *_native.backends(_cpu, _refuses),
-    *_device.backends("shared_lora"),
+    *[Backend(b.name, b.run, partial(_refuses_packed, b.refuses)) for b in _device.backends("shared_lora")],
     Backend("reference", reference, lambda *_: None),
 )
 # the same with dW^T for dW: what takes the gradient of y to that of x
