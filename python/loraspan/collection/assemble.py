@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from loraspan.collection.columns import FORMS, Columns
+from loraspan.collection.rows import Rows, cat_rows, no_rows, take_rows
 
 
 class Part(NamedTuple):
@@ -19,15 +20,15 @@ class Part(NamedTuple):
         form: one of :data:`loraspan.collection.columns.FORMS`.
         counts: ``[T]`` int64: columns per task.
         weights: ``[C]``, float64, columns of task after task.
-        left: ``[C, k_out]`` or ``[C, n]``, in the stored dtype.
+        left: ``[C, k_out]`` or ``[C, n]``, as stored.
         right: ``[C, k_in]`` or ``[C, d]``; None for dense cores, whose right ends are the basis itself.
     """
 
     form: str
     counts: Tensor
     weights: Tensor
-    left: Tensor
-    right: Tensor | None
+    left: Rows
+    right: Rows | None
 
 
 def assemble(
@@ -40,7 +41,7 @@ def assemble(
         parts: at most one per form.
         shape: ``(n, d)``.
         ranks: ``(k_out, k_in)``.
-        dtype: of loadings and private ends.
+        dtype: of what has no rows.
     """
     ordered = sorted(parts, key=lambda part: FORMS.index(part.form))
     counts = torch.zeros(len(members), 4, dtype=torch.int64)
@@ -48,7 +49,7 @@ def assemble(
         counts[:, FORMS.index(part.form)] = part.counts
     dense = any(part.right is None for part in ordered)
 
-    def ends(side: int, kind: str, width: int) -> Tensor:
+    def ends(side: int, kind: str, width: int) -> Rows:
         chosen = [part for part in ordered if part.form[side] == kind]
         return _interleave([(part.counts, part.left if side == 0 else part.right) for part in chosen], width, dtype)
 
@@ -56,7 +57,7 @@ def assemble(
         tasks=np.asarray(members, dtype=np.int64),
         counts=counts.numpy(),
         dense=np.full(len(members), dense) & (counts[:, 0].numpy() > 0),
-        weights=_interleave([(part.counts, part.weights[:, None]) for part in ordered], 1, torch.float32).flatten(),
+        weights=_weights(ordered),
         left_loadings=ends(0, "s", ranks[0]),
         left_private=ends(0, "p", shape[0]),
         right_loadings=ends(1, "s", ranks[1]),
@@ -64,13 +65,19 @@ def assemble(
     )
 
 
-def _interleave(parts: Sequence[tuple[Tensor, Tensor | None]], width: int, dtype: torch.dtype) -> Tensor:
+def _weights(parts: Sequence[Part]) -> Tensor:
+    weights = _interleave([(part.counts, part.weights[:, None].float()) for part in parts], 1, torch.float32)
+    assert isinstance(weights, Tensor)
+    return weights.flatten()
+
+
+def _interleave(parts: Sequence[tuple[Tensor, Rows | None]], width: int, dtype: torch.dtype) -> Rows:
     """Join the rows of several parts so that those of a task lie together, parts in order within it."""
     present = [(counts, rows) for counts, rows in parts if rows is not None and rows.shape[0]]
     if not present:
-        return torch.empty(0, width, dtype=dtype)
-    rows = torch.cat([rows.to(dtype) for _, rows in present]) if len(present) > 1 else present[0][1].to(dtype)
+        return no_rows(width, dtype)
+    joined = cat_rows([rows for _, rows in present])
     if len(present) == 1:
-        return rows.contiguous()
+        return joined.contiguous() if isinstance(joined, Tensor) else joined
     tasks = torch.cat([torch.repeat_interleave(torch.arange(len(counts)), counts) for counts, _ in present])
-    return rows[torch.argsort(tasks, stable=True)]
+    return take_rows(joined, torch.argsort(tasks, stable=True))

@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 
 from loraspan.collection.assemble import Part
+from loraspan.collection.rows import Width, row_bytes, store_rows, values_of
 from loraspan.collection.stack import Stack
 from loraspan.linalg.roots import gram_root
 from loraspan.ops import combine
 from loraspan.ops.dense import eigh
+from loraspan.ops.packed import Packed, pack, unpack
+from loraspan.ops.packed_products import packed_products
 
 # How far from orthonormal a stored basis may be, beyond what its dtype's rounding does: it is mended above this.
 _ORTHOGONALITY = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -23,22 +26,33 @@ class Basis(NamedTuple):
     """One basis as stored.
 
     Attributes:
-        v: ``[d, k]``, in its stored dtype.
+        v: ``[d, k]``, as stored; packed, its vectors are rows.
         products: ``[T, r, k]``, float64: every task's factor times ``v``, zeros below smaller ranks.
         gram: ``[k, k]``, float64: ``v^T v`` of the stored entries.
     """
 
-    v: Tensor
+    v: Tensor | Packed
     products: Tensor
     gram: Tensor
 
+    @property
+    def rank(self) -> int:
+        """The number of vectors, ``k``."""
+        return self.gram.shape[0]
 
-def make_basis(stack: Stack, w: Tensor, dtype: torch.dtype) -> Basis:
-    """Form ``X^T w`` in the stored dtype with its products in one pass; again if it came out far from orthonormal.
+    @property
+    def rows(self) -> Tensor:
+        """The vectors as rows, ``[k, d]``, unpacked."""
+        return unpack(self.v) if isinstance(self.v, Packed) else self.v.T
+
+
+def make_basis(stack: Stack, w: Tensor, width: Width) -> Basis:
+    """Form ``X^T w`` as it is stored, with its products in the same pass; again if it came out far from orthonormal.
 
     The products are summed in float64: errors are small differences of what they add up to. The basis is for the
     collection, which lies on the CPU.
     """
+    dtype = torch.float32 if isinstance(width, int) else width
     v, xv, gram = combine(stack.x, w, dtype=dtype, precision="f64")
     for _ in range(2):
         eye = torch.eye(gram.shape[0], dtype=torch.float64)
@@ -46,6 +60,10 @@ def make_basis(stack: Stack, w: Tensor, dtype: torch.dtype) -> Basis:
             break
         w = w @ gram_root(gram).inverse
         v, xv, gram = combine(stack.x, w, dtype=dtype, precision="f64")
+    if isinstance(width, int) and v.shape[1]:
+        packed = pack(v.cpu().T, width)
+        seen = packed_products(stack.x, packed, precision="f64")
+        return Basis(packed, stack.pad(seen.rows), seen.basis)
     return Basis(v.cpu(), stack.pad(xv), gram)
 
 
@@ -70,7 +88,7 @@ class SharedCores(NamedTuple):
     squares: Tensor
 
 
-def shared_cores(out: Basis, inn: Basis, scales: Tensor, squares: Tensor, dtype: torch.dtype) -> SharedCores:
+def shared_cores(out: Basis, inn: Basis, scales: Tensor, squares: Tensor, width: Width) -> SharedCores:
     r"""Give every task's least-squares core on the stored bases, ``C_i = M_U^-1 T_i M_V^-1``, factored or dense.
 
     Args:
@@ -78,18 +96,18 @@ def shared_cores(out: Basis, inn: Basis, scales: Tensor, squares: Tensor, dtype:
         inn: the input basis.
         scales: ``[T]``.
         squares: ``[T]``: ``|dW_i|_F^2``.
-        dtype: of the loadings.
+        width: of the loadings.
     """
     b = _solve(out.gram, out.products)  # [T, k_out, r]
     a = _solve(inn.gram, inn.products) * scales[:, None, None]  # [T, k_in, r]
     left, right, present = _canonical(b, a)
     k_out, k_in = b.shape[1], a.shape[1]
     columns = int(present.sum())
-    itemsize = torch.empty(0, dtype=dtype).element_size()
-    if columns * ((k_out + k_in) * itemsize + 4) > b.shape[0] * k_in * (k_out * itemsize + 4):
-        part, cores = _dense(left @ right.mT, dtype)
+    out_bytes, in_bytes = row_bytes(k_out, width), row_bytes(k_in, width)
+    if columns * (out_bytes + in_bytes + 4) > b.shape[0] * k_in * (out_bytes + 4):
+        part, cores = _dense(left @ right.mT, width)
     else:
-        part, cores = _factored(left, right, present, dtype)
+        part, cores = _factored(left, right, present, width)
     seen = out.products.mT @ inn.products * scales[:, None, None]  # T_i = U^T dW_i V
     image = out.gram @ cores @ inn.gram
     lost = squares + (cores * (image - 2 * seen)).sum((-1, -2))
@@ -115,20 +133,25 @@ def _canonical(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return b @ (root.inverse @ vectors), a @ (root.r.mT @ vectors), present
 
 
-def _factored(left: Tensor, right: Tensor, present: Tensor, dtype: torch.dtype) -> tuple[Part, Tensor]:
+def _factored(left: Tensor, right: Tensor, present: Tensor, width: Width) -> tuple[Part, Tensor]:
     weights = left.norm(dim=-2) * right.norm(dim=-2) * present
-    left, right = unit(left).to(dtype), unit(right).to(dtype)
-    cores = (left.double() * weights.float().double().unsqueeze(-2)) @ right.double().mT
-    part = Part("ss", present.sum(-1), weights[present], left.mT[present], right.mT[present])
-    return part, cores
+    ends = [store_rows(unit(side).mT[present], width) for side in (left, right)]
+    kept = []
+    for side, rows in zip((left, right), ends, strict=True):
+        held = torch.zeros_like(side.mT)
+        held[present] = values_of(rows).double()
+        kept.append(held)
+    cores = (kept[0].mT * weights.float().double().unsqueeze(-2)) @ kept[1]
+    return Part("ss", present.sum(-1), weights[present], ends[0], ends[1]), cores
 
 
-def _dense(cores: Tensor, dtype: torch.dtype) -> tuple[Part, Tensor]:
+def _dense(cores: Tensor, width: Width) -> tuple[Part, Tensor]:
     weights = cores.norm(dim=-2)
-    left = unit(cores).to(dtype)
+    left = store_rows(unit(cores).mT.reshape(-1, cores.shape[1]), width)
     counts = torch.full((cores.shape[0],), cores.shape[2])
-    stored = left.double() * weights.float().double().unsqueeze(-2)
-    return Part("ss", counts, weights.flatten(), left.mT.reshape(-1, cores.shape[1]), None), stored
+    held = values_of(left).double().view(cores.shape[0], cores.shape[2], cores.shape[1])
+    stored = held.mT * weights.float().double().unsqueeze(-2)
+    return Part("ss", counts, weights.flatten(), left, None), stored
 
 
 def unit(columns: Tensor) -> Tensor:

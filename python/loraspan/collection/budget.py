@@ -14,6 +14,7 @@ from loraspan.collection.columns import FORMS
 from loraspan.collection.factors import Canonical
 from loraspan.collection.layout import basis_bytes, columns_bytes
 from loraspan.collection.private import columns_within
+from loraspan.collection.rows import Width, Widths
 from loraspan.linalg.roots import gram_root
 from loraspan.ops.dense import eigh
 
@@ -98,7 +99,7 @@ class Planner:
         out: ``[T, r, l]``: raw output factors times the directions of the output side.
         inn: ``[T, r, l]``: raw input factors times the directions of the input side.
         allowed: ``[T]``: squared norms that may be lost.
-        dtype: of what is stored.
+        widths: of what is stored.
     """
 
     def __init__(
@@ -108,14 +109,14 @@ class Planner:
         out: Tensor,
         inn: Tensor,
         allowed: Tensor,
-        dtype: torch.dtype,
+        widths: Widths | Width,
     ) -> None:
         self._shape = shape
         self._s = canonical.s
         self._out = canonical.x.mT @ out
         self._in = canonical.y.mT @ inn
         self._allowed = allowed
-        self._dtype = dtype
+        self._widths = Widths.of(widths)
 
     def bytes_by_form(self) -> dict[str, NDArray[np.int64]]:
         """Give the bytes that every task's columns take in each form that the whole bases permit, ``[T]``."""
@@ -142,14 +143,14 @@ class Planner:
 
     def _plan(self, form: str, rank_out: int, rank_in: int, columns: NDArray[np.int64]) -> Plan:
         n, d = self._shape
-        return Plan(form, rank_out, rank_in, int(columns.sum()) + basis_bytes(n, d, rank_out, rank_in, self._dtype))
+        return Plan(form, rank_out, rank_in, int(columns.sum()) + basis_bytes(n, d, rank_out, rank_in, self._widths))
 
     def _columns(
         self, rank_out: int, rank_in: int, counts: dict[str, Tensor], dense: bool = False
     ) -> NDArray[np.int64]:
         n, d = self._shape
         table = torch.stack([counts.get(form, torch.zeros(len(self._s), dtype=torch.int64)) for form in FORMS], dim=-1)
-        return columns_bytes(table.numpy(), n=n, d=d, k_out=rank_out, k_in=rank_in, dtype=self._dtype, dense=dense)
+        return columns_bytes(table.numpy(), n=n, d=d, k_out=rank_out, k_in=rank_in, dtype=self._widths, dense=dense)
 
     def _both(self, rank_out: int, rank_in: int) -> Plan:
         found = [self._plan("ss", rank_out, rank_in, columns) for columns in self._both_columns(rank_out, rank_in)]
@@ -179,15 +180,15 @@ class Planner:
         inside, other = seen @ seen.mT, torch.diag_embed(self._s)
         # the other factor's columns are orthogonal, of squared lengths s; the two parts are orthogonal to each other
         shared, private = (product_spectrum(other, part) for part in (inside, other - inside))
-        prices = [column_bytes(kind, self._shape, rank, self._dtype) for kind in (form, "pp")]
+        prices = [column_bytes(kind, self._shape, rank, self._widths) for kind in (form, "pp")]
         counts = one_sided_counts(shared, private, self._allowed, *prices)
         return {form: counts[0], "pp": counts[1]}
 
 
-def column_bytes(form: str, shape: tuple[int, int], rank: int, dtype: torch.dtype) -> int:
+def column_bytes(form: str, shape: tuple[int, int], rank: int, widths: Widths) -> int:
     """Give the bytes of one column of a form in a slot of ``shape`` ``(n, d)`` whose basis has ``rank`` vectors."""
     counts = [int(form == other) for other in FORMS]
-    return int(columns_bytes(counts, n=shape[0], d=shape[1], k_out=rank, k_in=rank, dtype=dtype))
+    return int(columns_bytes(counts, n=shape[0], d=shape[1], k_out=rank, k_in=rank, dtype=widths))
 
 
 def one_sided_counts(

@@ -20,6 +20,7 @@ from loraspan.collection.private import (
     split_rows,
     stored_ends,
 )
+from loraspan.collection.rows import Widths, flip_rows, store_rows, values_of
 from loraspan.collection.stack import Stack
 from loraspan.linalg.roots import gram_root
 from loraspan.ops.dense import svd
@@ -43,7 +44,7 @@ class Side:
     def basis_frame(self, basis: Basis) -> Frame:
         """Give the frame of the tasks' vectors and a basis."""
         edge = self.transform.mT @ basis.products
-        return self.frame([basis.v.T] * self.stack.count, edge, basis.gram)
+        return self.frame([basis.rows] * self.stack.count, edge, basis.gram)
 
 
 class SlotBuilder:
@@ -54,14 +55,14 @@ class SlotBuilder:
         canonical: of the slot.
         weights: ``[T]``: of the tasks in a fit.
         allowed: ``[T]``: squared norms that may be lost.
-        dtype: of what is stored.
+        widths: of what is stored.
     """
 
     def __init__(
-        self, slot: SlotFactors, canonical: Canonical, weights: Tensor, allowed: Tensor, dtype: torch.dtype
+        self, slot: SlotFactors, canonical: Canonical, weights: Tensor, allowed: Tensor, widths: Widths
     ) -> None:
         self.slot, self.canonical, self.weights = slot, canonical, weights
-        self.allowed, self.dtype = allowed, dtype
+        self.allowed, self.widths = allowed, widths
         up, down = slot.stacks(weights)
         n, d = slot.shape
         self.sides = (Side(up, n, slot.gram_up, canonical.x), Side(down, d, slot.gram_down, canonical.y))
@@ -70,15 +71,15 @@ class SlotBuilder:
         """Private columns alone."""
         z = torch.diag_embed((self.canonical.s > 0).double())
         residual = Residual(self.sides[0].bare_frame(), self.sides[1].bare_frame(), z)
-        part, lost = private_columns(residual, self.allowed, self.dtype)
+        part, lost = private_columns(residual, self.allowed, self.widths.private)
         return [part], lost
 
     def shared(self, bases: tuple[Basis, Basis]) -> tuple[list[Part], Tensor]:
         """Cores on two bases, and private columns for the rest."""
-        shared = shared_cores(bases[0], bases[1], self.slot.scales, self.slot.squares, self.dtype)
+        shared = shared_cores(bases[0], bases[1], self.slot.scales, self.slot.squares, self.widths.loadings)
         left, right = (side.basis_frame(basis) for side, basis in zip(self.sides, bases, strict=True))
         residual = Residual(left, right, _coefficients(self.canonical.s, -shared.cores))
-        part, lost = private_columns(residual, self.allowed, self.dtype)
+        part, lost = private_columns(residual, self.allowed, self.widths.private)
         return [shared.part, part], lost
 
     def one_sided(self, form: str, basis: Basis) -> tuple[list[Part], Tensor]:
@@ -99,19 +100,20 @@ class SlotBuilder:
         u, s, v = svd(far_root.r @ (seen @ root.inverse))
         inside = seen @ root.inverse @ root.inverse.T @ seen.mT
         rest = product_spectrum(bare.gram, near.bare_frame().gram - inside)
-        price = [column_bytes(kind, self.slot.shape, basis.v.shape[1], self.dtype) for kind in (form, "pp")]
+        price = [column_bytes(kind, self.slot.shape, basis.rank, self.widths) for kind in (form, "pp")]
         counts, _ = one_sided_counts(s, rest, self.allowed, *price)
-        ends, ends_seen, ends_gram = stored_ends(bare, far_root.inverse @ u, counts, self.dtype)
-        loadings = unit(root.inverse @ v).to(self.dtype)  # [T, k, q]
+        ends, ends_seen, ends_gram = stored_ends(bare, far_root.inverse @ u, counts, self.widths.private)
         kept = torch.arange(s.shape[1]) < counts[:, None]
-        y = loadings.double() * kept.unsqueeze(-2)
+        loadings = store_rows(unit(root.inverse @ v).mT[kept], self.widths.loadings)
+        y = torch.zeros_like(v).mT
+        y[kept] = values_of(loadings).double()
+        y = y.mT
         weights = best_weights(ends_gram * (y.mT @ basis.gram @ y), (ends_seen * (seen @ y)).sum(-2), kept)
-        signs = torch.where(weights < 0, -1.0, 1.0)
-        signed = loadings.mT * signs.unsqueeze(-1).to(self.dtype)
-        part = Part(form, counts, weights[kept].abs(), ends, signed[kept])
-        left = far.frame(split_rows(ends, counts), ends_seen, ends_gram)
+        signed = flip_rows(loadings, torch.where(weights[kept] < 0, -1, 1))
+        part = Part(form, counts, weights[kept].abs(), ends, signed)
+        left = far.frame(split_rows(values_of(ends), counts), ends_seen, ends_gram)
         z = _coefficients(self.canonical.s, -(weights.float().double().unsqueeze(-1) * y.mT))
-        private, lost = private_columns(Residual(left, near.basis_frame(basis), z), self.allowed, self.dtype)
+        private, lost = private_columns(Residual(left, near.basis_frame(basis), z), self.allowed, self.widths.private)
         return [part, private], lost
 
 

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from loraspan.adapters.base import Source
 from loraspan.collection.columns import Columns
+from loraspan.collection.rows import Widths
 from loraspan.errors import UnknownTaskError
+from loraspan.ops.packed import Packed, shape_of
 
 
 @dataclass(frozen=True)
@@ -20,16 +22,26 @@ class SlotSpace:
     """The shared bases of one slot.
 
     Attributes:
-        u: ``[n, k_out]``, the output basis as stored; ``k_out`` may be 0.
-        v: ``[d, k_in]``, the input basis as stored.
+        u: ``[n, k_out]``, the output basis as stored; ``k_out`` may be 0. A packed one has its vectors as rows.
+        v: ``[d, k_in]``, the input basis as stored, likewise.
         kind: what the map is in the model, see :class:`loraspan.adapters.base.Slot`.
         kernel: of a convolution.
     """
 
-    u: Tensor
-    v: Tensor
+    u: Tensor | Packed
+    v: Tensor | Packed
     kind: str = "linear"
     kernel: tuple[int, int, int] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(n, d)``."""
+        return shape_of(self.u)[0], shape_of(self.v)[0]
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """``(k_out, k_in)``."""
+        return shape_of(self.u)[1], shape_of(self.v)[1]
 
 
 @dataclass(frozen=True)
@@ -94,7 +106,8 @@ class Collection:
     Attributes:
         slots: by module path, in a fixed order.
         segments: of tasks, in the order in which they came.
-        dtype: of bases, loadings and private columns as stored.
+        dtype: of bases, loadings and private columns as stored, where they are not packed.
+        bits: of bases, loadings and private columns, 0 where they are not packed.
         base_model: the base model that the adapters name, if they do.
         summary: one sentence on how much is shared and which form was chosen.
         fitted: bytes of the collection when its bases were last fitted, or a refit was last found not to pay.
@@ -106,6 +119,12 @@ class Collection:
     base_model: str | None = None
     summary: str = ""
     fitted: int = 0
+    bits: tuple[int, int, int] = (0, 0, 0)
+
+    @property
+    def widths(self) -> Widths:
+        """How new columns are stored."""
+        return Widths.from_bits(self.dtype, self.bits)
 
     @cached_property
     def tasks(self) -> tuple[Task, ...]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
+
+from loraspan.collection.rows import Rows, some_rows
 
 FORMS = ("ss", "sp", "ps", "pp")
 FIELDS = ("weights", "left_loadings", "left_private", "right_loadings", "right_private")
@@ -32,16 +35,27 @@ class Columns:
         left_private: ``[., n]``, one row per private left end (forms ps, pp).
         right_loadings: ``[., k_in]``, one row per shared right end (forms ss unless dense, ps).
         right_private: ``[., d]``, one row per private right end (forms sp, pp).
+
+    The four tensors of ends may be packed instead, each as a whole.
     """
 
     tasks: NDArray[np.int64]
     counts: NDArray[np.int64]
     dense: NDArray[np.bool_]
     weights: Tensor
-    left_loadings: Tensor
-    left_private: Tensor
-    right_loadings: Tensor
-    right_private: Tensor
+    left_loadings: Rows
+    left_private: Rows
+    right_loadings: Rows
+    right_private: Rows
+
+    @classmethod
+    def made(
+        cls, tasks: NDArray[np.int64], counts: NDArray[np.int64], dense: NDArray[np.bool_], rows: Mapping[str, Rows]
+    ) -> Columns:
+        """Build from what :meth:`tensors` gives."""
+        weights, *ends = (rows[name] for name in FIELDS)
+        assert isinstance(weights, Tensor)
+        return cls(tasks, counts, dense, weights, *ends)
 
     def offsets(self) -> NDArray[np.int64]:
         """Give where each row starts in the five tensors: ``[T + 1, 5]`` in the order of the attributes."""
@@ -49,7 +63,7 @@ class Columns:
         lengths = np.stack([ss + sp + ps + pp, ss + sp, ps + pp, np.where(self.dense, 0, ss) + ps, sp + pp], axis=1)
         return np.concatenate([np.zeros((1, 5), dtype=np.int64), np.cumsum(lengths, axis=0)])
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Rows]:
         """Give the five tensors by name, in the order of the attributes."""
         return {name: getattr(self, name) for name in FIELDS}
 
@@ -62,7 +76,8 @@ class Columns:
     def _starts(self) -> NDArray[np.int64]:
         return self.offsets()
 
-    def of_row(self, row: int) -> dict[str, Tensor]:
+    def of_row(self, row: int) -> dict[str, Rows]:
         """Give the five tensors of one row, as views."""
         starts, stops = self._starts[row : row + 2]
-        return {name: t[a:b] for (name, t), a, b in zip(self.tensors().items(), starts, stops, strict=True)}
+        pieces = zip(self.tensors().items(), starts.tolist(), stops.tolist(), strict=True)
+        return {name: some_rows(rows, a, b) for (name, rows), a, b in pieces}

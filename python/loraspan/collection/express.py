@@ -19,11 +19,14 @@ from loraspan.collection.collection import Segment, SlotSpace
 from loraspan.collection.columns import Columns
 from loraspan.collection.factors import Canonical, SlotFactors, read_factors
 from loraspan.collection.fit import check_met, describe, total_squares
+from loraspan.collection.rows import Rows, Width, Widths
 from loraspan.collection.segments import interleave
 from loraspan.collection.vectors import Vectors
 from loraspan.errors import MismatchError
 from loraspan.linalg.roots import gram_root
 from loraspan.ops import RowBlocks, gram_many
+from loraspan.ops.packed import Packed
+from loraspan.ops.packed_products import packed_products
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ def express(
     adapters: Sequence[Adapter],
     *,
     max_error: float | None,
-    dtype: torch.dtype,
+    dtype: Widths | Width,
     operator: str = "add",
     place: torch.device | None = None,
 ) -> Expressed:
@@ -59,7 +62,7 @@ def express(
         adapters: at least one.
         max_error: relative error on ``dW`` that no task exceeds, every task in the form that takes the fewest bytes;
             None for shared columns alone, whatever they lose.
-        dtype: of loadings and private columns.
+        dtype: of loadings and private columns, or the widths of each.
         operator: to name in an error.
         place: the device to compute with the factors.
 
@@ -68,24 +71,25 @@ def express(
         MismatchError: if an adapter disagrees with the bases on a slot.
         NotFiniteError: if a factor holds a NaN or an infinity.
     """
-    factors, bases = read_standing(slots, adapters, dtype, place)
-    whole = {**slots, **{f.path: _empty(f, dtype) for f in factors if f.path not in slots}}
+    widths = Widths.of(dtype)
+    factors, bases = read_standing(slots, adapters, widths.dtype, place)
+    whole = {**slots, **{f.path: _empty(f, widths.dtype) for f in factors if f.path not in slots}}
     squares = total_squares(factors, len(adapters))
     canonicals = [f.canonical() for f in factors]
     if max_error is None:
-        found = [_shared(f, both, dtype) for f, both in zip(factors, bases, strict=True)]
+        found = [_shared(f, both, widths) for f, both in zip(factors, bases, strict=True)]
     else:
         shares = allotments(
             [(f.members, c.s) for f, c in zip(factors, canonicals, strict=True)], len(squares), max_error
         )
-        found = _within(factors, canonicals, bases, shares, dtype)
+        found = _within(factors, canonicals, bases, shares, widths)
     columns = {f.path: made for f, (made, _) in zip(factors, found, strict=True)}
     lost = {f.path: (f.members, gone) for f, (_, gone) in zip(factors, found, strict=True)}
     totals = torch.zeros_like(squares)
     for members, gone in lost.values():
         totals.index_add_(0, torch.tensor(members), gone)
     tasks = describe(adapters, squares, totals)
-    check_met(operator, tasks, max_error, dtype)
+    check_met(operator, tasks, max_error, widths)
     return Expressed(Segment(tasks, columns), whole, squares, lost)
 
 
@@ -115,6 +119,8 @@ def standing_bases(factors: Sequence[SlotFactors], slots: Sequence[SlotSpace]) -
     ]
     jobs, owners = [], []
     for i, (vectors, v) in enumerate(sides):
+        if isinstance(v, Packed):
+            continue
         for group in _groups(vectors.x, v.shape[1]):
             jobs.append(RowBlocks([*group, v.T]).on(vectors.x.target))
             owners.append(i)
@@ -138,7 +144,10 @@ def _groups(x: RowBlocks, rank: int) -> list[list[Tensor]]:
     return groups if rank else []
 
 
-def _basis(vectors: Vectors, v: Tensor, grams: Sequence[Tensor]) -> Basis:
+def _basis(vectors: Vectors, v: Rows, grams: Sequence[Tensor]) -> Basis:
+    if isinstance(v, Packed):
+        found = packed_products(vectors.x, v, precision="f64")
+        return Basis(v, vectors.pad(found.rows), found.basis)
     rank = v.shape[1]
     if not rank:
         flat = torch.zeros(vectors.x.shape[0], 0, dtype=torch.float64)
@@ -147,10 +156,10 @@ def _basis(vectors: Vectors, v: Tensor, grams: Sequence[Tensor]) -> Basis:
     return Basis(v, vectors.pad(seen), grams[0][-rank:, -rank:].clone())
 
 
-def _shared(slot: SlotFactors, bases: tuple[Basis, Basis], dtype: torch.dtype) -> tuple[Columns, Tensor]:
-    shared = shared_cores(*bases, slot.scales, slot.squares, dtype)
-    ranks = (bases[0].v.shape[1], bases[1].v.shape[1])
-    return assemble(slot.members, [shared.part], slot.shape, ranks, dtype), shared.squares
+def _shared(slot: SlotFactors, bases: tuple[Basis, Basis], widths: Widths) -> tuple[Columns, Tensor]:
+    shared = shared_cores(*bases, slot.scales, slot.squares, widths.loadings)
+    ranks = (bases[0].rank, bases[1].rank)
+    return assemble(slot.members, [shared.part], slot.shape, ranks, widths.dtype), shared.squares
 
 
 def _within(
@@ -158,7 +167,7 @@ def _within(
     canonicals: Sequence[Canonical],
     bases: Sequence[tuple[Basis, Basis]],
     shares: Sequence[Tensor],
-    dtype: torch.dtype,
+    widths: Widths,
 ) -> list[tuple[Columns, Tensor]]:
     """Slot after slot; what a task does not spend of its share in one is left for the next."""
     unspent = torch.zeros(1 + max(max(f.members) for f in factors), dtype=torch.float64) if factors else torch.zeros(0)
@@ -166,25 +175,25 @@ def _within(
     for slot, canonical, both, share in zip(factors, canonicals, bases, shares, strict=True):
         members = torch.tensor(slot.members)
         allowed = (share + unspent[members]).clamp(min=0)
-        columns, lost = _cheapest(slot, canonical, both, allowed, dtype)
+        columns, lost = _cheapest(slot, canonical, both, allowed, widths)
         unspent[members] += share - lost
         found.append((columns, lost))
     return found
 
 
 def _cheapest(
-    slot: SlotFactors, canonical: Canonical, bases: tuple[Basis, Basis], allowed: Tensor, dtype: torch.dtype
+    slot: SlotFactors, canonical: Canonical, bases: tuple[Basis, Basis], allowed: Tensor, widths: Widths
 ) -> tuple[Columns, Tensor]:
     """Give every task the form that takes it the fewest bytes."""
     seen = [basis.products @ gram_root(basis.gram).inverse for basis in bases]
-    bytes_of = Planner(slot.shape, canonical, seen[0], seen[1], allowed, dtype).bytes_by_form()
+    bytes_of = Planner(slot.shape, canonical, seen[0], seen[1], allowed, widths).bytes_by_form()
     forms = list(bytes_of)
     chosen = np.stack([bytes_of[form] for form in forms]).argmin(axis=0)
-    ranks = (bases[0].v.shape[1], bases[1].v.shape[1])
+    ranks = (bases[0].rank, bases[1].rank)
     parts, lost = [], torch.zeros_like(allowed)
     for j in np.unique(chosen):
         rows = np.flatnonzero(chosen == j)
-        columns, gone = _build(forms[j], _some(slot, canonical, bases, allowed, rows), ranks, dtype)
+        columns, gone = _build(forms[j], _some(slot, canonical, bases, allowed, rows), ranks, widths)
         parts.append((rows, columns))
         lost[torch.from_numpy(rows)] = gone
     return interleave(parts), lost
@@ -203,16 +212,16 @@ def _some(
     return slot.some(rows.tolist()), Canonical(*(part[at] for part in canonical)), (out, inn), allowed[at]
 
 
-def _build(form: str, some: _Some, ranks: tuple[int, int], dtype: torch.dtype) -> tuple[Columns, Tensor]:
+def _build(form: str, some: _Some, ranks: tuple[int, int], widths: Widths) -> tuple[Columns, Tensor]:
     slot, canonical, bases, allowed = some
-    builder = SlotBuilder(slot, canonical, torch.ones_like(allowed), allowed, dtype)
+    builder = SlotBuilder(slot, canonical, torch.ones_like(allowed), allowed, widths)
     if form == "pp":
         parts, lost = builder.private()
     elif form == "ss":
         parts, lost = builder.shared(bases)
     else:
         parts, lost = builder.one_sided(form, bases[1 if form == "ps" else 0])
-    return assemble(slot.members, parts, slot.shape, ranks, dtype), lost
+    return assemble(slot.members, parts, slot.shape, ranks, widths.dtype), lost
 
 
 def _empty(factors: SlotFactors, dtype: torch.dtype) -> SlotSpace:
@@ -225,7 +234,7 @@ def _check_shapes(slots: Mapping[str, SlotSpace], factors: Sequence[SlotFactors]
         space = slots.get(f.path)
         if space is None:
             continue
-        shape = (len(space.u), len(space.v))
+        shape = space.shape
         if (f.shape, f.kind, f.kernel) != (shape, space.kind, space.kernel):
             raise MismatchError(
                 f"slot {f.path!r} is a {space.kind} of shape {list(shape)} in the collection and a {f.kind} of shape "

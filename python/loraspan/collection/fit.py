@@ -18,6 +18,7 @@ from loraspan.collection.columns import Columns
 from loraspan.collection.core_space import energy_by_rank, refine_jointly
 from loraspan.collection.factors import SlotFactors, read_factors
 from loraspan.collection.ranges import Range, find_range
+from loraspan.collection.rows import Widths
 from loraspan.collection.stack import Stack
 from loraspan.collection.within import fit_within
 from loraspan.errors import ArgumentError, MismatchError
@@ -89,8 +90,9 @@ def fit(
     slots = read_factors(adapters, place)
     report("read", len(adapters), len(adapters))
     squares = total_squares(slots, len(adapters))
+    widths = Widths.of(goal.dtype)
     if goal.max_error is not None:
-        fitted = fit_within(slots, squares, goal.max_error, goal.dtype, goal.seed, goal.refine, report)
+        fitted = fit_within(slots, squares, goal.max_error, widths, goal.seed, goal.refine, report)
     else:
         fitted = []
         for i, slot in enumerate(slots):
@@ -103,7 +105,7 @@ def fit(
     spaces = {slot.path: space for slot, (space, _, _) in zip(slots, fitted, strict=True)}
     columns = {slot.path: made for slot, (_, made, _) in zip(slots, fitted, strict=True)}
     tasks = describe(adapters, squares, lost)
-    check_met("compress", tasks, goal.max_error, goal.dtype)
+    check_met("compress", tasks, goal.max_error, widths)
     return Collection(spaces, (Segment(tasks, columns),), goal.dtype, _base_model(adapters))
 
 
@@ -115,14 +117,14 @@ def _check_names(adapters: Sequence[Adapter]) -> None:
             raise MismatchError(f"compress: {count} adapters are named {name!r}; give each a name of its own")
 
 
-def check_met(operator: str, tasks: Sequence[Task], max_error: float | None, dtype: torch.dtype) -> None:
+def check_met(operator: str, tasks: Sequence[Task], max_error: float | None, widths: Widths) -> None:
     """Refuse what rounding keeps from meeting ``max_error``."""
     if max_error is None:
         return
     worst = max(tasks, key=lambda task: task.error)
     if worst.error > max_error * (1 + 1e-9):
         raise ArgumentError(
-            f"{operator}: max_error={max_error:g} is below what rounding to {dtype} allows: task "
+            f"{operator}: max_error={max_error:g} is below what rounding to {widths} allows: task "
             f"{worst.name!r} is stored with {worst.error:.3g} at best; ask for more, or for dtype float32"
         )
 

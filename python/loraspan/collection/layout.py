@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from loraspan.collection.rows import Rows, Width, Widths, row_bytes, tensors_of
 from loraspan.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -88,18 +89,19 @@ def header(entries: Iterable[Entry], metadata: Mapping[str, str]) -> bytes:
     return len(text).to_bytes(_LENGTH_BYTES, "little") + text
 
 
-def basis_bytes(n: int, d: int, k_out: int, k_in: int, dtype: torch.dtype) -> int:
+def basis_bytes(n: int, d: int, k_out: int, k_in: int, dtype: Widths | Width) -> int:
     """Give the bytes of the tensors ``u [n, k_out]`` and ``v [d, k_in]``, exactly.
 
     Example:
         >>> basis_bytes(1024, 4096, 32, 32, torch.bfloat16)
         327680
     """
-    return (n * k_out + d * k_in) * dtype.itemsize
+    width = Widths.of(dtype).basis
+    return k_out * row_bytes(n, width) + k_in * row_bytes(d, width)
 
 
 def columns_bytes(
-    counts: ArrayLike, *, n: int, d: int, k_out: int, k_in: int, dtype: torch.dtype, dense: ArrayLike = False
+    counts: ArrayLike, *, n: int, d: int, k_out: int, k_in: int, dtype: Widths | Width, dense: ArrayLike = False
 ) -> NDArray[np.int64]:
     """Give the bytes of the five tensors of tasks in a slot, exactly; what indexes them is :func:`index_bytes`.
 
@@ -109,7 +111,7 @@ def columns_bytes(
         d: inputs of the slot.
         k_out: width of its output basis.
         k_in: width of its input basis.
-        dtype: of loadings and private columns.
+        dtype: of loadings and private columns, or the widths of each.
         dense: ``[...]``, whether the task holds a dense core there.
 
     Returns:
@@ -120,9 +122,10 @@ def columns_bytes(
         268
     """
     ss, sp, ps, pp = np.moveaxis(np.asarray(counts, dtype=np.int64), -1, 0)
-    left = (ss + sp) * k_out + (ps + pp) * n
-    right = (np.where(np.asarray(dense), 0, ss) + ps) * k_in + (sp + pp) * d
-    return np.asarray(torch.float32.itemsize * (ss + sp + ps + pp) + dtype.itemsize * (left + right), dtype=np.int64)
+    _, _, loadings, private = Widths.of(dtype)
+    left = (ss + sp) * row_bytes(k_out, loadings) + (ps + pp) * row_bytes(n, private)
+    right = (np.where(np.asarray(dense), 0, ss) + ps) * row_bytes(k_in, loadings) + (sp + pp) * row_bytes(d, private)
+    return np.asarray(torch.float32.itemsize * (ss + sp + ps + pp) + left + right, dtype=np.int64)
 
 
 def index_bytes(columns: Columns, tasks: int) -> int:
@@ -148,8 +151,8 @@ def collection_bytes(collection: Collection) -> int:
 def basis_file_bytes(collection: Collection) -> int:
     """Give the bytes of the file of the bases, as :func:`collection_bytes` counts them."""
     slots = collection.slots
-    basis = [(f"{side}.{name}", m.dtype, m.shape) for name, s in slots.items() for side, m in (("u", s.u), ("v", s.v))]
-    return _file_bytes("basis", basis)
+    sides = [(side, name, m) for name, s in slots.items() for side, m in (("u", s.u), ("v", s.v))]
+    return _file_bytes("basis", [entry for side, name, m in sides for entry in _entries(side, name, m)])
 
 
 def segment_bytes(segment: Segment) -> int:
@@ -182,7 +185,7 @@ def manifest_bytes(collection: Collection) -> int:
     text = len(_dumps([collection.summary, collection.base_model]))
     total = _MANIFEST + (1 + len(collection.segments)) * _MANIFEST_FILE + text
     for name, slot in collection.slots.items():
-        numbers = [*slot.u.shape, *slot.v.shape, slot.kind, slot.kernel]
+        numbers = [*slot.shape, *slot.ranks, slot.kind, slot.kernel]
         total += _MANIFEST_SLOT + len(_dumps(name)) + len(_dumps(numbers)) - 7
     return total
 
@@ -207,7 +210,7 @@ def parse_bytes(operator: str, value: int | str | None) -> int | None:
 
 
 def _slot_entries(name: str, columns: Columns, tasks: int) -> list[Entry]:
-    entries: list[Entry] = [(f"{field}.{name}", t.dtype, t.shape) for field, t in columns.tensors().items()]
+    entries: list[Entry] = [e for field, rows in columns.tensors().items() for e in _entries(field, name, rows)]
     rows = len(columns.tasks)
     if rows:
         entries.append((f"counts.{name}", narrow(int(columns.counts.max())), [rows, 4]))
@@ -216,6 +219,10 @@ def _slot_entries(name: str, columns: Columns, tasks: int) -> list[Entry]:
         if columns.dense.any():
             entries.append((f"dense.{name}", torch.bool, [rows]))
     return entries
+
+
+def _entries(field: str, name: str, rows: Rows) -> list[Entry]:
+    return [(tensor_name, tensor.dtype, tensor.shape) for tensor_name, tensor in tensors_of(field, name, rows)]
 
 
 def _origin_entries(tasks: Sequence[Task], slots: Mapping[str, Columns]) -> list[Entry]:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from loraspan.collection.assemble import Part
+from loraspan.collection.rows import Rows, Width, flip_rows, store_rows, values_of
 from loraspan.collection.vectors import Vectors
 from loraspan.linalg.roots import gram_root
-from loraspan.ops import RowBlocks, combine_many
+from loraspan.ops import RowBlocks, combine_many, gram_many
 from loraspan.ops.dense import svd
 
 
@@ -97,7 +98,7 @@ def columns_within(s: Tensor, allowed: Tensor) -> Tensor:
     return (tails > allowed[:, None]).sum(-1)
 
 
-def private_columns(residual: Residual, allowed: Tensor, dtype: torch.dtype) -> tuple[Part, Tensor]:
+def private_columns(residual: Residual, allowed: Tensor, width: Width) -> tuple[Part, Tensor]:
     """Give the private columns that bring every task's residual down to ``allowed``, and what is left after them.
 
     Rounding the columns adds to what is left, so it is measured and columns are added until it fits or none are left.
@@ -105,7 +106,7 @@ def private_columns(residual: Residual, allowed: Tensor, dtype: torch.dtype) -> 
     Args:
         residual: of all tasks of the slot.
         allowed: ``[T]``: squared Frobenius norm that may remain.
-        dtype: of the private ends.
+        width: of the private ends.
 
     Returns:
         Columns of form pp, and ``[T]`` the squared norms that remain, measured for the stored entries.
@@ -113,7 +114,7 @@ def private_columns(residual: Residual, allowed: Tensor, dtype: torch.dtype) -> 
     left, s, right = residual.svd()
     counts = columns_within(s, allowed)
     while True:
-        part, remains = _store(residual, left, s, right, counts, dtype)
+        part, remains = _store(residual, left, s, right, counts, width)
         short = (remains > allowed) & (counts < s.shape[1])
         if not short.any():
             return part, remains
@@ -128,10 +129,10 @@ def _tail(s: Tensor, counts: Tensor) -> Tensor:
 
 
 def _store(
-    residual: Residual, left: Tensor, s: Tensor, right: Tensor, counts: Tensor, dtype: torch.dtype
+    residual: Residual, left: Tensor, s: Tensor, right: Tensor, counts: Tensor, width: Width
 ) -> tuple[Part, Tensor]:
-    p, p_seen, p_gram = stored_ends(residual.left, left, counts, dtype)
-    q, q_seen, q_gram = stored_ends(residual.right, right, counts, dtype)
+    p, p_seen, p_gram = stored_ends(residual.left, left, counts, width)
+    q, q_seen, q_gram = stored_ends(residual.right, right, counts, width)
     kept = torch.arange(s.shape[1]) < counts[:, None]
     seen = torch.einsum("tac,tab,tbc->tc", p_seen, residual.z, q_seen)
     weights = best_weights(p_gram * q_gram, seen, kept)
@@ -139,8 +140,8 @@ def _store(
     fitted = ((p_gram * q_gram) @ stored.unsqueeze(-1)).squeeze(-1) - 2 * seen
     remains = residual.squares() + (stored * fitted).sum(-1)
     # a weight is not negative: its sign goes to the left end
-    signs = torch.where(weights[kept] < 0, -1, 1).to(dtype)
-    return Part("pp", counts, weights[kept].abs(), p * signs[:, None], q), remains.clamp(min=0)
+    signs = torch.where(weights[kept] < 0, -1, 1)
+    return Part("pp", counts, weights[kept].abs(), flip_rows(p, signs), q), remains.clamp(min=0)
 
 
 def best_weights(products: Tensor, seen: Tensor, kept: Tensor) -> Tensor:
@@ -155,14 +156,14 @@ def best_weights(products: Tensor, seen: Tensor, kept: Tensor) -> Tensor:
     return (root.inverse @ (root.inverse.mT @ (seen * kept).unsqueeze(-1))).squeeze(-1)
 
 
-def stored_ends(frame: Frame, coordinates: Tensor, counts: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def stored_ends(frame: Frame, coordinates: Tensor, counts: Tensor, width: Width) -> tuple[Rows, Tensor, Tensor]:
     """Form private ends from the bytes of the factors and measure them as rounded.
 
     Args:
         frame: what they are made of.
         coordinates: ``[T, c + e, q]``: unit vectors.
         counts: ``[T]``: how many leading ones each task keeps.
-        dtype: of the ends.
+        width: of the ends.
 
     Returns:
         ends ``[C, m]``, task after task; their products with the frame ``[T, c + e, q]``, and with each other
@@ -175,17 +176,34 @@ def stored_ends(frame: Frame, coordinates: Tensor, counts: Tensor, dtype: torch.
         wanted = coordinates[i, :, : int(counts[i])]
         made_of = vectors.spread_of(i, frame.transform[i] @ wanted[:size])
         home = vectors.x.blocks[0].device
-        rows = RowBlocks([*vectors.rows_of(i), extra.to(home)]).on(vectors.x.target)
-        jobs.append((rows, torch.cat([made_of, wanted[size : size + extra.shape[0]]])))
-    ends = combine_many(jobs, dtype=dtype, precision="f64")
+        made = RowBlocks([*vectors.rows_of(i), extra.to(home)]).on(vectors.x.target)
+        jobs.append((made, torch.cat([made_of, wanted[size : size + extra.shape[0]]])))
+    rows, products = _formed(jobs, width)
     seen = torch.zeros_like(coordinates)
     inner = coordinates.new_zeros(coordinates.shape[0], coordinates.shape[2], coordinates.shape[2])
-    for i, (_, xv, vtv) in enumerate(ends):
+    for i, (xv, vtv) in enumerate(products):
         own, kept = xv.shape[0] - frame.extra[i].shape[0], vtv.shape[0]
         seen[i, :size, :kept] = frame.transform[i].T @ vectors.pad_of(i, xv[:own])
         seen[i, size : size + xv.shape[0] - own, :kept] = xv[own:]
         inner[i, :kept, :kept] = vtv
-    return torch.cat([end.v.T for end in ends]).cpu() if ends else torch.empty(0, 0, dtype=dtype), seen, inner
+    return rows, seen, inner
+
+
+def _formed(jobs: Sequence[tuple[RowBlocks, Tensor]], width: Width) -> tuple[Rows, list[tuple[Tensor, Tensor]]]:
+    """Form the ends as stored, and give their products with the rows that they are made of and with each other."""
+    dtype = torch.float32 if isinstance(width, int) else width
+    ends = combine_many(jobs, dtype=dtype, precision="f64")
+    rows = torch.cat([end.v.T for end in ends]).cpu() if ends else torch.empty(0, 0, dtype=dtype)
+    if not isinstance(width, int) or not len(rows):
+        return rows, [(end.xv, end.vtv) for end in ends]
+    packed = store_rows(rows, width)
+    counts = torch.tensor([w.shape[1] for _, w in jobs])
+    pairs = zip(jobs, split_rows(values_of(packed), counts), strict=True)
+    grams = gram_many(
+        [RowBlocks([*x.blocks, own.to(x.blocks[0].device)]).on(x.target) for (x, _), own in pairs], precision="f64"
+    )
+    sizes = [x.shape[0] for x, _ in jobs]
+    return packed, [(gram[:size, size:], gram[size:, size:]) for gram, size in zip(grams, sizes, strict=True)]
 
 
 def split_rows(rows: Tensor, counts: Tensor) -> list[Tensor]:

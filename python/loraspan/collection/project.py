@@ -105,7 +105,7 @@ def project(collection: Collection, adapter: Adapter, *, max_error: float) -> Pr
     """
     check_goal("project", max_error)
     shared, added = (
-        express(collection.slots, [adapter], max_error=goal, dtype=collection.dtype, operator="project")
+        express(collection.slots, [adapter], max_error=goal, dtype=collection.widths, operator="project")
         for goal in (None, max_error)
     )
     (alone,), (whole,) = shared.segment.tasks, added.segment.tasks

@@ -8,8 +8,10 @@ from torch import Tensor
 from loraspan.adapters.base import Adapter, Slot
 from loraspan.collection.collection import Collection, SlotSpace, Task
 from loraspan.collection.columns import Columns
+from loraspan.collection.rows import Rows, some_rows, values_of
 from loraspan.errors import ArgumentError, NotFiniteError
 from loraspan.ops import Piece, reconstruct_many
+from loraspan.ops.packed import Packed
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Singular values of a dense core below this share of its largest are rounding of its stored entries.
@@ -51,29 +53,30 @@ def _slot_pieces(space: SlotSpace, columns: Columns, row: int, dtype: torch.dtyp
     """Give a slot with factors yet to be written, and the products that write them."""
     ss, sp, ps, pp = (int(count) for count in columns.counts[row])
     weights, left, left_own, right, right_own = columns.of_row(row).values()
+    assert isinstance(weights, Tensor)
     root = weights.sqrt()
     if columns.dense[row]:
-        ss, left, right, root = _factor_dense(left, right, weights, ss, sp)
+        ss, left, right, root = _factor_dense(values_of(left), values_of(right), weights, ss, sp)
     total = ss + sp + ps + pp
-    up = torch.empty(space.u.shape[0], total, dtype=dtype)
-    down = torch.empty(total, space.v.shape[0], dtype=dtype)
+    up = torch.empty(space.shape[0], total, dtype=dtype)
+    down = torch.empty(total, space.shape[1], dtype=dtype)
     ends = [
         (space.u, left, up, slice(0, ss + sp)),
         (None, left_own, up, slice(ss + sp, total)),
-        (space.v, right[:ss], down.T, slice(0, ss)),
-        (None, right_own[:sp], down.T, slice(ss, ss + sp)),
-        (space.v, right[ss:], down.T, slice(ss + sp, ss + sp + ps)),
-        (None, right_own[sp:], down.T, slice(ss + sp + ps, total)),
+        (space.v, some_rows(right, 0, ss), down.T, slice(0, ss)),
+        (None, some_rows(right_own, 0, sp), down.T, slice(ss, ss + sp)),
+        (space.v, some_rows(right, ss, ss + ps), down.T, slice(ss + sp, ss + sp + ps)),
+        (None, some_rows(right_own, sp, sp + pp), down.T, slice(ss + sp + ps, total)),
     ]
     pieces = [_piece(basis, rows, root[at], out[:, at]) for basis, rows, out, at in ends if at.stop > at.start]
     return Slot(down, up, 1.0, space.kind, space.kernel), pieces
 
 
-def _piece(basis: Tensor | None, rows: Tensor, root: Tensor, out: Tensor) -> Piece:
+def _piece(basis: Rows | None, rows: Rows, root: Tensor, out: Tensor) -> Piece:
     """Ends given as rows: coefficients on a basis, or private vectors themselves."""
     if basis is None:
-        return Piece(rows.T, torch.diag(root), out)
-    return Piece(basis, (rows.float() * root[:, None]).T, out)
+        return Piece(rows if isinstance(rows, Packed) else rows.T, torch.diag(root), out)
+    return Piece(basis, (values_of(rows).float() * root[:, None]).T, out)
 
 
 def _factor_dense(left: Tensor, right: Tensor, weights: Tensor, ss: int, sp: int) -> tuple[int, Tensor, Tensor, Tensor]:

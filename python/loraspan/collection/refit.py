@@ -24,6 +24,7 @@ from loraspan.collection.collection import Collection, Segment, SlotSpace, Task
 from loraspan.collection.columns import Columns
 from loraspan.collection.factors import SlotFactors
 from loraspan.collection.fit import Goal, fit_shared, total_squares
+from loraspan.collection.rows import Widths
 from loraspan.collection.stored import stored_slots
 from loraspan.collection.within import fit_joint, fit_within
 from loraspan.errors import ArgumentError
@@ -73,7 +74,7 @@ def refit(
         fitted = _within_rank(slots, squares, Goal(rank=rank, refine=refine, dtype=collection.dtype, seed=seed), report)
     else:
         allowed = spend * _allowances(collection.tasks, squares, max_forgetting)
-        fitted = _within_loss(slots, squares, allowed, collection.dtype, rank, refine, seed, report)
+        fitted = _within_loss(slots, squares, allowed, collection.widths, rank, refine, seed, report)
     report("fit", len(slots), len(slots))
     lost = torch.zeros_like(squares)
     for slot, (_, _, of_slot) in zip(slots, fitted, strict=True):
@@ -113,14 +114,14 @@ def _within_loss(
     slots: Sequence[SlotFactors],
     squares: Tensor,
     allowed: Tensor,
-    dtype: torch.dtype,
+    widths: Widths,
     rank: int | None,
     refine: int,
     seed: int,
     report: _Report,
 ) -> _Fitted:
     if rank is None:
-        return fit_within(slots, squares, allowed, dtype, seed, refine, report)
+        return fit_within(slots, squares, allowed, widths, seed, refine, report)
     canonicals = [slot.canonical() for slot in slots]
     spectra = [(slot.members, c.s) for slot, c in zip(slots, canonicals, strict=True)]
     weights = torch.where(squares > 0, squares.rsqrt(), 0.0)
@@ -129,7 +130,7 @@ def _within_loss(
         zip(slots, canonicals, allotments(spectra, len(squares), allowed), strict=True)
     ):
         report("fit", i, len(slots))
-        builder = SlotBuilder(slot, canonical, weights[torch.tensor(slot.members)], share, dtype)
+        builder = SlotBuilder(slot, canonical, weights[torch.tensor(slot.members)], share, widths)
         fitted.append(fit_joint(builder, rank, refine, seed))
     return fitted
 
@@ -147,7 +148,7 @@ def _check_met(collection: Collection, tasks: Sequence[Task], max_forgetting: fl
     if after > max_forgetting + _ROUNDING:
         raise ArgumentError(
             f"refit: max_forgetting={max_forgetting:g} cannot be met: task {tasks[worst].name!r} has lost {before:.3g} "
-            f"in earlier refits and would lose {after - before:.3g} more, rounding to {collection.dtype} included; "
+            f"in earlier refits and would lose {after - before:.3g} more, rounding to {collection.widths} included; "
             f"nothing was changed: allow more, or keep the bases as they are"
         )
 

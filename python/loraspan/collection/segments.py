@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from loraspan.collection.collection import Segment
 from loraspan.collection.columns import FIELDS, Columns
+from loraspan.collection.rows import cat_rows, take_rows
 
 
 def merge(segments: Sequence[Segment]) -> Segment:
@@ -49,13 +49,13 @@ def interleave(parts: Sequence[tuple[NDArray[np.int64], Columns]]) -> Columns:
 def select(columns: Columns, rows: NDArray[np.int64], tasks: NDArray[np.int64]) -> Columns:
     """Give some rows, as rows of ``tasks``."""
     if len(rows) == len(columns.tasks) and (rows == np.arange(len(rows))).all():
-        return Columns(tasks, columns.counts, columns.dense, **columns.tensors())
+        return Columns.made(tasks, columns.counts, columns.dense, columns.tensors())
     offsets = columns.offsets()
     tensors = {
-        field: tensor[torch.from_numpy(spans(offsets[rows, j], offsets[rows + 1, j]))]
-        for j, (field, tensor) in enumerate(columns.tensors().items())
+        field: take_rows(held, torch.from_numpy(spans(offsets[rows, j], offsets[rows + 1, j])))
+        for j, (field, held) in enumerate(columns.tensors().items())
     }
-    return Columns(tasks, columns.counts[rows], columns.dense[rows], **tensors)
+    return Columns.made(tasks, columns.counts[rows], columns.dense[rows], tensors)
 
 
 def _living(columns: Columns, alive: NDArray[np.bool_], first: int) -> Columns:
@@ -75,13 +75,9 @@ def _join(parts: Sequence[Columns]) -> Columns:
     if len(parts) == 1:
         return parts[0]
     tensors = [part.tensors() for part in parts]
-    return Columns(
-        tasks=np.concatenate([part.tasks for part in parts]),
-        counts=np.concatenate([part.counts for part in parts]),
-        dense=np.concatenate([part.dense for part in parts]),
-        **{field: _cat([each[field] for each in tensors]) for field in FIELDS},
+    return Columns.made(
+        np.concatenate([part.tasks for part in parts]),
+        np.concatenate([part.counts for part in parts]),
+        np.concatenate([part.dense for part in parts]),
+        {field: cat_rows([each[field] for each in tensors]) for field in FIELDS},
     )
-
-
-def _cat(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat(list(tensors))

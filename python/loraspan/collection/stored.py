@@ -13,8 +13,10 @@ from torch import Tensor
 from loraspan.collection.collection import Collection
 from loraspan.collection.columns import Columns
 from loraspan.collection.factors import SlotFactors
+from loraspan.collection.rows import values_of
 from loraspan.collection.segments import spans
 from loraspan.ops import RowBlocks, gram_many, reconstruct
+from loraspan.ops.packed import Packed, unpack
 
 _Integers = NDArray[np.int64]
 
@@ -43,7 +45,7 @@ class Ends:
     columns' ends, each times the square root of the column's weight, so that ``dW_i = left_i right_i^T``.
 
     Args:
-        basis: ``[d, k]``.
+        basis: ``[k, d]``, its vectors as rows.
         private: blocks ``[., d]`` of private ends.
         loadings: ``[., k]``, float64: the shared ends.
         shared: of the shared ends; rows count in ``loadings``.
@@ -67,8 +69,8 @@ class Ends:
         self._mask = torch.arange(roots.shape[1]) < torch.from_numpy(counts)[:, None]
         self.count = len(counts)
         self.total = int(counts.sum())
-        self.rank = basis.shape[1]
-        self.x = RowBlocks([*([basis.T] if self.rank else []), *self._private], columns=basis.shape[0])
+        self.rank = basis.shape[0]
+        self.x = RowBlocks([*([basis] if self.rank else []), *self._private], columns=basis.shape[1])
         self._starts = np.cumsum([0, *(len(p) for p in self._private)])
 
     def pad(self, flat: Tensor) -> Tensor:
@@ -105,12 +107,12 @@ class Ends:
         """As ``Vectors``."""
         rows = self._own.row[self._own.of(task)]
         if not len(rows):
-            own = self._basis.new_empty(0, self._basis.shape[0])
+            own = self._basis.new_empty(0, self._basis.shape[1])
         else:
             block = int(np.searchsorted(self._starts, rows[0], side="right")) - 1
             first = int(rows.min() - self._starts[block])
             own = self._private[block][first : first + len(rows)]
-        return [self._basis.T, own] if self.rank else [own]
+        return [self._basis, own] if self.rank else [own]
 
     def spread_of(self, task: int, of_vectors: Tensor) -> Tensor:
         """As ``Vectors``."""
@@ -164,8 +166,8 @@ class Ends:
             if more:
                 groups[-1].append(task)
                 rows += more
-        basis = [self._basis.T] if self.rank else []
-        length = self._basis.shape[0]
+        basis = [self._basis] if self.rank else []
+        length = self._basis.shape[1]
         jobs = [RowBlocks([*basis, *(self.rows_of(task)[-1] for task in tasks)], columns=length) for tasks in groups]
         return gram_many(jobs, precision="f64"), groups
 
@@ -200,14 +202,16 @@ def _stored_slot(collection: Collection, path: str) -> SlotFactors | None:
     up, down = (_ends(side, basis, parts, len(members)) for side, basis in enumerate((space.u, space.v)))
     grams = up.grams(), down.grams()
     squares = (grams[0] * grams[1]).sum((-1, -2)).clamp(min=0)
-    shape = (len(space.u), len(space.v))
     double = collection.dtype == torch.float64
     ones = torch.ones(len(members), dtype=torch.float64)
-    return SlotFactors(path, shape, space.kind, space.kernel, members, up, down, *grams, ones, squares, double)
+    return SlotFactors(path, space.shape, space.kind, space.kernel, members, up, down, *grams, ones, squares, double)
 
 
-def _ends(side: int, basis: Tensor, parts: Sequence[tuple[Columns, _Integers, _Integers]], count: int) -> Ends:
+def _ends(
+    side: int, stored: Tensor | Packed, parts: Sequence[tuple[Columns, _Integers, _Integers]], count: int
+) -> Ends:
     """Join the ends of one side over the segments."""
+    basis = unpack(stored) if isinstance(stored, Packed) else stored.T
     counts = np.zeros(count, dtype=np.int64)
     for columns, rows, tasks in parts:
         counts[tasks] = columns.counts[rows].sum(axis=1)
@@ -218,14 +222,14 @@ def _ends(side: int, basis: Tensor, parts: Sequence[tuple[Columns, _Integers, _I
         offsets = columns.offsets()
         weights = _index(tasks, counts[tasks], np.zeros_like(tasks), offsets[rows, 0])
         roots[weights.task, weights.place] = columns.weights[weights.row].double().sqrt()
-        on = [columns.left_loadings, columns.right_loadings][side].double()
+        on = values_of([columns.left_loadings, columns.right_loadings][side]).double()
         if side == 1 and columns.dense.any():
-            on = torch.cat([on, torch.eye(basis.shape[1], dtype=torch.float64)])
-        for kind, index in _runs(side, columns, rows, tasks, len(on) - basis.shape[1]):
+            on = torch.cat([on, torch.eye(len(basis), dtype=torch.float64)])
+        for kind, index in _runs(side, columns, rows, tasks, len(on) - len(basis)):
             shift = seen if kind == "shared" else owned
             pieces[kind].append(_Index(index.task, index.place, index.row + shift))
         loadings.append(on)
-        private.append([columns.left_private, columns.right_private][side])
+        private.append(values_of([columns.left_private, columns.right_private][side]))
         seen, owned = seen + len(on), owned + len(private[-1])
     joined = {kind: _joined(found) for kind, found in pieces.items()}
     return Ends(basis, private, torch.cat(loadings), joined["shared"], joined["own"], roots, counts)

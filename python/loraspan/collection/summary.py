@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from loraspan.collection.collection import Collection, Segment, SlotSpace
 from loraspan.collection.columns import Columns
 from loraspan.collection.layout import columns_bytes
+from loraspan.collection.rows import Widths
 
 # From which share of the energy held by the bases on adapters count as sharing most, or part, of their directions.
 _MOST, _PART = 0.9, 0.5
@@ -78,13 +78,12 @@ def make_report(collection: Collection, nbytes: int) -> Report:
     """Give the report of a collection that takes ``nbytes`` on disk."""
     tasks = tuple(line for segment in collection.segments for line in _task_lines(segment, collection))
     slots = tuple(
-        SlotLine(path, (len(s.u), len(s.v)), (s.u.shape[1], s.v.shape[1]), _tasks_of(collection, path), form_of(s))
+        SlotLine(path, s.shape, s.ranks, _tasks_of(collection, path), form_of(s))
         for path, s in collection.slots.items()
     )
     source = sum(task.factor_bytes for task in collection.tasks)
     basis = sum(s.u.nbytes + s.v.nbytes for s in collection.slots.values())
-    dtype = str(collection.dtype).removeprefix("torch.")
-    return Report(collection.summary, nbytes, source, basis, dtype, tasks, slots)
+    return Report(collection.summary, nbytes, source, basis, str(collection.widths), tasks, slots)
 
 
 def _task_lines(segment: Segment, collection: Collection) -> list[TaskLine]:
@@ -92,7 +91,7 @@ def _task_lines(segment: Segment, collection: Collection) -> list[TaskLine]:
     for path, table in segment.columns.items():
         columns[table.tasks] += table.counts.sum(axis=1)
         private[table.tasks] += table.counts[:, 1:].sum(axis=1)
-        size[table.tasks] += task_bytes(collection.slots[path], table, collection.dtype)
+        size[table.tasks] += task_bytes(collection.slots[path], table, collection.widths)
     return [
         TaskLine(t.name, t.error, t.error_kind, int(columns[i]), int(private[i]), int(size[i]), t.factor_bytes)
         for i, t in enumerate(segment.tasks)
@@ -108,10 +107,10 @@ def _tasks_of(collection: Collection, path: str) -> int:
     )
 
 
-def task_bytes(space: SlotSpace, table: Columns, dtype: torch.dtype) -> np.ndarray[Any, np.dtype[np.int64]]:
+def task_bytes(space: SlotSpace, table: Columns, widths: Widths) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Give the bytes of the columns of every task that a segment has in a slot, ``[T]``."""
-    (n, k_out), (d, k_in) = space.u.shape, space.v.shape
-    return columns_bytes(table.counts, n=n, d=d, k_out=k_out, k_in=k_in, dtype=dtype, dense=table.dense)
+    (n, d), (k_out, k_in) = space.shape, space.ranks
+    return columns_bytes(table.counts, n=n, d=d, k_out=k_out, k_in=k_in, dtype=widths, dense=table.dense)
 
 
 def form_of(space: SlotSpace) -> str:
@@ -121,7 +120,7 @@ def form_of(space: SlotSpace) -> str:
         (False, True): "input side shared",
         (True, False): "output side shared",
         (False, False): "every task on its own",
-    }[space.u.shape[1] > 0, space.v.shape[1] > 0]
+    }[space.ranks[0] > 0, space.ranks[1] > 0]
 
 
 def summarize(collection: Collection, nbytes: int) -> str:
@@ -142,7 +141,7 @@ def _sharing(collection: Collection, held: float, private: int, forms: Mapping[s
     slots = len(collection.slots)
     if forms.get("every task on its own", 0) == slots:
         return "Sharing does not pay here: every task is stored on its own, as its own truncated SVD."
-    widths = [max(s.u.shape[1], s.v.shape[1]) for s in collection.slots.values()]
+    widths = [max(s.ranks) for s in collection.slots.values()]
     width = str(max(widths)) if min(widths) == max(widths) else f"{min(widths)} to {max(widths)}"
     if not private:
         how = "most" if held >= _MOST else "part" if held >= _PART else "little"

@@ -38,7 +38,7 @@ def add(
     """
     check_goal("add", max_error)
     check_names("add", [adapter.name for adapter in adapters], collection.places.keys() - set(leaving))
-    made = express(collection.slots, adapters, max_error=max_error, dtype=collection.dtype, place=place)
+    made = express(collection.slots, adapters, max_error=max_error, dtype=collection.widths, place=place)
     slots = collection.slots if len(made.slots) == len(collection.slots) else made.slots
     base = collection.base_model or next((a.source.base_model for a in adapters if a.source.base_model), None)
     return replace(collection, slots=slots, segments=(*collection.segments, made.segment), base_model=base)

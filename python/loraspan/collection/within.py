@@ -16,6 +16,7 @@ from loraspan.collection.columns import Columns
 from loraspan.collection.core_space import refine_jointly
 from loraspan.collection.factors import SlotFactors
 from loraspan.collection.ranges import Range, find_range
+from loraspan.collection.rows import Widths
 
 _FIRST_WIDTH, _OVERSAMPLE = 64, 8
 # Above this budget float32 ranges lose nothing that counts; the stored columns are measured in float64 all the same.
@@ -26,7 +27,7 @@ def fit_within(
     slots: Sequence[SlotFactors],
     squares: Tensor,
     max_error: float | Tensor,
-    dtype: torch.dtype,
+    widths: Widths,
     seed: int,
     refine: int,
     report: Callable[[str, int, int], None],
@@ -37,7 +38,7 @@ def fit_within(
         slots: the factors.
         squares: ``[N]``: every task's ``|dW|_F^2`` over all slots.
         max_error: relative, between 0 and 1, for every task or ``[N]``.
-        dtype: of what is stored.
+        widths: of what is stored.
         seed: of the sketches.
         refine: iterations of joint refinement.
         report: called with "fit", slots done and slots in all.
@@ -52,7 +53,7 @@ def fit_within(
         report("fit", i, len(slots))
         members = torch.tensor(slot.members)
         allowed = (share + unspent[members]).clamp(min=0)
-        fitter = _SlotFitter(SlotBuilder(slot, canonical, weights[members], allowed, dtype), refine)
+        fitter = _SlotFitter(SlotBuilder(slot, canonical, weights[members], allowed, widths), refine)
         space, columns, lost = fitter.fit("f32" if coarse and not slot.is_double else "f64", seed)
         unspent[members] += share - lost
         fitted.append((space, columns, lost))
@@ -86,9 +87,8 @@ class _SlotFitter:
         return self._finish(bases, *self._builder.shared(bases))
 
     def _finish(self, bases: tuple[Basis, Basis], parts: list[Part], lost: Tensor) -> tuple[SlotSpace, Columns, Tensor]:
-        slot, dtype = self._builder.slot, self._builder.dtype
-        ranks = (bases[0].v.shape[1], bases[1].v.shape[1])
-        columns = assemble(slot.members, parts, slot.shape, ranks, dtype)
+        slot, widths = self._builder.slot, self._builder.widths
+        columns = assemble(slot.members, parts, slot.shape, (bases[0].rank, bases[1].rank), widths.dtype)
         return SlotSpace(bases[0].v, bases[1].v, slot.kind, slot.kernel), columns, lost
 
     def _choose(self, precision: str, seed: int) -> tuple[Plan, tuple[Range, Range]]:
@@ -99,7 +99,7 @@ class _SlotFitter:
                 find_range(side.stack, width, precision=precision, seed=seed + i) for i, side in enumerate(b.sides)
             )
             seen = [side.stack.pad(found.xv) for side, found in zip(b.sides, (out, inn), strict=True)]
-            planner = Planner(b.slot.shape, b.canonical, seen[0], seen[1], b.allowed, b.dtype)
+            planner = Planner(b.slot.shape, b.canonical, seen[0], seen[1], b.allowed, b.widths)
             plan = min(planner.plans(), key=lambda p: p.nbytes)
             if max(plan.rank_out, plan.rank_in) < width:
                 return plan, (out, inn)
@@ -107,14 +107,14 @@ class _SlotFitter:
 
     def _build(self, plan: Plan, ranges: tuple[Range, Range]) -> tuple[tuple[Basis, Basis], list[Part], Tensor]:
         b = self._builder
-        out, inn = (empty_basis(side.stack, side.length, b.dtype) for side in b.sides)
+        out, inn = (empty_basis(side.stack, side.length, b.widths.dtype) for side in b.sides)
         if plan.form == "pp":
             return (out, inn), *b.private()
         if plan.form == "ss":
             bases = self._joint_bases(plan, ranges)
             return bases, *b.shared(bases)
         at = 1 if plan.form == "ps" else 0
-        basis = make_basis(b.sides[at].stack, ranges[at].w[:, : max(plan.rank_out, plan.rank_in)], b.dtype)
+        basis = make_basis(b.sides[at].stack, ranges[at].w[:, : max(plan.rank_out, plan.rank_in)], b.widths.basis)
         return (out, basis) if at else (basis, inn), *b.one_sided(plan.form, basis)
 
     def _joint_bases(self, plan: Plan, ranges: tuple[Range, Range]) -> tuple[Basis, Basis]:
@@ -123,7 +123,7 @@ class _SlotFitter:
         cores = seen_out.mT @ seen_in * (b.slot.scales * b.weights)[:, None, None]
         turns = refine_jointly(cores, plan.rank_out, plan.rank_in, self._refine)
         out, inn = (
-            make_basis(side.stack, found.w @ turn, b.dtype)
+            make_basis(side.stack, found.w @ turn, b.widths.basis)
             for side, found, turn in zip(b.sides, ranges, turns, strict=True)
         )
         return out, inn

@@ -9,6 +9,7 @@ import torch
 
 from loraspan import store
 from loraspan.collection.collection import Collection, Segment, SlotSpace
+from loraspan.collection.rows import same_rows
 from loraspan.errors import ArgumentError, MismatchError, StoreError
 from loraspan.many.census import Aside, Census
 from loraspan.many.ledger import Ledger, read_piece
@@ -80,7 +81,7 @@ def _same(one: Collection, other: Collection) -> bool:
         [(task.name, task.error) for task in one.tasks] == [(task.name, task.error) for task in other.tasks]
         and one.slots.keys() == other.slots.keys()
         and all(
-            torch.equal(space.u, other.slots[path].u) and torch.equal(space.v, other.slots[path].v)
+            same_rows(space.u, other.slots[path].u) and same_rows(space.v, other.slots[path].v)
             for path, space in one.slots.items()
         )
     )

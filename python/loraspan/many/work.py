@@ -17,6 +17,7 @@ from loraspan.collection.express import express
 from loraspan.collection.factors import SlotFactors, read_factors
 from loraspan.collection.fit import Goal, total_squares
 from loraspan.collection.merge_ranges import Summary, basis_of, merge, summarize
+from loraspan.collection.rows import tensors_of
 from loraspan.collection.widths import precision_of, scout, turns_for, weights_of
 from loraspan.errors import NotFiniteError
 from loraspan.many.census import Aside, Map, Origin, open_origin
@@ -134,7 +135,7 @@ def choose_bases(
     for key, turn in turns.items():
         for name, side, one in zip("uv", summaries[key], turn, strict=True):
             if one.shape[1]:
-                named.append((f"{name}.{key}", basis_of(side, one, work.goal.dtype).v))
+                named += tensors_of(name, key, basis_of(side, one, work.goal.dtype).v)
     return encode(named, {"slots": list(slots)})
 
 

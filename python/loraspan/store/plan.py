@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import zip_longest
 
 import numpy as np
 
-from loraspan.collection.collection import Collection, Segment, SlotSpace, Task
-from loraspan.collection.layout import columns_bytes, segment_bytes
-from loraspan.collection.rows import Widths
+from loraspan.collection.collection import Collection, Segment, Task
+from loraspan.collection.layout import segment_bytes
 from loraspan.collection.segments import merge
 from loraspan.errors import ArgumentError
 from loraspan.store.checks import check_change
 from loraspan.store.compaction import first_to_join
 from loraspan.store.manifest import Change, DataFile
 from loraspan.store.opened import Opened
-from loraspan.store.segment import slot_shape
 
 _KEPT = [each.name for each in fields(Task) if each.name != "name"]
 
@@ -51,7 +49,7 @@ def plan(opened: Opened, collection: Collection) -> Plan:
     parts, names = _compare(opened, collection)
     check_change(collection, opened.collection, [part.segment for part in parts if part.data is None])
     after = names.after(opened.names)
-    parts = [_without_dead(part, collection.slots) for part in parts if part.segment.living]
+    parts = [_without_dead(part) for part in parts if part.segment.living]
     first = first_to_join([_size(part) for part in parts])
     groups = [[part] for part in parts[:first]] + ([parts[first:]] if first < len(parts) else [])
     parts = [_joined(group) for group in groups]
@@ -147,28 +145,19 @@ def _patched(was: Segment, data: DataFile, tasks: Sequence[Task | None]) -> Data
     return replace(data, removed=tuple(sorted(removed)), renamed=tuple(sorted(renamed.items())))
 
 
-def _without_dead(part: Part, slots: Mapping[str, SlotSpace], widths: Widths) -> Part:
-    """Write a segment anew where removed tasks take more than half of it."""
+def _without_dead(part: Part) -> Part:
+    """Write a segment anew where removed tasks take more than half of its columns."""
     if part.data is None or not part.data.removed:
         return part
     alive = np.array([task is not None for task in part.segment.tasks], dtype=np.bool_)
-    total = living = 0
-    for path, columns in part.segment.columns.items():
-        shape = slot_shape(path, slots[path])
-        sizes = columns_bytes(
-            columns.counts,
-            n=shape.n,
-            d=shape.d,
-            k_out=shape.k_out,
-            k_in=shape.k_in,
-            dtype=widths,
-            dense=columns.dense,
-        )
-        total += int(sizes.sum())
-        living += int(sizes[alive[columns.tasks]].sum())
-    # extras of the dead are not in memory: they take what their file has and the columns have not
-    extras = sum(extra.nbytes for task in part.segment.tasks if task is not None for extra in task.extras.values())
-    return Part(part.segment, None) if living + extras < total / 2 else part
+    total = living = 0.0
+    for columns in part.segment.columns.values():
+        lengths = np.diff(columns.offsets(), axis=0)
+        sizes = np.array([tensor.nbytes for tensor in columns.tensors().values()])
+        total += float(sizes.sum())
+        living += float((sizes * lengths[alive[columns.tasks]].sum(axis=0) / np.maximum(lengths.sum(axis=0), 1)).sum())
+    # extras of the dead are not in memory, and taken to be in proportion
+    return Part(part.segment, None) if living < total / 2 else part
 
 
 def _size(part: Part) -> int:

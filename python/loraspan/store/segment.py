@@ -212,7 +212,7 @@ def _ends(
     *,
     standing: bool = False,
 ) -> Rows:
-    """Give rows of floats or packed ones; ``standing``: a matrix whose columns are the vectors, where it is not packed."""
+    """Give rows of floats or packed ones; ``standing``: where they are floats, the vectors are columns."""
     name = f"{field}.{slot}"
     codes = file.tensor(name)
     if codes is None or codes.dtype not in _PACKED:

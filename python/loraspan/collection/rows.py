@@ -1,0 +1,148 @@
+"""Rows of vectors as a collection stores them: floats of one dtype, or packed in 8 or 4 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from loraspan.ops.packed import Packed, pack, unpack
+from loraspan.ops.packed_reference import BLOCK
+
+Rows: TypeAlias = Tensor | Packed
+# a floating dtype, or a number of bits
+Width: TypeAlias = torch.dtype | int
+
+_SCALE_BYTES = 2
+# Share of the energy of a vector that rounding takes, about: measured on blocks of normal entries for 8 and 4 bits,
+# u^2 / 3 for floats. Plans count with it; what a plan gave is measured.
+_ROUNDING: dict[Width, float] = {
+    8: 3.5e-5,
+    4: 6.6e-3,
+    torch.float16: 2.0**-22 / 3,
+    torch.bfloat16: 2.0**-16 / 3,
+    torch.float32: 2.0**-48 / 3,
+    torch.float64: 2.0**-106 / 3,
+}
+
+
+class Widths(NamedTuple):
+    """How the parts of a collection are stored.
+
+    Attributes:
+        dtype: of all that is not packed.
+        basis: of the bases; a dtype is ``dtype``.
+        loadings: of shared ends.
+        private: of private ends.
+    """
+
+    dtype: torch.dtype
+    basis: Width
+    loadings: Width
+    private: Width
+
+    @classmethod
+    def of(cls, given: Widths | Width) -> Widths:
+        """Take one width for all, or widths as they are."""
+        if isinstance(given, Widths):
+            return given
+        return cls(given if isinstance(given, torch.dtype) else torch.float32, given, given, given)
+
+    @classmethod
+    def from_bits(cls, dtype: torch.dtype, bits: Sequence[int]) -> Widths:
+        """Undo :attr:`bits`."""
+        basis, loadings, private = (each or dtype for each in bits)
+        return cls(dtype, basis, loadings, private)
+
+    @property
+    def bits(self) -> tuple[int, int, int]:
+        """Bits of bases, loadings and private ends; 0 for what is not packed."""
+        basis, loadings, private = (each if isinstance(each, int) else 0 for each in self[1:])
+        return basis, loadings, private
+
+    def __str__(self) -> str:
+        names = [f"int{each}" if isinstance(each, int) else str(each).removeprefix("torch.") for each in self[1:]]
+        return names[0] if len(set(names)) == 1 else f"{names[0]} bases, {names[1]} loadings, {names[2]} private ends"
+
+
+def rounding_of(width: Width) -> float:
+    """Give the share of a unit vector's energy that storing it takes, about."""
+    return _ROUNDING[width]
+
+
+def row_bytes(length: int, width: Width) -> int:
+    """Give the bytes of one row.
+
+    Example:
+        >>> row_bytes(128, torch.float16), row_bytes(128, 4)
+        (256, 68)
+    """
+    if isinstance(width, int):
+        return -(-length * width // 8) + _SCALE_BYTES * -(-length // BLOCK)
+    return length * width.itemsize
+
+
+def store_rows(rows: Tensor, width: Width) -> Rows:
+    """Round rows ``[R, L]`` to what is stored; those of no length stay a tensor."""
+    if not isinstance(width, int):
+        return rows.to(width)
+    return pack(rows, width) if rows.shape[1] else rows.float()
+
+
+def values_of(rows: Rows) -> Tensor:
+    """Give the entries of stored rows: exact, in float32 if they are packed."""
+    return unpack(rows) if isinstance(rows, Packed) else rows
+
+
+def no_rows(length: int, dtype: torch.dtype) -> Tensor:
+    """Give no rows of a length."""
+    return torch.empty(0, length, dtype=dtype)
+
+
+def cat_rows(parts: Sequence[Rows]) -> Rows:
+    """Join rows; those of no part are dropped, so that they need not be packed."""
+    kept = [part for part in parts if part.shape[0]] or list(parts[:1])
+    if len(kept) == 1:
+        return kept[0]
+    packed = [part for part in kept if isinstance(part, Packed)]
+    if not packed:
+        return torch.cat([part for part in kept if isinstance(part, Tensor)])
+    assert len(packed) == len(kept)
+    assert len({part.bits for part in packed}) == 1
+    codes, scales = (torch.cat([getattr(part, name) for part in packed]) for name in ("codes", "scales"))
+    return Packed(codes, scales, packed[0].length, packed[0].bits)
+
+
+def take_rows(rows: Rows, index: Tensor) -> Rows:
+    """Give rows by their numbers."""
+    if isinstance(rows, Packed):
+        return Packed(rows.codes[index], rows.scales[index], rows.length, rows.bits)
+    return rows[index]
+
+
+def some_rows(rows: Rows, start: int, stop: int) -> Rows:
+    """Give rows ``[start, stop)`` as a view."""
+    return rows.rows(start, stop) if isinstance(rows, Packed) else rows[start:stop]
+
+
+def flip_rows(rows: Rows, signs: Tensor) -> Rows:
+    """Multiply each row by 1 or -1, exactly."""
+    if isinstance(rows, Packed):
+        return Packed(rows.codes, rows.scales * signs[:, None].to(rows.scales.dtype), rows.length, rows.bits)
+    return rows * signs[:, None].to(rows.dtype)
+
+
+def same_rows(one: Rows, other: Rows) -> bool:
+    """Say whether both are stored as the same bits."""
+    pairs = zip(tensors_of("", "", one), tensors_of("", "", other), strict=False)
+    return type(one) is type(other) and all(torch.equal(a, b) for (_, a), (_, b) in pairs)
+
+
+def tensors_of(field: str, slot: str, rows: Rows) -> list[tuple[str, Tensor]]:
+    """Give the tensors that hold rows in a file, by name: 8-bit codes as I8, 4-bit ones as U8, each with its scales."""
+    if not isinstance(rows, Packed):
+        return [(f"{field}.{slot}", rows)]
+    codes = rows.codes.view(torch.int8) if rows.bits == 8 else rows.codes
+    return [(f"{field}.{slot}", codes), (f"{field}_scales.{slot}", rows.scales)]
