@@ -15,12 +15,12 @@ def first_to_join(sizes: Sequence[int]) -> int:
     """Give the place from which on all segments become one; the number of segments if they stay as they are.
 
     Only what came last is joined, so tasks keep their order. Let ``S(c)`` be the longest tail of segments of size
-    class ``c`` at most. A tail with more than 8 segments for each class in it is joined, the smallest such tail first.
-    So there are at most 8 segments for each class, ``8 log8(bytes / 4096)`` in all, and those above 128 MiB,
-    which are left as they are. The
-    joined tail has at least 8 segments that are not in the tail of the next class below, so most of what is written
-    again moves up a class, and tasks of about one size are written once on each class: at most
-    ``1 + log8(total bytes / bytes of a task)`` times, and that much again where sizes are mixed to the worst.
+    class ``c`` at most; a class is eight times the one below. A tail with more than 8 segments for each class in it is
+    joined, the smallest such tail first. So there are at most 8 segments for each class, ``8 log8(bytes / 4096)`` in
+    all; those above 128 MiB are left alone, and each may have such a tail before it. A tail that is joined has at least
+    8 segments that the next smaller tail has not: what is written again moves up a class. Tasks of one size are written
+    at most once on each class, ``1 + log8(bytes of all / bytes of one)`` times; no order of sizes that was searched for
+    comes above that with the smallest for the one.
 
     Args:
         sizes: bytes of the segments, in order.

@@ -28,6 +28,11 @@ class Part:
     segment: Segment
     data: DataFile | None
 
+    @property
+    def living(self) -> int:
+        """The number of its tasks."""
+        return self.segment.living if self.data is None else self.data.living
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -49,7 +54,7 @@ def plan(opened: Opened, collection: Collection) -> Plan:
     parts, names = _compare(opened, collection)
     check_change(collection, opened.collection, [part.segment for part in parts if part.data is None])
     after = names.after(opened.names)
-    parts = [_without_dead(part) for part in parts if part.segment.living]
+    parts = [_without_dead(part) for part in parts if part.living]
     first = first_to_join([_size(part) for part in parts])
     groups = [[part] for part in parts[:first]] + ([parts[first:]] if first < len(parts) else [])
     parts = [_joined(group) for group in groups]
