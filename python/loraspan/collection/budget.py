@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,12 +15,17 @@ from loraspan.collection.columns import FORMS
 from loraspan.collection.factors import Canonical
 from loraspan.collection.layout import basis_bytes, columns_bytes
 from loraspan.collection.private import columns_within
-from loraspan.collection.rows import Width, Widths
+from loraspan.collection.rows import Width, Widths, rounding_of
 from loraspan.linalg.roots import gram_root
 from loraspan.ops.dense import eigh
 
-# Share of the squared budget set aside for what rounding the stored numbers adds.
-_SLACK = 0.1
+# Share of the squared budget that no truncation takes, beside what rounding is expected to: so that what is measured
+# in the end need not be compared with a sum that is equal to the last bit.
+_SLACK = 1e-6
+# What rounding may take above its expected share.
+_CAUTION = 1.1
+# More than any plan takes: of forms that rounding rules out.
+NEVER = 1 << 60
 
 
 class Plan(NamedTuple):
@@ -35,16 +41,26 @@ class Plan(NamedTuple):
     nbytes: int
 
 
-def allotments(spectra: Sequence[tuple[Sequence[int], Tensor]], count: int, max_error: float | Tensor) -> list[Tensor]:
+def allotments(
+    spectra: Sequence[tuple[Sequence[int], Tensor]],
+    count: int,
+    max_error: float | Tensor,
+    *,
+    prices: Sequence[int] | None = None,
+    rounding: float = 0.0,
+) -> list[Tensor]:
     r"""Share every task's squared budget out over its slots.
 
-    A share is what the cheapest all-private form would drop there (the smallest squared singular values of the
-    task, over all its slots, that fit the budget), plus a part of the rest in proportion to the slot's energy.
+    A share is what rounding takes there, what the cheapest all-private form would drop (the squared singular values of
+    the task, over all its slots, that cost the least per byte and fit the budget), and a part of the rest in proportion
+    to the slot's energy.
 
     Args:
         spectra: per slot, its tasks and their singular values ``[T, r]``.
         count: the number of tasks.
         max_error: relative, for every task or ``[N]``.
+        prices: bytes of a private column in each slot; one price for all if left out.
+        rounding: share of the energy of what is stored that rounding takes.
 
     Returns:
         Per slot ``[T]``: squared Frobenius norms; those of a task sum to ``max_error^2 |dW|^2``.
@@ -57,11 +73,15 @@ def allotments(spectra: Sequence[tuple[Sequence[int], Tensor]], count: int, max_
     """
     members = [torch.tensor(tasks) for tasks, _ in spectra]
     squares = [s.double().square() for _, s in spectra]
-    totals = _per_task(members, [value.sum(-1) for value in squares], count)
+    energies = [value.sum(-1) for value in squares]
+    totals = _per_task(members, energies, count)
     budgets = max_error**2 * totals
-    shares = _smallest_within(members, squares, (1 - _SLACK) * budgets)
+    expected = _CAUTION * rounding
+    prices = prices or [1] * len(spectra)
+    dropped = _cheapest_within(members, squares, ((1 - _SLACK) * budgets - expected * totals).clamp(min=0), prices)
+    shares = [drop + expected * energy for drop, energy in zip(dropped, energies, strict=True)]
     rest = (budgets - _per_task(members, shares, count)) / torch.where(totals > 0, totals, 1.0)
-    return [share + rest[tasks] * value.sum(-1) for tasks, share, value in zip(members, shares, squares, strict=True)]
+    return [share + rest[tasks] * energy for tasks, share, energy in zip(members, shares, energies, strict=True)]
 
 
 def _per_task(members: Sequence[Tensor], values: Sequence[Tensor], count: int) -> Tensor:
@@ -72,11 +92,14 @@ def _per_task(members: Sequence[Tensor], values: Sequence[Tensor], count: int) -
     return totals
 
 
-def _smallest_within(members: Sequence[Tensor], squares: Sequence[Tensor], budgets: Tensor) -> list[Tensor]:
-    """Per slot ``[T]``: the sum of those values that are among a task's smallest over all slots and fit its budget."""
+def _cheapest_within(
+    members: Sequence[Tensor], squares: Sequence[Tensor], budgets: Tensor, prices: Sequence[int]
+) -> list[Tensor]:
+    """Per slot ``[T]``: the sum of the values that drop the most bytes for a task's budget, over all its slots."""
     values = torch.cat([value.flatten() for value in squares])
+    per_byte = torch.cat([value.flatten() / price for value, price in zip(squares, prices, strict=True)])
     owners = torch.cat([t.repeat_interleave(v.shape[1]) for t, v in zip(members, squares, strict=True)])
-    order = torch.argsort(values, stable=True)
+    order = torch.argsort(per_byte, stable=True)
     order = order[torch.argsort(owners[order], stable=True)]
     owner, running = owners[order], values[order].cumsum(0)
     starts = torch.searchsorted(owner, torch.arange(len(budgets)))
@@ -117,47 +140,78 @@ class Planner:
         self._in = canonical.y.mT @ inn
         self._allowed = allowed
         self._widths = Widths.of(widths)
+        self._spectra: dict[tuple[str, int, int], tuple[Tensor, ...]] = {}
+
+    def at(self, allowed: Tensor, widths: Widths) -> Planner:
+        """Give the planner of the same slot for other allotments and widths; spectra are shared."""
+        other = copy.copy(self)
+        other._allowed, other._widths = allowed, widths
+        return other
 
     def bytes_by_form(self) -> dict[str, NDArray[np.int64]]:
         """Give the bytes that every task's columns take in each form that the whole bases permit, ``[T]``."""
         rank_out, rank_in = self._out.shape[2], self._in.shape[2]
-        found = {"pp": self._columns(0, 0, {"pp": columns_within(self._s, self._allowed)})}
+        found = {"pp": self._alone()}
         if rank_out:
-            found["sp"] = self._columns(rank_out, 0, self._one_sided_counts("sp", rank_out))
+            found["sp"] = self._one_sided("sp", rank_out)
         if rank_in:
-            found["ps"] = self._columns(0, rank_in, self._one_sided_counts("ps", rank_in))
+            found["ps"] = self._one_sided("ps", rank_in)
         if rank_out and rank_in:
-            found["ss"] = np.minimum(*self._both_columns(rank_out, rank_in))
+            found["ss"] = np.minimum(*self._both(rank_out, rank_in))
         return found
 
     def plans(self) -> list[Plan]:
         """Every form, at widths that double up to those of the ranges; the all-private one first."""
         widest = max(self._out.shape[2], self._in.shape[2])
         widths = sorted({2**i for i in range(2, widest.bit_length()) if 2**i < widest} | {widest}) if widest else []
-        alone = {"pp": columns_within(self._s, self._allowed)}
-        found = [self._plan("pp", 0, 0, self._columns(0, 0, alone))]
+        found = [self._plan("pp", 0, 0, self._alone())]
         for width in widths:
             rank_out, rank_in = min(width, self._out.shape[2]), min(width, self._in.shape[2])
-            found += [self._both(rank_out, rank_in), self._one_sided("ps", rank_in), self._one_sided("sp", rank_out)]
+            both = [self._plan("ss", rank_out, rank_in, columns) for columns in self._both(rank_out, rank_in)]
+            found += [
+                min(both, key=lambda plan: plan.nbytes),
+                self._plan("ps", 0, rank_in, self._one_sided("ps", rank_in)),
+                self._plan("sp", rank_out, 0, self._one_sided("sp", rank_out)),
+            ]
         return found
 
     def _plan(self, form: str, rank_out: int, rank_in: int, columns: NDArray[np.int64]) -> Plan:
         n, d = self._shape
-        return Plan(form, rank_out, rank_in, int(columns.sum()) + basis_bytes(n, d, rank_out, rank_in, self._widths))
+        total = min(int(columns.sum()), NEVER)
+        return Plan(form, rank_out, rank_in, total + basis_bytes(n, d, rank_out, rank_in, self._widths))
+
+    def _alone(self) -> NDArray[np.int64]:
+        allowed, possible = self._left_by_rounding(2 * rounding_of(self._widths.private))
+        return self._columns(0, 0, {"pp": columns_within(self._s, allowed)}, possible)
+
+    def _left_by_rounding(self, share: float) -> tuple[Tensor, Tensor]:
+        """Give what may be truncated where rounding takes a share of the energy, and whether it leaves anything."""
+        allowed = self._allowed - share * self._s.square().sum(-1)
+        # a zero task needs nothing
+        return allowed.clamp(min=0), (allowed > 0) | (self._s[:, :1] == 0).all(-1)
 
     def _columns(
-        self, rank_out: int, rank_in: int, counts: dict[str, Tensor], dense: bool = False
+        self, rank_out: int, rank_in: int, counts: dict[str, Tensor], possible: Tensor, dense: bool = False
     ) -> NDArray[np.int64]:
         n, d = self._shape
         table = torch.stack([counts.get(form, torch.zeros(len(self._s), dtype=torch.int64)) for form in FORMS], dim=-1)
-        return columns_bytes(table.numpy(), n=n, d=d, k_out=rank_out, k_in=rank_in, dtype=self._widths, dense=dense)
+        found = columns_bytes(table.numpy(), n=n, d=d, k_out=rank_out, k_in=rank_in, dtype=self._widths, dense=dense)
+        return np.where(possible.numpy(), found, NEVER // max(len(self._s), 1))
 
-    def _both(self, rank_out: int, rank_in: int) -> Plan:
-        found = [self._plan("ss", rank_out, rank_in, columns) for columns in self._both_columns(rank_out, rank_in)]
-        return min(found, key=lambda plan: plan.nbytes)
-
-    def _both_columns(self, rank_out: int, rank_in: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def _both(self, rank_out: int, rank_in: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """With factored and with dense cores."""
+        if ("ss", rank_out, rank_in) not in self._spectra:
+            self._spectra["ss", rank_out, rank_in] = (self._rest_of_both(rank_out, rank_in),)
+        (spectrum,) = self._spectra["ss", rank_out, rank_in]
+        share = 2 * rounding_of(self._widths.basis) + 2 * rounding_of(self._widths.loadings)
+        allowed, possible = self._left_by_rounding(share)
+        private = columns_within(spectrum, allowed)
+        core = (self._s > 0).sum(-1).clamp(max=min(rank_out, rank_in))
+        ranks, whole = (rank_out, rank_in), torch.full_like(core, rank_in)
+        factored = self._columns(*ranks, {"ss": core, "pp": private}, possible)
+        return factored, self._columns(*ranks, {"ss": whole, "pp": private}, possible, dense=True)
+
+    def _rest_of_both(self, rank_out: int, rank_in: int) -> Tensor:
         b, a = self._out[..., :rank_out], self._in[..., :rank_in]
         # dW = B' A', B' = U b^T + B_rest, A' = a V^T + A_rest: what is left is U b^T A_rest + B_rest A'
         diagonal = torch.diag_embed(self._s)
@@ -165,24 +219,21 @@ class Planner:
         rest_out, zero = diagonal - seen_out, torch.zeros_like(diagonal)
         left = torch.cat([torch.cat([seen_out, zero], 2), torch.cat([zero, rest_out], 2)], 1)
         right = torch.cat([torch.cat([rest_in, rest_in], 2), torch.cat([rest_in, diagonal], 2)], 1)
-        private = columns_within(product_spectrum(left, right), self._allowed)
-        core = (self._s > 0).sum(-1).clamp(max=min(rank_out, rank_in))
-        ranks, whole = (rank_out, rank_in), torch.full_like(core, rank_in)
-        factored = self._columns(*ranks, {"ss": core, "pp": private})
-        return factored, self._columns(*ranks, {"ss": whole, "pp": private}, dense=True)
+        return product_spectrum(left, right)
 
-    def _one_sided(self, form: str, rank: int) -> Plan:
-        ranks = (0, rank) if form == "ps" else (rank, 0)
-        return self._plan(form, *ranks, self._columns(*ranks, self._one_sided_counts(form, rank)))
-
-    def _one_sided_counts(self, form: str, rank: int) -> dict[str, Tensor]:
-        seen = (self._in if form == "ps" else self._out)[..., :rank]
-        inside, other = seen @ seen.mT, torch.diag_embed(self._s)
-        # the other factor's columns are orthogonal, of squared lengths s; the two parts are orthogonal to each other
-        shared, private = (product_spectrum(other, part) for part in (inside, other - inside))
+    def _one_sided(self, form: str, rank: int) -> NDArray[np.int64]:
+        if (form, rank, 0) not in self._spectra:
+            seen = (self._in if form == "ps" else self._out)[..., :rank]
+            inside, other = seen @ seen.mT, torch.diag_embed(self._s)
+            # the other factor's columns are orthogonal, of squared lengths s; the two parts are orthogonal too
+            self._spectra[form, rank, 0] = (product_spectrum(other, inside), product_spectrum(other, other - inside))
+        shared, private = self._spectra[form, rank, 0]
         prices = [column_bytes(kind, self._shape, rank, self._widths) for kind in (form, "pp")]
-        counts = one_sided_counts(shared, private, self._allowed, *prices)
-        return {form: counts[0], "pp": counts[1]}
+        share = sum(map(rounding_of, self._widths[1:]))
+        allowed, possible = self._left_by_rounding(share)
+        counts = one_sided_counts(shared, private, allowed, *prices)
+        ranks = (0, rank) if form == "ps" else (rank, 0)
+        return self._columns(*ranks, {form: counts[0], "pp": counts[1]}, possible)
 
 
 def column_bytes(form: str, shape: tuple[int, int], rank: int, widths: Widths) -> int:

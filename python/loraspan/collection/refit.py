@@ -18,15 +18,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from loraspan.collection.budget import allotments
-from loraspan.collection.build import SlotBuilder
 from loraspan.collection.collection import Collection, Segment, SlotSpace, Task
 from loraspan.collection.columns import Columns
 from loraspan.collection.factors import SlotFactors
 from loraspan.collection.fit import Goal, fit_shared, total_squares
 from loraspan.collection.rows import Widths
 from loraspan.collection.stored import stored_slots
-from loraspan.collection.within import fit_joint, fit_within
+from loraspan.collection.within import Fitters, fit_within
 from loraspan.errors import ArgumentError
 
 _Report = Callable[[str, int, int], None]
@@ -122,16 +120,11 @@ def _within_loss(
 ) -> _Fitted:
     if rank is None:
         return fit_within(slots, squares, allowed, widths, seed, refine, report)
-    canonicals = [slot.canonical() for slot in slots]
-    spectra = [(slot.members, c.s) for slot, c in zip(slots, canonicals, strict=True)]
-    weights = torch.where(squares > 0, squares.rsqrt(), 0.0)
+    fitters = Fitters(slots, squares, coarse=False, seed=seed, refine=refine)
     fitted = []
-    for i, (slot, canonical, share) in enumerate(
-        zip(slots, canonicals, allotments(spectra, len(squares), allowed), strict=True)
-    ):
+    for i, (fitter, share) in enumerate(zip(fitters.slots, fitters.shares(allowed, widths), strict=True)):
         report("fit", i, len(slots))
-        builder = SlotBuilder(slot, canonical, weights[torch.tensor(slot.members)], share, widths)
-        fitted.append(fit_joint(builder, rank, refine, seed))
+        fitted.append(fitter.build_joint(rank, share, widths))
     return fitted
 
 
