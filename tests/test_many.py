@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import planted
@@ -144,7 +145,7 @@ def test_summaries_are_widened_until_they_hold_the_energy(shared, tmp_path, monk
     from loraspan.many import run as runs
 
     monkeypatch.setattr(runs, "widths_for", lambda ranks: dict.fromkeys(ranks, 2))
-    root, adapters = shared
+    root, _ = shared
     run(root, tmp_path / "out", energy=0.9)
     space = loraspan.open(tmp_path / "out")
     lost = sum((space.errors[f"{i:03d}"]) ** 2 * t.norm**2 for i, t in enumerate(space.collection.tasks))
@@ -155,17 +156,18 @@ def test_summaries_are_widened_until_they_hold_the_energy(shared, tmp_path, monk
 def test_files_are_closed_and_groups_forgotten(shared, tmp_path):
     """Not one descriptor stays open for a source, and no more maps than a group has."""
     root, _ = shared
-    before = len(os.listdir("/proc/self/fd"))
+    descriptors = Path("/proc/self/fd")
+    before = len(list(descriptors.iterdir()))
     seen = []
 
     def progress(_stage, _done, _total):
-        with open("/proc/self/maps") as file:  # noqa: PTH123
-            mapped = sum(str(root) in line for line in file)
-        seen.append((len(os.listdir("/proc/self/fd")) - before, mapped))
+        mapped = Path("/proc/self/maps").read_text().count(str(root))
+        seen.append((len(list(descriptors.iterdir())) - before, mapped))
 
     run(root, tmp_path / "out", progress=progress)
-    assert max(descriptors for descriptors, _ in seen) <= 3
-    assert max(mapped for _, mapped in seen) < COUNT
+    assert max(more for more, _ in seen) <= 3
+    # slots of a group hold on to it until its result is there
+    assert max(mapped for _, mapped in seen) <= 5
 
 
 def test_progress_counts_bytes(shared, tmp_path):
@@ -258,7 +260,7 @@ def test_a_bad_adapter_stops_the_run_or_is_set_aside(spoil, name, kind, reason, 
     report = run(tmp_path / "in", tmp_path / "out", on_error="skip")
     assert report.tasks == COUNT - 1
     assert [one.source for one in report.aside] == [str(tmp_path / "in" / name)]
-    assert __import__("re").search(reason, report.aside[0].reason)
+    assert re.search(reason, report.aside[0].reason)
     assert name not in loraspan.open(tmp_path / "out").tasks
     if spoil is not spoil_nan:
         # who is not there from the beginning leaves no trace

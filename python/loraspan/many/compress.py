@@ -18,7 +18,7 @@ from loraspan.collection.layout import collection_bytes
 from loraspan.collection.summary import summarize
 from loraspan.errors import ArgumentError, LoraspanError, StoreError
 from loraspan.many.census import Aside, Census, find_each, take_census
-from loraspan.many.ledger import Ledger
+from loraspan.many.ledger import DONE, Ledger
 from loraspan.many.publish import PUBLISH, gather, publish
 from loraspan.many.run import Progress, Run
 
@@ -167,12 +167,19 @@ def compress_many(
     ledger = Ledger(folder.with_name(f"{folder.name}.progress"))
     report = progress or (lambda _stage, _done, _total: None)
     skip = on_error == "skip"
-    if not ledger.has(PUBLISH):
-        _check_free(folder, overwrite)
+    arguments = _arguments(goal, size, hash_files, overwrite)
     with ledger.held():
+        made = _finished(ledger, arguments, sources, skip)
+        if made is not None:
+            ledger.drop()
+            return made
+        if ledger.is_barren():
+            ledger.clear()
         try:
-            resumed = ledger.claim(_arguments(goal, size, hash_files, overwrite))
-            census = _census(ledger, sources, skip, resumed, report)
+            ledger.claim(arguments)
+            if not ledger.has(PUBLISH):
+                _check_free(folder, overwrite)
+            census = _census(ledger, sources, skip, report)
             run = Run(ledger, census, goal, skip, hash_files, size, executor, report)
             collection, aside = gather(ledger, run.segments(), census, goal.dtype, skip)
         except LoraspanError:
@@ -184,8 +191,21 @@ def compress_many(
         collection = replace(collection, summary=summarize(collection, nbytes))
         publish(ledger, collection, folder, overwrite)
         made = _report(folder, collection, nbytes, (*census.aside, *aside))
+        ledger.write_json(DONE, {"arguments": arguments, "report": made.as_dict(), "census": census.as_dict()})
         ledger.drop()
     return made
+
+
+def _finished(ledger: Ledger, arguments: dict[str, Any], sources: Sources, skip: bool) -> ManyReport | None:
+    """Give the report of a run that was cut short when all was done, if it was this one; another's is cleared away."""
+    if not ledger.has(DONE):
+        return None
+    done = ledger.read_json(DONE)
+    if done["arguments"] == arguments and _changed(done["census"], sources, skip) is None:
+        table = done["report"]
+        return ManyReport(**{**table, "aside": tuple(Aside(**one) for one in table["aside"])})
+    ledger.clear()
+    return None
 
 
 def _check_free(folder: Path, overwrite: bool) -> None:
@@ -216,21 +236,26 @@ def _version() -> str:
         return "unknown"
 
 
-def _census(ledger: Ledger, sources: Sources, skip: bool, resumed: bool, report: Progress) -> Census:
+def _census(ledger: Ledger, sources: Sources, skip: bool, report: Progress) -> Census:
     """Take the census, or see that the sources are those of the one that was taken."""
-    if not resumed or not ledger.has(CENSUS):
+    if not ledger.has(CENSUS):
         census = take_census(sources, skip, lambda done, total: report("read", done, total))
         ledger.write_json(CENSUS, census.as_dict())
         return census
-    census = Census.from_dict(ledger.read_json(CENSUS))
-    changed = census.changed(find_each(sources, skip, []))
-    if changed is None and census.aside and not skip:
-        changed = f"{census.aside[0].source} was set aside, which on_error='stop' does not allow"
-    if changed is not None:
+    table = ledger.read_json(CENSUS)
+    if (changed := _changed(table, sources, skip)) is not None:
         raise StoreError(
             f"{ledger.path}: a run is not finished here, and since it began {changed}. Remove this folder to begin anew"
         )
-    return census
+    return Census.from_dict(table)
+
+
+def _changed(table: dict[str, Any], sources: Sources, skip: bool) -> str | None:
+    """Say what is not as it was when a census was taken."""
+    census = Census.from_dict(table)
+    if census.aside and not skip:
+        return f"{census.aside[0].source} was set aside, which on_error='stop' does not allow"
+    return census.changed(find_each(sources, skip, []))
 
 
 def _report(folder: Path, collection: Collection, nbytes: int, aside: tuple[Aside, ...]) -> ManyReport:

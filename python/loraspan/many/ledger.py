@@ -25,6 +25,8 @@ from loraspan.errors import FormatError, StoreError
 from loraspan.store import files
 
 _RUN = "run.json"
+# the last piece: nothing is to be done but to remove the folder
+DONE = "done.json"
 _LOCK = ".lock"
 _TEMPORARY = ".tmp-"
 _NOTES = "notes"
@@ -138,10 +140,16 @@ class Ledger:
         for name in names:
             files.remove(self.path / name)
 
+    def clear(self) -> None:
+        """Remove all pieces; that which says that the run is done goes last."""
+        for entry in sorted(self.path.iterdir(), key=lambda entry: entry.name == DONE):
+            if entry.name != _LOCK:
+                files.remove(entry)
+
     def drop(self) -> None:
-        """Remove the whole folder, what says which run it is of last."""
-        for entry in sorted(self.path.iterdir(), key=lambda entry: (entry.name == _RUN, entry.name)):
-            files.remove(entry)
+        """Remove the whole folder."""
+        self.clear()
+        files.remove(self.path / _LOCK)
         self.path.rmdir()
 
     def claim(self, arguments: Mapping[str, Any]) -> bool:

@@ -67,7 +67,12 @@ def publish(ledger: Ledger, collection: Collection, folder: Path, overwrite: boo
         ledger.write_json(PUBLISH, {"parent": now})
     parent = ledger.read_json(PUBLISH)["parent"]
     if now == parent:
-        store.save(collection, folder, overwrite=overwrite, parent=parent)
+        try:
+            store.save(collection, folder, overwrite=overwrite, parent=parent)
+        except StoreError:
+            # nothing was written: what stands there the next time is another matter
+            ledger.remove([PUBLISH])
+            raise
     elif not _same(collection, store.open(folder)):
         raise StoreError(
             f"{folder}: another writer was faster: it was at generation {parent} and is at {now}; {ledger.path} holds "
