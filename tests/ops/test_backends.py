@@ -12,7 +12,7 @@ from devices import interpreting
 from loraspan import _core, _native
 from loraspan._dispatch import Backend, choose
 from loraspan.errors import BackendError
-from loraspan.ops import combine, dense, gram, power, reconstruct, sketch, squares
+from loraspan.ops import combine, dense, gram, pack, power, reconstruct, sketch, squares, unpack
 from matrices import blocks, normal
 from oracles import F64
 
@@ -35,6 +35,8 @@ CALLS = {
     "power": lambda backend: power(X, Q, backend=backend),
     "reconstruct": lambda backend: reconstruct(X, X.T, backend=backend),
     "squares": lambda backend: squares(X, backend=backend),
+    "pack": lambda backend: unpack(pack(X, 4, backend=backend)),
+    "unpack": lambda backend: unpack(pack(X, 4), backend=backend),
     "eigh": lambda backend: dense.eigh(Q @ Q.T, backend=backend).vectors,
     "svd": lambda backend: dense.svd(Q, backend=backend).u,
     "gram_root": lambda backend: dense.gram_root(Q.T @ Q, backend=backend).r,
@@ -44,6 +46,8 @@ CALLS = {
 # the tables that lie with another operator's, by module and name
 TABLES = {
     "power": ("sketch", "POWER_BACKENDS"),
+    "pack": ("packed", "PACK_BACKENDS"),
+    "unpack": ("packed", "UNPACK_BACKENDS"),
     "eigh": ("dense", "EIGH_BACKENDS"),
     "svd": ("dense", "SVD_BACKENDS"),
     "gram_root": ("dense", "ROOT_BACKENDS"),
