@@ -67,10 +67,7 @@ class Drafts:
         except FileExistsError:
             replaced = False
         if not replaced or path.exists() or target.stat().st_size != size:
-            raise StoreError(
-                f"{target}: its file system does not put a new file in place of an old one, without which no change "
-                "can be made in one step: the store is as it was before; copy it to another disk to change it"
-            )
+            raise not_replaced(target)
 
     def discard(self) -> None:
         """Remove everything but what the current generation may consist of."""
@@ -79,6 +76,14 @@ class Drafts:
         if current(self._folder) != self._number:
             for path in reversed(self._made):
                 files.remove(path)
+
+
+def not_replaced(target: Path) -> StoreError:
+    """Give the error for a file that did not take the place of another."""
+    return StoreError(
+        f"{target}: its file system does not put a new file in place of an old one, without which no change can be "
+        "made in one step: the store is as it was before; copy it to another disk to change it"
+    )
 
 
 @contextlib.contextmanager

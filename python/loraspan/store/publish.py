@@ -10,7 +10,7 @@ from pathlib import Path
 from loraspan.errors import ArgumentError, FormatError, StoreError
 from loraspan.store import files
 from loraspan.store import manifest as manifests
-from loraspan.store.drafts import Drafts, tidy, unfinished
+from loraspan.store.drafts import Drafts, not_replaced, tidy, unfinished
 from loraspan.store.format import (
     CURRENT,
     DATA_FILE,
@@ -67,6 +67,8 @@ def _publish(folder: Path, manifest: Manifest, drafts: Drafts) -> bytes:
     # every file that the manifest names, and the manifest, have to last before CURRENT names them
     files.sync_folder(folder)
     drafts.write(CURRENT, f"{manifest.generation}\n".encode())
+    if current(folder) != manifest.generation:
+        raise not_replaced(folder / CURRENT)
     files.sync_folder(folder)
     return data
 
