@@ -236,10 +236,8 @@ def _renamed(entry: Any, tasks: int, removed: set[int], what: str, file: str) ->
     pairs = []
     for key, name in names.items():
         if not _NUMBER.fullmatch(key) or int(key) >= tasks or int(key) in removed or type(name) is not str:
-            problem = (
-                f"'renamed' has to name some of its {tasks} tasks that were not removed; {key[:40]!r} is none, or "
-            )
-            raise DamagedError(file, what, problem + "its name is no text")
+            what_for = f"'renamed' has to give names to some of the {tasks} tasks that were not removed"
+            raise DamagedError(file, what, f"{what_for}, not to {key[:40]!r}")
         pairs.append((int(key), name))
     return tuple(sorted(pairs))
 
