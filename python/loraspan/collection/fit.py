@@ -17,10 +17,12 @@ from loraspan.collection.collection import Collection, Segment, SlotSpace, Task
 from loraspan.collection.columns import Columns
 from loraspan.collection.core_space import energy_by_rank, refine_jointly
 from loraspan.collection.factors import SlotFactors, read_factors
+from loraspan.collection.layout import collection_bytes
+from loraspan.collection.plans import CANDIDATES, Options, Outcome, PlanLine, fit_bytes, fit_smallest
 from loraspan.collection.ranges import Range, find_range
-from loraspan.collection.rows import Widths
+from loraspan.collection.rows import WIDTHS, Width, Widths
 from loraspan.collection.stack import Stack
-from loraspan.collection.within import fit_within
+from loraspan.collection.within import Fitted, fit_within
 from loraspan.errors import ArgumentError, MismatchError
 
 Progress = Callable[[str, int, int], None]
@@ -34,28 +36,33 @@ _FINE_ENERGY = 1 - 1e-4
 
 @dataclass(frozen=True)
 class Goal:
-    """What a fit is asked for: exactly one of ``rank``, ``energy`` and ``max_error``.
+    """What a fit is asked for: exactly one of ``rank``, ``energy``, ``max_error`` and ``max_bytes``.
 
     Attributes:
         rank: width of every basis (cut to the numerical rank); all ends shared.
         energy: share of the collection's energy that every slot keeps; all ends shared.
         max_error: relative error on ``dW`` that no task exceeds; shared columns where they pay, private for the rest.
         refine: iterations of joint refinement.
-        dtype: of bases, loadings and private columns.
+        dtype: of bases, loadings and private columns: a floating dtype, 8 or 4 bits; None for what takes the fewest
+            bytes, with ``max_error`` or ``max_bytes``.
         seed: of the sketches.
+        max_bytes: all bytes on disk; the worst task's error is made as small as they allow.
     """
 
     rank: int | None = None
     energy: float | None = None
     max_error: float | None = None
     refine: int = 2
-    dtype: torch.dtype = torch.float32
+    dtype: Width | None = torch.float32
     seed: int = 0
+    max_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        given = [name for name in ("rank", "energy", "max_error") if getattr(self, name) is not None]
+        given = [name for name in ("rank", "energy", "max_error", "max_bytes") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ArgumentError(f"compress: give exactly one of rank, energy and max_error; got {given or 'none'}")
+            raise ArgumentError(
+                f"compress: give exactly one of rank, energy, max_error and max_bytes; got {given or 'none'}"
+            )
         if self.rank is not None and self.rank < 1:
             raise ArgumentError(f"compress: rank is at least 1; got {self.rank}")
         if self.energy is not None and not 0 < self.energy <= 1:
@@ -64,14 +71,39 @@ class Goal:
             raise ArgumentError(f"compress: max_error is between 0 and 1; got {self.max_error}")
         if self.refine < 0:
             raise ArgumentError(f"compress: refine is at least 0; got {self.refine}")
-        if self.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ArgumentError(f"compress: dtype is float32, bfloat16 or float16; got {self.dtype}")
+        if self.dtype is not None and self.dtype not in WIDTHS.values():
+            raise ArgumentError(
+                f"compress: dtype is float32, bfloat16, float16, int8 or 'int4' (8 and 4 bits in blocks); "
+                f"got {self.dtype}"
+            )
+
+    @property
+    def widths(self) -> Widths:
+        """Of a fit that does not choose; float32 where none is asked for."""
+        return Widths.of(torch.float32 if self.dtype is None else self.dtype)
+
+    @property
+    def floats(self) -> torch.dtype:
+        """Of what is not packed."""
+        return self.widths.dtype
+
+    @property
+    def candidates(self) -> tuple[Widths, ...]:
+        """What a fit that chooses may choose from."""
+        return CANDIDATES if self.dtype is None else (self.widths,)
 
 
 def fit(
     adapters: Sequence[Adapter], goal: Goal, progress: Progress | None = None, place: torch.device | None = None
 ) -> Collection:
-    """Give the collection of ``adapters`` that meets ``goal``.
+    """Give the collection of ``adapters`` that meets ``goal``; see :func:`fit_with_plans`."""
+    return fit_with_plans(adapters, goal, progress, place)[0]
+
+
+def fit_with_plans(
+    adapters: Sequence[Adapter], goal: Goal, progress: Progress | None = None, place: torch.device | None = None
+) -> tuple[Collection, tuple[PlanLine, ...]]:
+    """Give the collection of ``adapters`` that meets ``goal``, and the plans that were counted for it, if any.
 
     Args:
         adapters: at least one, with distinct names; an adapter may lack slots that others have.
@@ -80,7 +112,8 @@ def fit(
         place: the device to compute with the factors, None for where they lie; the collection lies on the CPU.
 
     Raises:
-        ArgumentError: if there is no adapter, or ``max_error`` is below what rounding to ``goal.dtype`` allows.
+        ArgumentError: if there is no adapter, ``max_error`` is below what rounding to ``goal.dtype`` allows, or
+            ``max_bytes`` is too few.
         MismatchError: if names clash or adapters disagree on a slot.
         NotFiniteError: if a factor holds a NaN or an infinity.
     """
@@ -90,23 +123,57 @@ def fit(
     slots = read_factors(adapters, place)
     report("read", len(adapters), len(adapters))
     squares = total_squares(slots, len(adapters))
-    widths = Widths.of(goal.dtype)
-    if goal.max_error is not None:
-        fitted = fit_within(slots, squares, goal.max_error, widths, goal.seed, goal.refine, report)
-    else:
+    outcome = _fit_slots(adapters, slots, squares, goal, report)
+    report("fit", len(slots), len(slots))
+    collection = collect(adapters, slots, squares, outcome.fitted, outcome.widths)
+    check_met("compress", collection.tasks, goal.max_error, outcome.widths)
+    return collection, outcome.plans
+
+
+def _fit_slots(
+    adapters: Sequence[Adapter], slots: Sequence[SlotFactors], squares: Tensor, goal: Goal, report: Progress
+) -> Outcome:
+    if goal.max_error is not None and goal.dtype is not None:
+        fitted = fit_within(slots, squares, goal.max_error, goal.widths, goal.seed, goal.refine, report)
+        return Outcome(fitted, goal.widths, goal.max_error, ())
+    if goal.max_error is None and goal.max_bytes is None:
         fitted = []
         for i, slot in enumerate(slots):
             report("fit", i, len(slots))
             fitted.append(fit_shared(slot, squares, goal))
-    report("fit", len(slots), len(slots))
+        return Outcome(fitted, goal.widths, 0.0, ())
+    options = Options(goal.candidates, goal.seed, goal.refine, report)
+    if goal.max_error is not None:
+        return fit_smallest(slots, squares, goal.max_error, options)
+    assert goal.max_bytes is not None
+
+    def measure(fitted: list[Fitted], widths: Widths) -> int:
+        return collection_bytes(collect(adapters, slots, squares, fitted, widths))
+
+    found = fit_bytes(slots, squares, goal.max_bytes, measure, options)
+    if isinstance(found, int):
+        raise ArgumentError(
+            f"compress: max_bytes={goal.max_bytes:,} cannot be met: {len(adapters)} adapters take {found:,} bytes at "
+            f"the least, extras, names and configurations included; allow more"
+        )
+    return found
+
+
+def collect(
+    adapters: Sequence[Adapter],
+    slots: Sequence[SlotFactors],
+    squares: Tensor,
+    fitted: Sequence[Fitted],
+    widths: Widths,
+) -> Collection:
+    """Put fitted slots together, with what is known of every task."""
     lost = torch.zeros(len(adapters), dtype=torch.float64)
     for slot, (_, _, slot_lost) in zip(slots, fitted, strict=True):
         lost.index_add_(0, torch.tensor(slot.members), slot_lost)
     spaces = {slot.path: space for slot, (space, _, _) in zip(slots, fitted, strict=True)}
     columns = {slot.path: made for slot, (_, made, _) in zip(slots, fitted, strict=True)}
-    tasks = describe(adapters, squares, lost)
-    check_met("compress", tasks, goal.max_error, widths)
-    return Collection(spaces, (Segment(tasks, columns),), goal.dtype, _base_model(adapters))
+    one = Segment(describe(adapters, squares, lost), columns)
+    return Collection(spaces, (one,), widths.dtype, _base_model(adapters), bits=widths.bits)
 
 
 def _check_names(adapters: Sequence[Adapter]) -> None:
@@ -139,6 +206,7 @@ def total_squares(slots: Sequence[SlotFactors], count: int) -> Tensor:
 
 def fit_shared(slot: SlotFactors, squares: Tensor, goal: Goal) -> tuple[SlotSpace, Columns, Tensor]:
     """Fit one slot with all ends shared."""
+    widths = goal.widths
     members = torch.tensor(slot.members)
     # a task's relative error counts where a rank is asked for, the collection's energy where that is
     norms = squares[members].sqrt()
@@ -149,10 +217,10 @@ def fit_shared(slot: SlotFactors, squares: Tensor, goal: Goal) -> tuple[SlotSpac
     ranges, cores, ranks = _choose_ranks(slot, sides, goal, precision)
     turns = refine_jointly(cores * weights[:, None, None], *ranks, goal.refine)
     out, inn = (
-        make_basis(side, found.w @ turn, goal.dtype) for side, found, turn in zip(sides, ranges, turns, strict=True)
+        make_basis(side, found.w @ turn, widths.basis) for side, found, turn in zip(sides, ranges, turns, strict=True)
     )
-    shared = shared_cores(out, inn, slot.scales, slot.squares, goal.dtype)
-    columns = assemble(slot.members, [shared.part], slot.shape, ranks, goal.dtype)
+    shared = shared_cores(out, inn, slot.scales, slot.squares, widths.loadings)
+    columns = assemble(slot.members, [shared.part], slot.shape, (out.rank, inn.rank), widths.dtype)
     return SlotSpace(out.v, inn.v, slot.kind, slot.kernel), columns, shared.squares
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from loraspan.errors import ArgumentError
 from loraspan.ops.packed import Packed, pack, unpack
 from loraspan.ops.packed_reference import BLOCK
 
@@ -65,6 +66,34 @@ class Widths(NamedTuple):
     def __str__(self) -> str:
         names = [f"int{each}" if isinstance(each, int) else str(each).removeprefix("torch.") for each in self[1:]]
         return names[0] if len(set(names)) == 1 else f"{names[0]} bases, {names[1]} loadings, {names[2]} private ends"
+
+
+WIDTHS: dict[str, Width] = {
+    "f32": torch.float32,
+    "bf16": torch.bfloat16,
+    "f16": torch.float16,
+    "int8": 8,
+    "int4": 4,
+}
+
+
+def width_named(operator: str, given: torch.dtype | str) -> Width:
+    """Give a width from a dtype, or from a name of :data:`WIDTHS` or of a torch dtype.
+
+    Raises:
+        ArgumentError: if there is no such width.
+
+    Example:
+        >>> width_named("compress", "int4"), width_named("compress", torch.int8)
+        (4, 8)
+    """
+    names = {**WIDTHS, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    found = names.get(str(given).removeprefix("torch."))
+    if found is None:
+        raise ArgumentError(
+            f"{operator}: dtype is float32, bfloat16, float16, int8 or 'int4' (8 and 4 bits in blocks); got {given!r}"
+        )
+    return found
 
 
 def rounding_of(width: Width) -> float:

@@ -122,6 +122,15 @@ class SlotFitter:
                 return plan
             self._planner = None
 
+    def bytes_by_form(self, allowed: Tensor, widths: Widths) -> dict[str, int]:
+        """Give the bytes of the cheapest plan of each form."""
+        self.plan(allowed, widths)
+        assert self._planner is not None
+        found: dict[str, int] = {}
+        for plan in self._planner.at(allowed, widths).plans():
+            found[plan.form] = min(plan.nbytes, found.get(plan.form, plan.nbytes))
+        return found
+
     def build(self, plan: Plan, allowed: Tensor, widths: Widths) -> Fitted:
         """Give the slot's bases and columns by a plan of the same budget, and ``[T]`` squared losses."""
         assert self._ranges is not None

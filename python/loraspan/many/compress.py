@@ -162,6 +162,8 @@ def compress_many(
     goal = Goal(rank, energy, max_error, refine, dtype, seed)
     if on_error not in ("stop", "skip"):
         raise ArgumentError(f"compress: on_error is 'stop' or 'skip'; got {on_error!r}")
+    if goal.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ArgumentError(f"compress: with memory= dtype is float32, bfloat16 or float16; got {goal.dtype}")
     size = parse_size(memory)
     folder = Path(out)
     ledger = Ledger(folder.with_name(f"{folder.name}.progress"))
@@ -181,7 +183,7 @@ def compress_many(
                 _check_free(folder, overwrite)
             census = _census(ledger, sources, skip, report)
             run = Run(ledger, census, goal, skip, hash_files, size, executor, report)
-            collection, aside = gather(ledger, run.segments(), census, goal.dtype, skip)
+            collection, aside = gather(ledger, run.segments(), census, goal.floats, skip)
         except LoraspanError:
             # nothing to go on with: the next run may be a different one
             if ledger.is_barren():
@@ -221,7 +223,7 @@ def _arguments(goal: Goal, memory: int, hash_files: bool, overwrite: bool) -> di
     """Give what decides the bits of the result, and who may read what is kept."""
     return {
         **asdict(goal),
-        "dtype": str(goal.dtype),
+        "dtype": str(goal.floats),
         "memory": memory,
         "hash_files": hash_files,
         "overwrite": overwrite,

@@ -85,7 +85,7 @@ def express_cost(slots: Mapping[str, Map], ranks: Mapping[str, int], goal: Goal)
 
     At worst every column is private, as large as the factors, in the stored dtype.
     """
-    item = goal.dtype.itemsize
+    item = goal.floats.itemsize
     all_shared = goal.max_error is None
 
     def cost(tally: Tally) -> int:

@@ -135,7 +135,7 @@ def choose_bases(
     for key, turn in turns.items():
         for name, side, one in zip("uv", summaries[key], turn, strict=True):
             if one.shape[1]:
-                named += tensors_of(name, key, basis_of(side, one, work.goal.dtype).v)
+                named += tensors_of(name, key, basis_of(side, one, work.goal.floats).v)
     return encode(named, {"slots": list(slots)})
 
 
@@ -160,7 +160,7 @@ def express_group(work: Work, hash_files: bool, slots: Mapping[str, Map], bases:
         ArgumentError: if the goal's ``max_error`` is below what rounding to its dtype allows.
     """
     adapters = [open_origin(origin, hash_file=hash_files) for origin in work.origins]
-    spaces = read_bases(bases, slots, work.goal.dtype)
+    spaces = read_bases(bases, slots, work.goal.floats)
     aside: list[Aside] = []
     try:
         made = _express(spaces, adapters, work.goal)
@@ -175,7 +175,7 @@ def express_group(work: Work, hash_files: bool, slots: Mapping[str, Map], bases:
 def _express(spaces: Mapping[str, SlotSpace], adapters: Sequence[Adapter], goal: Goal) -> Segment:
     if not adapters:
         return Segment((), {})
-    return express(spaces, adapters, max_error=goal.max_error, dtype=goal.dtype, operator="compress").segment
+    return express(spaces, adapters, max_error=goal.max_error, dtype=goal.floats, operator="compress").segment
 
 
 def _named(side: str, path: str, made: Summary) -> list[tuple[str, Tensor]]:
