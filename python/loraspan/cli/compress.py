@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
 
 from loraspan import subspace
-from loraspan.cli.output import bars, put, put_json, remark, shown, size
+from loraspan.cli.output import bars, one_line, put, put_json, remark, shown, size
 from loraspan.errors import StoreError
+from loraspan.many import ManyReport, compress_many
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 DEFAULT_MAX_ERROR = 0.05
+DEFAULT_MEMORY = "1GB"
 
 
 @click.command()
@@ -29,6 +36,11 @@ DEFAULT_MAX_ERROR = 0.05
 @click.option("--device", metavar="NAME", help="Where to compute: cpu, cuda, cuda:N or mps. [default: cpu]")
 @click.option("--hash-files", is_flag=True, help="Keep a sha256 of every whole source file.")
 @click.option("--overwrite", is_flag=True, help="If OUT is a store, write its next generation.")
+@click.option("--memory", metavar="SIZE", help="Work in groups within SIZE, such as 1GB; goes on if interrupted.")
+@click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="Processes that work on groups. [default: 1]")
+@click.option(
+    "--on-error", type=click.Choice(["stop", "skip"]), default="stop", show_default=True, help="At a bad adapter."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def compress(
     sources: tuple[str, ...],
@@ -41,6 +53,9 @@ def compress(
     device: str | None,
     hash_files: bool,
     overwrite: bool,
+    memory: str | None,
+    jobs: int | None,
+    on_error: str,
     as_json: bool,
 ) -> None:
     """Put adapters of one base model into one store.
@@ -51,43 +66,88 @@ def compress(
     |dW - dW'| / |dW| over all its modules: what the tasks share goes into shared bases, the rest stays private.
     --rank and --energy keep shared bases alone, and the errors are what they are.
 
+    With --memory, --jobs or --on-error skip, adapters go through in groups that fit the memory (1GB if it is not said),
+    however many they are. What is done is kept in OUT.progress: after an interruption the same command goes on from
+    there, and ends with the same bytes. --on-error skip sets aside what cannot be read and says why.
+
     \b
     Examples:
       loraspan compress adapters/ -o team.span
       loraspan compress 'adapters/*' -o team.span --max-error 0.01
       loraspan compress sql/ legal/ chat/ -o team.span --rank 32 --dtype f16
       loraspan compress adapters/ -o team.span --overwrite --json > report.json
+      loraspan compress adapters/ -o all.span --memory 1GB --jobs 4 --on-error skip
     """
     if sum(goal is not None for goal in (rank, energy, max_error)) > 1:
         raise click.UsageError("give one of --rank, --energy and --max-error")
     by_default = rank is None and energy is None and max_error is None
     if by_default:
         max_error = DEFAULT_MAX_ERROR
-    _check_free(out, overwrite)
+    goal = {"rank": rank, "energy": energy, "max_error": max_error, "dtype": DTYPES[dtype], "refine": refine}
+    shared = {"hash_files": hash_files, **goal}
     start = time.perf_counter()
-    with bars() as progress:
-        space = subspace.compress(
-            list(sources),
-            rank=rank,
-            energy=energy,
-            max_error=max_error,
-            dtype=DTYPES[dtype],
-            refine=refine,
-            device=device,
-            hash_files=hash_files,
-            progress=progress,
-        )
-    space.save(out, overwrite=overwrite)
+    if memory is None and jobs is None and on_error == "stop":
+        space = _in_memory(sources, out, overwrite, {"device": device, **shared})
+        document, lines = _whole(space)
+    else:
+        if device is not None:
+            raise click.UsageError("--device does not go with --memory, --jobs or --on-error skip")
+        within = {"memory": memory or DEFAULT_MEMORY, "on_error": on_error, "overwrite": overwrite}
+        report = _in_groups(sources, out, jobs or 1, {**within, **shared})
+        document, lines = _grouped(report)
     seconds = time.perf_counter() - start
     if by_default:
-        remark(f"no --rank, --energy or --max-error given: took --max-error {max_error}")
+        remark(f"no --rank, --energy or --max-error given: took --max-error {DEFAULT_MAX_ERROR}")
     if as_json:
-        put_json({"store": str(out), "seconds": round(seconds, 3), **space.report().as_dict()})
+        put_json({"store": str(out), "seconds": round(seconds, 3), **document})
         return
+    for line in lines:
+        put(line)
+    put(f"Wrote {shown(str(out))}: {size(document['nbytes'])} in {seconds:.2g} s.")
+
+
+def _in_memory(sources: Sequence[str], out: Path, overwrite: bool, options: dict[str, Any]) -> subspace.Subspace:
+    _check_free(out, overwrite)
+    with bars() as progress:
+        space = subspace.compress(list(sources), **options, progress=progress)
+    space.save(out, overwrite=overwrite)
+    return space
+
+
+def _in_groups(sources: Sequence[str], out: Path, jobs: int, options: dict[str, Any]) -> ManyReport:
+    with bars() as progress, _processes(jobs) as executor:
+        report = compress_many(sources, out, **options, executor=executor, progress=progress)
+    for one in report.aside:
+        remark(f"set aside {shown(one.source)}: {one_line(one.reason)}")
+    return report
+
+
+def _whole(space: subspace.Subspace) -> tuple[dict[str, Any], list[str]]:
     worst = max(space.errors, key=space.errors.__getitem__)
-    put(space.summary)
-    put(f"Largest error: {space.errors[worst]:.3g}, of task {shown(worst)}.")
-    put(f"Wrote {shown(str(out))}: {size(space.nbytes)} in {seconds:.2g} s.")
+    lines = [space.summary, f"Largest error: {space.errors[worst]:.3g}, of task {shown(worst)}."]
+    return space.report().as_dict(), lines
+
+
+def _grouped(report: ManyReport) -> tuple[dict[str, Any], list[str]]:
+    document = report.as_dict()
+    del document["path"]
+    lines = [report.summary, f"Largest error: {report.max_error:.3g}, of task {shown(report.worst)}."]
+    if report.aside:
+        count = len(report.aside)
+        lines.append(f"Set aside {count} of {count + report.tasks} adapters; the reasons are above.")
+    return document, lines
+
+
+@contextmanager
+def _processes(jobs: int) -> Iterator[Executor | None]:
+    """Give an executor of so many processes, and none for one."""
+    if jobs == 1:
+        yield None
+        return
+    # spawned: a fork would copy a process whose threads are at work
+    threads = max(1, torch.get_num_threads() // jobs)
+    with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
+        yield pool
 
 
 def _check_free(out: Path, overwrite: bool) -> None:

@@ -10,7 +10,16 @@ from contextlib import contextmanager
 import click
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -20,7 +29,15 @@ Report = Callable[[str, int, int], None]
 _WIDTH = 240
 # seconds of work before a bar appears
 _PATIENCE = 1.0
-_STAGES = {"read": "reading adapters", "fit": "fitting slots"}
+_STAGES = {
+    "read": "reading adapters",
+    "fit": "fitting slots",
+    "summarize": "finding what is shared",
+    "express": "storing tasks",
+}
+# stages that count bytes; groups of adapters may take minutes each, so their speed is that since the beginning
+_IN_BYTES = {"summarize", "express"}
+_SPEED_SECONDS = 24 * 3600.0
 
 
 def shown(name: str) -> str:
@@ -84,6 +101,14 @@ def add_row(to: Table, *cells: str, style: str | None = None) -> None:
     to.add_row(*(Text(shown(cell)) for cell in cells), style=style)
 
 
+class _Done(ProgressColumn):
+    """How much is done of how much, in what the stage counts."""
+
+    def render(self, task: Task) -> Text:
+        done, total = int(task.completed), int(task.total or 0)
+        return Text(f"{size(done)} of {size(total)}" if task.fields["in_bytes"] else f"{done}/{total}")
+
+
 @contextmanager
 def bars() -> Iterator[Report]:
     """Give a function that takes a stage, how much of it is done and how much there is, and draws that on stderr.
@@ -91,14 +116,16 @@ def bars() -> Iterator[Report]:
     Nothing is drawn in the first second, nor where stderr is no terminal.
     """
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    progress = Progress(*columns, console=console, transient=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), _Done(), TimeElapsedColumn(), TimeRemainingColumn())
+    progress = Progress(*columns, console=console, transient=True, speed_estimate_period=_SPEED_SECONDS)
     stages: dict[str, TaskID] = {}
     start = time.monotonic()
 
     def report(stage: str, done: int, total: int) -> None:
         if stage not in stages:
-            stages[stage] = progress.add_task(_STAGES.get(stage, stage), total=total)
+            # what was done before, in a run that goes on, is no part of the speed
+            in_bytes = stage in _IN_BYTES
+            stages[stage] = progress.add_task(_STAGES.get(stage, stage), total=total, completed=done, in_bytes=in_bytes)
         progress.update(stages[stage], completed=done, total=total)
         if console.is_terminal and not progress.live.is_started and time.monotonic() - start > _PATIENCE:
             progress.start()
