@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 import oracles
 from adapters import folders
-from loraspan.adapters import Adapter, Slot, experts, peft, publish
-from loraspan.errors import ArgumentError, FormatError, NotFiniteError, UnsupportedError
+from loraspan.adapters import Adapter, Slot, exchange, experts, peft, publish
+from loraspan.errors import ArgumentError, FormatError, NotFiniteError, StoreError, UnsupportedError
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 KINDS = ["linear", "embedding", "conv2d"]
@@ -177,9 +177,20 @@ def test_a_failure_on_the_way_leaves_the_old_export(step, tmp_path, monkeypatch)
     assert peft.read(tmp_path / "out").slots["layers.0.q"].shape == (3, 5)
 
 
+@pytest.mark.parametrize("cannot", [False, True])
+def test_folders_are_exchanged_with_the_system_s_help_or_without(cannot, tmp_path, monkeypatch):
+    peft.write(folders.adapter(), tmp_path / "out")
+    if cannot:
+        monkeypatch.setattr(publish, "exchange", lambda *_: False)
+    peft.write(folders.adapter(d=7), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert peft.read(tmp_path / "out").slots["layers.0.q"].shape == (3, 7)
+
+
 def test_a_failed_exchange_of_folders_puts_the_old_one_back(tmp_path, monkeypatch):
     peft.write(folders.adapter(), tmp_path / "out")
     honest = publish.Path.rename
+    monkeypatch.setattr(publish, "exchange", lambda *_: False)
 
     def rename(self, target):
         if self.suffix == ".new":
@@ -187,9 +198,23 @@ def test_a_failed_exchange_of_folders_puts_the_old_one_back(tmp_path, monkeypatc
         return honest(self, target)
 
     monkeypatch.setattr(publish.Path, "rename", rename)
-    with pytest.raises(OSError, match="no"):
+    with pytest.raises(StoreError, match="out: cannot be written: no; what was there before is as it was"):
         peft.write(folders.adapter(d=7), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert peft.read(tmp_path / "out").slots["layers.0.q"].shape == (3, 5)
+
+
+def test_a_draft_goes_with_its_process_and_not_before(tmp_path):
+    """One that is held stays; one that nobody holds, and an old folder set aside, are removed by the next export."""
+    held, left, aside = (tmp_path / f".out.0000000{i}.{end}" for i, end in enumerate(("new", "new", "old")))
+    other = tmp_path / ".out.notes.new"
+    for path in (held, left, aside, other):
+        path.mkdir()
+    with exchange.mark(held):
+        peft.write(folders.adapter(), tmp_path / "out")
+        assert {path.name for path in tmp_path.iterdir()} == {"out", held.name, other.name}
+    peft.write(folders.adapter(), tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"out", other.name}
 
 
 def expert(d=5):

@@ -58,6 +58,7 @@ def write(adapter: Adapter, folder: Path | str, *, dtype: torch.dtype | None = N
         ArgumentError: if ``folder`` holds something else, or slots of experts do not fit together.
         UnsupportedError: if a factor with its scale leaves the range of its dtype.
         NotFiniteError: if a factor holds a NaN or an infinity.
+        StoreError: if the folder cannot be written; what was there before is as it was.
 
     Example:
         >>> import tempfile
