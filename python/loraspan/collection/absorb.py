@@ -11,6 +11,7 @@ from loraspan.adapters.base import Adapter
 from loraspan.collection.collection import Collection
 from loraspan.collection.layout import collection_bytes
 from loraspan.collection.refit import refit
+from loraspan.collection.segments import merge
 from loraspan.collection.update import add
 from loraspan.errors import ArgumentError
 
@@ -48,14 +49,18 @@ def absorb(
         report: called with "fit", slots done and slots in all, while bases are fitted.
 
     Raises:
-        ArgumentError: if ``max_bytes`` cannot be met; says what can be.
+        ArgumentError: if ``max_forgetting`` is not between 0 and 1, or ``max_bytes`` cannot be met; says what can be.
         ArgumentError, MismatchError, NotFiniteError: as :func:`loraspan.collection.update.add`.
     """
+    if not 0 < max_forgetting < 1:
+        raise ArgumentError(f"absorb: max_forgetting is between 0 and 1; got {max_forgetting}")
     added = add(collection, adapters, max_error=max_error, place=place)
     nbytes = collection_bytes(added)
     over = max_bytes is not None and nbytes > max_bytes
     if not over and nbytes <= _GROWTH * (collection.fitted or collection_bytes(collection)):
         return added if collection.fitted else replace(added, fitted=collection_bytes(collection))
+    # joining segments saves bytes too, and a store does that by itself: nobody has to forget anything for it
+    alone = least = collection_bytes(replace(added, segments=(merge(added.segments),)))
     for spend in (_SPEND, 1.0) if over else (_SPEND,):
         try:
             fitted = refit(added, max_forgetting=max_forgetting, spend=spend, report=report)
@@ -63,12 +68,12 @@ def absorb(
             # what is left of the budget is below rounding: the bases stay
             break
         size = collection_bytes(fitted)
-        if (max_bytes is not None and over and size <= max_bytes) or (not over and size <= _GAIN * nbytes):
+        if (max_bytes is not None and over and size <= max_bytes) or (not over and size <= _GAIN * alone):
             return replace(fitted, fitted=size)
-        nbytes = min(nbytes, size)
+        least = min(least, size)
     if over:
         raise ArgumentError(
-            f"absorb: max_bytes={max_bytes:,} cannot be met: the collection would take {nbytes:,} bytes with "
+            f"absorb: max_bytes={max_bytes:,} cannot be met: the collection would take {least:,} bytes with "
             f"max_error={max_error:g} and max_forgetting={max_forgetting:g}; nothing was changed: allow more of one"
         )
     return replace(added, fitted=nbytes)
