@@ -123,7 +123,7 @@ def test_a_crash_leaves_the_old_generation_or_the_new(tmp_path, monkeypatch, nam
         check_tidied(folder)
 
     assert set(outcomes) == {1, 2}
-    assert len(outcomes) >= 2 * (13 + 4 * files)
+    assert len(outcomes) >= 2 * (11 + 3 * files)
 
 
 def test_a_crash_of_rolling_back(tmp_path, monkeypatch):
@@ -139,7 +139,7 @@ def test_a_crash_of_rolling_back(tmp_path, monkeypatch):
         check_tidied(folder)
 
     assert set(outcomes) == {2, 3}
-    assert len(outcomes) >= 2 * 13
+    assert len(outcomes) >= 2 * 11
 
 
 def test_a_crash_of_collecting_garbage(tmp_path, monkeypatch):
