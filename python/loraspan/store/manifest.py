@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -285,6 +286,7 @@ def _lines(key: str, tables: list[Mapping[str, object]] | list[dict[str, object]
     return f'  "{key}": [\n    {body}\n  ]' if body else f'  "{key}": []'
 
 
+@functools.cache
 def _version() -> str:
     try:
         return version("loraspan")
