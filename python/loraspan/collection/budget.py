@@ -11,11 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loraspan.collection.columns import FORMS
 from loraspan.collection.factors import Canonical
-from loraspan.collection.layout import basis_bytes, columns_bytes
+from loraspan.collection.layout import basis_bytes
 from loraspan.collection.private import columns_within
-from loraspan.collection.rows import Width, Widths, rounding_of
+from loraspan.collection.rows import Width, Widths, rounding_of, row_bytes
 from loraspan.linalg.roots import gram_root
 from loraspan.ops.dense import eigh
 
@@ -140,6 +139,8 @@ class Planner:
         self._in = canonical.y.mT @ inn
         self._allowed = allowed
         self._widths = Widths.of(widths)
+        self._energy = self._s.square().sum(-1)
+        self._zero = (self._s == 0).all(-1)
         self._spectra: dict[tuple[str, int, int], tuple[Tensor, ...]] = {}
 
     def at(self, allowed: Tensor, widths: Widths) -> Planner:
@@ -186,17 +187,17 @@ class Planner:
 
     def _left_by_rounding(self, share: float) -> tuple[Tensor, Tensor]:
         """Give what may be truncated where rounding takes a share of the energy, and whether it leaves anything."""
-        allowed = self._allowed - share * self._s.square().sum(-1)
+        allowed = self._allowed - share * self._energy
         # a zero task needs nothing
-        return allowed.clamp(min=0), (allowed > 0) | (self._s[:, :1] == 0).all(-1)
+        return allowed.clamp(min=0), (allowed > 0) | self._zero
 
     def _columns(
         self, rank_out: int, rank_in: int, counts: dict[str, Tensor], possible: Tensor, dense: bool = False
     ) -> NDArray[np.int64]:
-        n, d = self._shape
-        table = torch.stack([counts.get(form, torch.zeros(len(self._s), dtype=torch.int64)) for form in FORMS], dim=-1)
-        found = columns_bytes(table.numpy(), n=n, d=d, k_out=rank_out, k_in=rank_in, dtype=self._widths, dense=dense)
-        return np.where(possible.numpy(), found, NEVER // max(len(self._s), 1))
+        total = torch.zeros(len(self._s), dtype=torch.int64)
+        for form, count in counts.items():
+            total += count * column_bytes(form, self._shape, (rank_out, rank_in), self._widths, dense=dense)
+        return torch.where(possible, total, NEVER // max(len(self._s), 1)).numpy()
 
     def _both(self, rank_out: int, rank_in: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """With factored and with dense cores."""
@@ -228,18 +229,27 @@ class Planner:
             # the other factor's columns are orthogonal, of squared lengths s; the two parts are orthogonal too
             self._spectra[form, rank, 0] = (product_spectrum(other, inside), product_spectrum(other, other - inside))
         shared, private = self._spectra[form, rank, 0]
-        prices = [column_bytes(kind, self._shape, rank, self._widths) for kind in (form, "pp")]
+        ranks = (0, rank) if form == "ps" else (rank, 0)
+        prices = [column_bytes(kind, self._shape, ranks, self._widths) for kind in (form, "pp")]
         share = sum(map(rounding_of, self._widths[1:]))
         allowed, possible = self._left_by_rounding(share)
         counts = one_sided_counts(shared, private, allowed, *prices)
-        ranks = (0, rank) if form == "ps" else (rank, 0)
         return self._columns(*ranks, {form: counts[0], "pp": counts[1]}, possible)
 
 
-def column_bytes(form: str, shape: tuple[int, int], rank: int, widths: Widths) -> int:
-    """Give the bytes of one column of a form in a slot of ``shape`` ``(n, d)`` whose basis has ``rank`` vectors."""
-    counts = [int(form == other) for other in FORMS]
-    return int(columns_bytes(counts, n=shape[0], d=shape[1], k_out=rank, k_in=rank, dtype=widths))
+def column_bytes(
+    form: str, shape: tuple[int, int], ranks: tuple[int, int], widths: Widths, *, dense: bool = False
+) -> int:
+    """Give the bytes of one column of a form in a slot of ``shape`` ``(n, d)`` with bases of ``ranks``.
+
+    Example:
+        >>> column_bytes("ps", (64, 32), (8, 8), Widths.of(torch.float16))
+        148
+    """
+    left = row_bytes(ranks[0], widths.loadings) if form[0] == "s" else row_bytes(shape[0], widths.private)
+    right = row_bytes(ranks[1], widths.loadings) if form[1] == "s" else row_bytes(shape[1], widths.private)
+    # a dense core's right ends are the basis itself
+    return torch.float32.itemsize + left + (0 if dense and form == "ss" else right)
 
 
 def one_sided_counts(

@@ -100,7 +100,7 @@ class SlotBuilder:
         u, s, v = svd(far_root.r @ (seen @ root.inverse))
         inside = seen @ root.inverse @ root.inverse.T @ seen.mT
         rest = product_spectrum(bare.gram, near.bare_frame().gram - inside)
-        price = [column_bytes(kind, self.slot.shape, basis.rank, self.widths) for kind in (form, "pp")]
+        price = [column_bytes(kind, self.slot.shape, (basis.rank, basis.rank), self.widths) for kind in (form, "pp")]
         counts, _ = one_sided_counts(s, rest, self.allowed, *price)
         ends, ends_seen, ends_gram = stored_ends(bare, far_root.inverse @ u, counts, self.widths.private)
         kept = torch.arange(s.shape[1]) < counts[:, None]

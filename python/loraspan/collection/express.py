@@ -80,7 +80,7 @@ def express(
         found = [_shared(f, both, widths) for f, both in zip(factors, bases, strict=True)]
     else:
         spectra = [(f.members, c.s) for f, c in zip(factors, canonicals, strict=True)]
-        prices = [column_bytes("pp", f.shape, 0, widths) for f in factors]
+        prices = [column_bytes("pp", f.shape, (0, 0), widths) for f in factors]
         rounding = 2 * rounding_of(widths.private)
         shares = allotments(spectra, len(squares), max_error, prices=prices, rounding=rounding)
         found = _within(factors, canonicals, bases, shares, widths)

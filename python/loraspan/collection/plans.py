@@ -29,8 +29,9 @@ CANDIDATES = (
 # A plan whose rounding took more than was expected is built again for a budget smaller by what was missing.
 _TRIES = 3
 _TIGHTER = 0.998
-# Relative errors between which one is looked for that fits a number of bytes, and how finely.
-_LEAST, _MOST, _HALVINGS = 1e-6, 0.999, 14
+# Relative errors between which one is looked for that fits a number of bytes, how finely, how often a fit is built for
+# one, and the share of the bytes from which on another is not worth it.
+_LEAST, _MOST, _HALVINGS, _BUILDS, _CLOSE = 1e-6, 0.999, 11, 6, 0.98
 
 Report = Callable[[str, int, int], None]
 
@@ -131,36 +132,61 @@ def fit_bytes(
     """
     candidates, seed, refine, report = options
     fitters = Fitters(slots, squares, coarse=False, seed=seed, refine=refine)
-
-    def cheapest(error: float) -> tuple[int, Widths]:
-        return min(((_bytes_of(fitters.plan(error, w)), w) for w in candidates), key=lambda found: found[0])
-
+    curves = {widths: _Curve(fitters, widths) for widths in candidates}
+    # what a fit takes beside what its plan counts, by widths: until one was built, as for the one that was built last
+    beside: dict[Widths, int] = {}
     best: tuple[float, Outcome] | None = None
-    beside, least = 0, NEVER
-    for _ in range(_TRIES + 1):
-        error = _error_for(lambda e: cheapest(e)[0], limit - beside)
-        counted, widths = cheapest(error)
-        fitted = fitters.build(error, widths, report)
+    least, last = NEVER, 0
+    for _ in range(_BUILDS):
+        aims = {w: curves[w].error_for(limit - beside.get(w, last)) for w in candidates}
+        widths = min(candidates, key=lambda w: aims[w])
+        error = aims[widths]
+        if error > _MOST and best is not None:
+            break
+        fitted = fitters.build(min(error, _MOST), widths, report)
         worst, nbytes = _worst(slots, squares, fitted), measure(fitted, widths)
         least = min(least, nbytes)
         if nbytes <= limit and (best is None or worst < best[0]):
             best = worst, Outcome(fitted, widths, worst, _lines(fitters, candidates, error, widths))
-        missed, beside = beside, nbytes - counted
-        if beside == missed:
+        missed = beside.get(widths)
+        beside[widths] = last = nbytes - curves[widths].bytes_at(min(error, _MOST))
+        # rounding took more than the budget it was built for, or nothing moves any more
+        if worst > error:
+            curves[widths].rule_out(worst)
+        elif missed is not None and limit * _CLOSE <= nbytes <= limit:
             break
     return best[1] if best is not None else least
 
 
-def _error_for(bytes_for: Callable[[float], int], limit: int) -> float:
-    """Give about the smallest error whose plan takes at most ``limit`` bytes."""
-    low, high = math.log(_LEAST), math.log(_MOST)
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        if bytes_for(math.exp(middle)) <= limit:
-            high = middle
-        else:
-            low = middle
-    return math.exp(high)
+class _Curve:
+    """Bytes over errors of the plans of one choice of widths, counted where they are asked for."""
+
+    def __init__(self, fitters: Fitters, widths: Widths) -> None:
+        self._fitters, self._widths = fitters, widths
+        self._known: dict[float, int] = {}
+        self._floor = _LEAST
+
+    def bytes_at(self, error: float) -> int:
+        if error not in self._known:
+            self._known[error] = _bytes_of(self._fitters.plan(error, self._widths))
+        return self._known[error]
+
+    def rule_out(self, error: float) -> None:
+        """Keep to errors from this one on."""
+        self._floor = min(error, _MOST)
+
+    def error_for(self, limit: int) -> float:
+        """Give about the smallest error whose plan takes at most ``limit`` bytes, infinity if there is none."""
+        low, high = self._floor, _MOST
+        if self.bytes_at(high) > limit:
+            return math.inf
+        if self.bytes_at(low) <= limit:
+            return low
+        for _ in range(_HALVINGS):
+            # on a fixed grid, so that another limit finds most of its points counted
+            middle = math.sqrt(low * high)
+            low, high = (low, middle) if self.bytes_at(middle) <= limit else (middle, high)
+        return high
 
 
 def _build_within(

@@ -232,10 +232,10 @@ def _cheapest(
     """Give the form that takes the fewest bytes for all tasks."""
 
     def nbytes(plan: Plan) -> float:
-        bases = basis_bytes(*slot.shape, plan.rank_out, plan.rank_in, goal.floats)
+        bases = basis_bytes(*slot.shape, plan.rank_out, plan.rank_in, goal.widths.basis)
         return (plan.nbytes - bases) * stands_for + bases
 
-    return min(Planner(slot.shape, canonical, *seen, allowed, goal.floats).plans(), key=nbytes)
+    return min(Planner(slot.shape, canonical, *seen, allowed, goal.widths).plans(), key=nbytes)
 
 
 def _seen(slot: SlotFactors, both: tuple[Summary, Summary]) -> tuple[Tensor, Tensor]:

@@ -68,7 +68,7 @@ class Fitters:
 
     def shares(self, max_error: float | Tensor, widths: Widths) -> list[Tensor]:
         """Share the budgets out over the slots, per slot ``[T]``."""
-        prices = [column_bytes("pp", fitter.slot.shape, 0, widths) for fitter in self.slots]
+        prices = [column_bytes("pp", fitter.slot.shape, (0, 0), widths) for fitter in self.slots]
         rounding = 2 * rounding_of(widths.private)
         return allotments(self._spectra, len(self._squares), max_error, prices=prices, rounding=rounding)
 
