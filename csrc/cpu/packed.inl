@@ -20,8 +20,17 @@ inline PackedRows columns_of(const Matrix& a) {
   return {static_cast<const std::uint8_t*>(a.data), a.scales, a.length, a.dtype == Dtype::packed8 ? 8 : 4};
 }
 
-inline Vec<float> float_levels(Bytes levels) {
-  return __builtin_convertvector(__builtin_convertvector(levels, Ints), Vec<float>);
+// kLanes<float> bytes from p on, which needs no alignment, as signed numbers.
+inline Vec<float> load_levels(const void* p) {
+#if defined(__AVX512F__)
+  const __m512i wide = _mm512_maskz_cvtepi8_epi32(kAll, _mm_loadu_si128(static_cast<const __m128i_u*>(p)));
+  return reinterpret_cast<Vec<float>>(_mm512_maskz_cvtepi32_ps(kAll, wide));
+#elif defined(__AVX2__)
+  const __m256i wide = _mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i_u*>(p)));
+  return reinterpret_cast<Vec<float>>(_mm256_cvtepi32_ps(wide));
+#else
+  return __builtin_convertvector(__builtin_convertvector(read_unaligned<Bytes>(p), Ints), Vec<float>);
+#endif
 }
 
 inline float level_at(const std::uint8_t* codes, std::int64_t i, std::int64_t bits) {
@@ -29,17 +38,20 @@ inline float level_at(const std::uint8_t* codes, std::int64_t i, std::int64_t bi
   return static_cast<float>(kLevels[(codes[i / 2] >> (i % 2 * 4)) & 15]);
 }
 
-// Levels of the first 16 entries, or of n if that is less, from whole bytes of 4-bit codes.
-inline void read_levels(const std::uint8_t* codes, std::int64_t n, std::int8_t* levels) {
+// Entries whose levels are read from 4-bit codes at once.
+constexpr std::int64_t kReadLevels = 16;
+
+inline void read_levels(const std::uint8_t* codes, std::int8_t* levels) {
 #if defined(__AVX2__)
-  std::uint64_t packed = 0;
-  __builtin_memcpy(&packed, codes, n >= 16 ? 8 : static_cast<std::size_t>((n + 1) / 2));
-  const __m128i bytes = _mm_cvtsi64_si128(static_cast<long long>(packed)), mask = _mm_set1_epi8(15);
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i_u*>(codes)), mask = _mm_set1_epi8(15);
   const __m128i low = _mm_and_si128(bytes, mask), high = _mm_and_si128(_mm_srli_epi16(bytes, 4), mask);
   const __m128i table = _mm_loadu_si128(reinterpret_cast<const __m128i_u*>(kLevels));
   _mm_storeu_si128(reinterpret_cast<__m128i_u*>(levels), _mm_shuffle_epi8(table, _mm_unpacklo_epi8(low, high)));
 #else
-  for (std::int64_t i = 0; i < min_of(n, 16); ++i) levels[i] = kLevels[(codes[i / 2] >> (i % 2 * 4)) & 15];
+  for (std::int64_t i = 0; i < kReadLevels; i += 2) {
+    levels[i] = kLevels[codes[i / 2] & 15];
+    levels[i + 1] = kLevels[codes[i / 2] >> 4];
+  }
 #endif
 }
 
@@ -52,20 +64,15 @@ inline void unpack_block(const std::uint8_t* codes, std::int64_t bits, std::int6
   if (bits == 4) {
     // where a byte begins
     if (first % 2 != 0) round_entry(out + i++, level_at(codes, first, bits) * step);
-    alignas(16) std::int8_t levels[16];
-    for (; i + L <= n; i += 16) {
-      read_levels(codes + (first + i) / 2, n - i, levels);
-      std::int64_t j = 0;
-      for (; j < 16 && i + j + L <= n; j += L)
-        store_as(out + i + j, float_levels(read_unaligned<Bytes>(levels + j)) * broadcast(step));
-      if (j < 16) {
-        i += j;
-        break;
-      }
+    alignas(16) std::int8_t levels[kReadLevels];
+    for (; i + kReadLevels <= n; i += kReadLevels) {
+      read_levels(codes + (first + i) / 2, levels);
+      LORASPAN_UNROLL
+      for (std::int64_t j = 0; j < kReadLevels; j += L)
+        store_as(out + i + j, load_levels(levels + j) * broadcast(step));
     }
   } else {
-    for (; i + L <= n; i += L)
-      store_as(out + i, float_levels(read_unaligned<Bytes>(codes + first + i)) * broadcast(step));
+    for (; i + L <= n; i += L) store_as(out + i, load_levels(codes + first + i) * broadcast(step));
   }
   for (; i < n; ++i) round_entry(out + i, level_at(codes, first + i, bits) * step);
 }

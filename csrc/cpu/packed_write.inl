@@ -43,37 +43,54 @@ inline float as_scale(double value) {
   return half_to_float(float_to_half(round_to_odd(kept)));
 }
 
-// Sum of a_i b_i: products of float32 numbers that float64 holds exactly, added eight apart and then in pairs.
-inline double ordered_dot(const float* a, const float* b) {
-  constexpr int L = kLanes<double>, N = 8 / L;
-  Vec<double> sums[N] = {};
-  for (std::int64_t i = 0; i < kPackedBlock; i += 8) {
-    LORASPAN_UNROLL
-    for (int j = 0; j < N; ++j) sums[j] = load_as<double>(a + i + j * L) * load_as<double>(b + i + j * L) + sums[j];
+// Sum of a_i b_i over a block: products of float32 numbers that float64 holds exactly, added eight apart and then in
+// pairs.
+struct OrderedSum {
+  static constexpr int kStep = kLanes<double>, kSums = 8 / kStep;
+  Vec<double> sums[kSums] = {};
+
+  // The products of entries from i on.
+  void add(std::int64_t i, Vec<float> a, Vec<float> b) {
+    Vec<double>&low = sums[i / kStep % kSums], &high = sums[(i / kStep + 1) % kSums];
+    low = widen(low_half(a)) * widen(low_half(b)) + low;
+    high = widen(high_half(a)) * widen(high_half(b)) + high;
   }
-  alignas(64) double s[8];
+
+  double total() const {
+    alignas(64) double s[8];
+    LORASPAN_UNROLL
+    for (int j = 0; j < kSums; ++j) store(s + j * kStep, sums[j]);
+    return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
+  }
+};
+
+inline double ordered_dot(const float* a, const float* b) {
+  OrderedSum sum;
   LORASPAN_UNROLL
-  for (int j = 0; j < N; ++j) store(s + j * L, sums[j]);
-  return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
+  for (std::int64_t i = 0; i < kPackedBlock; i += kLanes<float>) sum.add(i, load(a + i), load(b + i));
+  return sum.total();
 }
 
-// Half the sum of neighbouring levels, with which an entry is compared, over 128.
-inline float between(int j) { return static_cast<float>(kLevels[j - 1] + kLevels[j]) * 0x1p-8f; }
+// Half the sum of neighbouring levels, with which an entry is compared, over 128; and the levels.
+struct LevelTables {
+  alignas(64) float points[kLevelCount], levels[kLevelCount];
+  constexpr LevelTables() : points(), levels() {
+    for (int j = 0; j < kLevelCount; ++j) {
+      points[j] = j > 0 ? static_cast<float>(kLevels[j - 1] + kLevels[j]) * 0x1p-8f : 0;
+      levels[j] = static_cast<float>(kLevels[j]);
+    }
+  }
+};
+constexpr LevelTables kTables;
 
 // Finds the level whose product with a scale is nearest: the one after as many points between levels as are passed.
 struct NearestLevels {
 #if defined(__AVX512F__)
   // the points, and the levels, in a register each: four steps halve what is left
   __m512 points, levels;
-  explicit NearestLevels(float scale) {
-    alignas(64) float p[kLevelCount], l[kLevelCount];
-    for (int j = 0; j < kLevelCount; ++j) {
-      p[j] = j > 0 ? scale * between(j) : 0;
-      l[j] = static_cast<float>(kLevels[j]);
-    }
-    points = reinterpret_cast<__m512>(load(static_cast<const float*>(p)));
-    levels = reinterpret_cast<__m512>(load(static_cast<const float*>(l)));
-  }
+  explicit NearestLevels(float scale)
+      : points(reinterpret_cast<__m512>(load(kTables.points) * broadcast(scale))),
+        levels(reinterpret_cast<__m512>(load(kTables.levels))) {}
   Vec<float> of(Vec<float> entries) const {
     Ints index = {};
     LORASPAN_UNROLL
@@ -88,11 +105,11 @@ struct NearestLevels {
   float scale;
   explicit NearestLevels(float scale) : scale(scale) {}
   Vec<float> of(Vec<float> entries) const {
-    Vec<float> level = broadcast(static_cast<float>(kLevels[0]));
+    Vec<float> level = broadcast(kTables.levels[0]);
     LORASPAN_UNROLL
     for (int j = 1; j < kLevelCount; ++j) {
-      const Ints past = entries > broadcast(scale * between(j));
-      const Vec<float> step = broadcast(static_cast<float>(kLevels[j] - kLevels[j - 1]));
+      const Ints past = entries > broadcast(scale * kTables.points[j]);
+      const Vec<float> step = broadcast(kTables.levels[j] - kTables.levels[j - 1]);
       level += reinterpret_cast<Vec<float>>(past & reinterpret_cast<Ints>(step));
     }
     return level;
@@ -103,58 +120,67 @@ struct NearestLevels {
 // The nearest level of every entry, and what error they leave.
 inline void choose_levels(const float* x, float scale, bool flipped, Choice* choice) {
   constexpr int L = kLanes<float>;
-  alignas(64) float errors[kPackedBlock];
   choice->scale = scale;
   choice->flipped = flipped;
   const NearestLevels nearest(scale);
+  OrderedSum squares;
+  LORASPAN_UNROLL
   for (std::int64_t i = 0; i < kPackedBlock; i += L) {
     const Vec<float> entries = flipped ? -load(x + i) : load(x + i);
     const Vec<float> level = nearest.of(entries);
     store(choice->levels + i, level);
-    store(errors + i, entries - level * broadcast(scale * 0x1p-7f));
+    const Vec<float> error = entries - level * broadcast(scale * 0x1p-7f);
+    squares.add(i, error, error);
   }
-  choice->error = ordered_dot(errors, errors);
+  choice->error = squares.total();
 }
 
-// The best of the scales that are tried; its scale is 0 where none is above what float16 can hold.
-inline Choice search_scale(const float* x, double largest) {
+// The best of the scales that are tried, in one of `room`; its scale is 0 where none is above what float16 can hold.
+inline const Choice& search_scale(const float* x, double largest, Choice (&room)[2]) {
+  Choice *best = &room[0], *next = &room[1];
+  const auto take = [&] {
+    Choice* const better = next;
+    next = best;
+    best = better;
+  };
   // levels of 0
-  Choice best = {}, next;
+  *best = {};
   const double whole = largest * 128.0 / 127.0;
-  if (as_scale(whole) == 0) return best;
-  bool any = false;
-  for (int turn = 0; turn < 2 * kRatioCount; ++turn) {
-    const float scale = as_scale(whole * kRatios[turn / 2]);
+  if (as_scale(whole) == 0) return *best;
+  for (const double ratio : kRatios) {
+    const float scale = as_scale(whole * ratio);
     if (scale == 0) continue;
-    choose_levels(x, scale, turn % 2 != 0, &next);
-    if (!any || next.error < best.error) best = next;
-    any = true;
+    for (int sign = 0; sign < 2; ++sign) {
+      choose_levels(x, scale, sign != 0, next);
+      if (best->scale == 0 || next->error < best->error) take();
+    }
   }
   for (int step = 0; step < kScaleSteps; ++step) {
-    const double squares = ordered_dot(best.levels, best.levels), product = ordered_dot(x, best.levels);
-    const double fitted = (best.flipped ? -product : product) * 128.0 / squares;
+    const double squares = ordered_dot(best->levels, best->levels), product = ordered_dot(x, best->levels);
+    const double fitted = (best->flipped ? -product : product) * 128.0 / squares;
     // levels of 0 alone fit any scale
     if (!(squares > 0) || !(fitted > 0)) break;
     const float scale = as_scale(fitted);
-    if (scale == 0 || scale == best.scale) break;
-    choose_levels(x, scale, best.flipped, &next);
-    if (!(next.error < best.error)) break;
-    best = next;
+    if (scale == 0 || scale == best->scale) break;
+    choose_levels(x, scale, best->flipped, next);
+    if (!(next->error < best->error)) break;
+    take();
   }
-  return best;
+  return *best;
 }
 
 // A block of n entries, zeros behind them, to its codes; gives its scale.
 inline std::uint16_t pack_four(const float* x, float largest, std::int64_t n, std::uint8_t* codes) {
   constexpr int L = kLanes<float>;
-  const Choice best = search_scale(x, largest);
+  Choice room[2];
+  const Choice& best = search_scale(x, largest, room);
   alignas(64) std::int8_t index[kPackedBlock];
   for (std::int64_t i = 0; i < kPackedBlock; i += L) {
     const Vec<float> level = load(best.levels + i);
     Ints found = {};
     // a comparison gives -1 where it holds
     LORASPAN_UNROLL
-    for (int j = 1; j < kLevelCount; ++j) found -= level >= broadcast(static_cast<float>(kLevels[j]));
+    for (int j = 1; j < kLevelCount; ++j) found -= level >= broadcast(kTables.levels[j]);
     const Bytes bytes = __builtin_convertvector(found, Bytes);
     __builtin_memcpy(index + i, &bytes, sizeof bytes);
   }

@@ -85,34 +85,32 @@ inline void tile_rows(const PickedRows& x, std::int64_t first, std::int64_t c0, 
   }
 }
 
-// Rows [c0, c0 + n) of V [d, k] as rows of `stride` entries of T, zeros past k; where they lie if they are such
+// Rows of a thin matrix as vectors: vector j of row c at data + c * step + j * vector_step.
+template <typename T>
+struct ThinRows {
+  const T* data;
+  std::int64_t step, vector_step;
+};
+
+// Rows [c0, c0 + n) of V [d, k] in vectors of T up to `stride` entries, zeros past k; where they lie if they are such
 // already.
 template <typename T>
-inline const T* thin_rows(const Matrix& v, std::int64_t c0, std::int64_t n, std::int64_t k, std::int64_t stride,
-                          std::int64_t* step) {
-  if (v.dtype == (sizeof(T) == 4 ? Dtype::f32 : Dtype::f64) && v.col_stride == 1 && k == stride) {
-    *step = v.row_stride;
-    return static_cast<const T*>(v.data) + c0 * v.row_stride;
-  }
-  T* copy = scratch<T>(Use::packed, n * stride);
-  *step = stride;
+inline ThinRows<T> thin_rows(const Matrix& v, std::int64_t c0, std::int64_t n, std::int64_t k, std::int64_t stride) {
+  constexpr std::int64_t L = kLanes<T>;
+  if (v.dtype == (sizeof(T) == 4 ? Dtype::f32 : Dtype::f64) && v.col_stride == 1 && k == stride)
+    return {static_cast<const T*>(v.data) + c0 * v.row_stride, v.row_stride, L};
   if (is_packed(v.dtype) || (v.row_stride == 1 && v.col_stride != 1)) {
     // columns lie along memory: panels are made by transposing, with lanes for columns of V
-    constexpr int L = kLanes<T>;
-    T* panel = scratch<T>(Use::tile, n * L);
-    for (std::int64_t j = 0; j < stride; j += L) {
-      column_panel(v, k, j / L, c0, n, panel);
-      for (std::int64_t c = 0; c < n; ++c) store(copy + c * stride + j, load(static_cast<const T*>(panel) + c * L));
-    }
-    return copy;
+    const std::int64_t panel = (n + 1) * L;
+    T* panels = scratch<T>(Use::packed, stride / L * panel);
+    for (std::int64_t p = 0; p < stride / L; ++p) column_panel(v, k, p, c0, n, panels + p * panel);
+    return {panels, L, panel};
   }
+  T* copy = scratch<T>(Use::packed, n * stride);
   with_type(v.data, v.dtype, [&](auto* data) {
-    for (std::int64_t c = 0; c < n; ++c) {
-      T* row = copy + c * stride;
-      read_line(data + (c0 + c) * v.row_stride, v.col_stride, k, row);
-    }
+    for (std::int64_t c = 0; c < n; ++c) read_line(data + (c0 + c) * v.row_stride, v.col_stride, k, copy + c * stride);
   });
-  return copy;
+  return {copy, stride, L};
 }
 
 // Columns [c0, c0 + n) of picked rows [first, last) times V's rows there, put or added to z [., stride].
@@ -120,8 +118,7 @@ template <typename T>
 void project_block(const PickedRows& x, std::int64_t first, std::int64_t last, std::int64_t c0, std::int64_t n,
                    const Matrix& v, std::int64_t k, bool add, T* z, std::int64_t stride) {
   constexpr int L = kLanes<T>;
-  std::int64_t step = 0;
-  const T* thin = thin_rows<T>(v, c0, n, k, stride, &step);
+  const ThinRows<T> thin = thin_rows<T>(v, c0, n, k, stride);
   T* copy = scratch<T>(Use::weights, kTileRows * (kProjectColumns + L));
   T* spare = scratch<T>(Use::basis, kTileRows * stride);
   const T* rows[kTileRows];
@@ -133,7 +130,8 @@ void project_block(const PickedRows& x, std::int64_t first, std::int64_t last, s
     T* out = real == kTileRows ? z + i * stride : spare;
     if (out == spare && add) __builtin_memcpy(spare, z + i * stride, static_cast<size_t>(real * stride) * sizeof(T));
     for_vectors(stride / L, [&](std::int64_t at, auto size) {
-      thin_rows_of<T, decltype(size)::value>(real, rows, thin + at * L, step, L, n, add, out + at * L, stride);
+      thin_rows_of<T, decltype(size)::value>(real, rows, thin.data + at * thin.vector_step, thin.step, thin.vector_step,
+                                             n, add, out + at * L, stride);
     });
     if (out == spare) __builtin_memcpy(z + i * stride, spare, static_cast<size_t>(real * stride) * sizeof(T));
   }
