@@ -145,11 +145,11 @@ def test_four_bits_are_no_worse_than_the_scale_of_the_largest_entry(any_backend,
         assert (error <= slack * (nearest**2).sum(2)).all()
 
 
-def test_four_bits_take_less_than_the_scale_of_the_largest_entry_leaves(any_backend):
-    """On what they are made for: by more than steps of least squares alone, or one sign alone, would save."""
+def test_four_bits_leave_as_little_as_their_search_finds(any_backend):
+    """On what they are made for: the search with its signs and both steps, each of which would be missed."""
     x = oracles.to_numpy(normal(3, 100, 640, dtype=F32))
     errors = x - oracles.to_numpy(unpack(pack(torch.from_numpy(x), 4, backend=any_backend), dtype=F64))
-    assert (errors**2).sum() / (x**2).sum() < 0.0825**2
+    assert (errors**2).sum() / (x**2).sum() < 0.0811**2
 
 
 @bit_widths
