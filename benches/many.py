@@ -89,6 +89,8 @@ def _options() -> argparse.Namespace:
 def _make(root: Path, count: int) -> None:
     """Write the adapters that are missing."""
     root.mkdir(parents=True, exist_ok=True)
+    # small things one after another: threads would only wait for each other
+    torch.set_num_threads(1)
     directions = _directions()
     for i in range(count):
         folder = root / f"task-{i:05d}"
@@ -204,6 +206,7 @@ def _measure(count: int, options: argparse.Namespace) -> Record:
         "rank": options.rank,
         "jobs": options.jobs,
         **machine(),
+        "threads": options.threads,
     }
 
 

@@ -25,6 +25,8 @@ GOALS = {
     "energy": {"energy": 0.99},
     "error": {"max_error": 0.05},
     "small-error-f16": {"max_error": 0.01, "dtype": torch.float16},
+    "error-int8": {"max_error": 0.05, "dtype": "int8"},
+    "rank-int4": {"rank": 6, "dtype": "int4"},
 }
 CASES = {
     "shared": {},
@@ -66,7 +68,7 @@ def test_goals_are_met_and_errors_are_what_they_are(case, goal, tmp_path):
     if "max_error" in goal:
         assert max(truth.values()) <= goal["max_error"] * (1 + 1e-6)
     if "rank" in goal:
-        assert {s.u.shape[1] for s in space.collection.slots.values()} == {6}
+        assert {s.ranks for s in space.collection.slots.values()} == {(6, 6)}
     if "energy" in goal:
         norms = np.array([task.norm for task in space.collection.tasks])
         errors = np.array([truth[task.name] for task in space.collection.tasks])

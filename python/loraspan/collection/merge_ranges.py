@@ -10,6 +10,7 @@ from torch import Tensor
 
 from loraspan.collection.bases import Basis, make_basis
 from loraspan.collection.ranges import find_range
+from loraspan.collection.rows import Width
 from loraspan.collection.stack import Stack
 from loraspan.collection.vectors import FactorRows
 from loraspan.ops import combine
@@ -92,16 +93,16 @@ def directions_of(summary: Summary) -> Tensor:
     return summary.rows * summary.energies.rsqrt()[:, None].float()
 
 
-def basis_of(summary: Summary, turn: Tensor, dtype: torch.dtype) -> Basis:
-    """Form a basis as it will be stored, orthonormal within the rounding of ``dtype``.
+def basis_of(summary: Summary, turn: Tensor, width: Width) -> Basis:
+    """Form a basis as it will be stored, orthonormal within the rounding of ``width``.
 
     Args:
         summary: whose directions it is made of.
         turn: ``[l, k]``, float64, orthonormal: the basis in terms of them.
-        dtype: of the basis.
+        width: of the basis: a dtype, or bits.
     """
     stack = _plain_stack([summary.rows])
-    return make_basis(stack, summary.energies.rsqrt()[:, None] * turn, dtype)
+    return make_basis(stack, summary.energies.rsqrt()[:, None] * turn, width)
 
 
 def _plain_stack(rows: Sequence[Tensor]) -> Stack:

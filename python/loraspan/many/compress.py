@@ -15,6 +15,7 @@ from loraspan.adapters.sources import Sources
 from loraspan.collection.collection import Collection
 from loraspan.collection.fit import Goal
 from loraspan.collection.layout import collection_bytes
+from loraspan.collection.rows import width_named
 from loraspan.collection.summary import summarize
 from loraspan.errors import ArgumentError, LoraspanError, StoreError
 from loraspan.many.census import Aside, Census, find_each, take_census
@@ -89,7 +90,7 @@ def compress_many(
     rank: int | None = None,
     energy: float | None = None,
     max_error: float | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     refine: int = 2,
     seed: int = 0,
     memory: int | str = "1GB",
@@ -125,7 +126,7 @@ def compress_many(
             rest, as their summaries prove, so bases may come out wider than a fit of all at once would make them.
         max_error: relative error on ``dW`` that no task exceeds. The form of each slot is chosen on a sample of tasks
             spread over all; private columns carry what shared ones do not, so the bound holds for every task.
-        dtype: of what is stored.
+        dtype: of what is stored: float32, bfloat16, float16, int8, or ``"int4"``.
         refine: iterations that fit both sides of a slot jointly, on the sample; none for ``energy``.
         seed: of the sketches.
         memory: bytes, or text such as ``"1GB"``. Which adapters form a group follows from it, and the last bits.
@@ -159,11 +160,9 @@ def compress_many(
     Source:
         Merging summaries: see :func:`loraspan.collection.merge_ranges.merge`.
     """
-    goal = Goal(rank, energy, max_error, refine, dtype, seed)
+    goal = Goal(rank, energy, max_error, refine, width_named("compress", dtype), seed)
     if on_error not in ("stop", "skip"):
         raise ArgumentError(f"compress: on_error is 'stop' or 'skip'; got {on_error!r}")
-    if goal.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ArgumentError(f"compress: with memory= dtype is float32, bfloat16 or float16; got {goal.dtype}")
     size = parse_size(memory)
     folder = Path(out)
     ledger = Ledger(folder.with_name(f"{folder.name}.progress"))
@@ -183,16 +182,16 @@ def compress_many(
                 _check_free(folder, overwrite)
             census = _census(ledger, sources, skip, report)
             run = Run(ledger, census, goal, skip, hash_files, size, executor, report)
-            collection, aside = gather(ledger, run.segments(), census, goal.floats, skip)
+            collection, aside = gather(ledger, run.segments(), census, goal.widths, skip)
         except LoraspanError:
             # nothing to go on with: the next run may be a different one
             if ledger.is_barren():
                 ledger.drop()
             raise
         nbytes = collection_bytes(collection)
-        collection = replace(collection, summary=summarize(collection, nbytes))
+        collection = replace(collection, summary=summarize(collection, nbytes), fitted=nbytes)
         publish(ledger, collection, folder, overwrite)
-        made = _report(folder, collection, nbytes, (*census.aside, *aside))
+        made = _report(folder, collection, (*census.aside, *aside))
         ledger.write_json(DONE, {"arguments": arguments, "report": made.as_dict(), "census": census.as_dict()})
         ledger.drop()
     return made
@@ -223,7 +222,7 @@ def _arguments(goal: Goal, memory: int, hash_files: bool, overwrite: bool) -> di
     """Give what decides the bits of the result, and who may read what is kept."""
     return {
         **asdict(goal),
-        "dtype": str(goal.floats),
+        "dtype": str(goal.widths),
         "memory": memory,
         "hash_files": hash_files,
         "overwrite": overwrite,
@@ -260,7 +259,7 @@ def _changed(table: dict[str, Any], sources: Sources, skip: bool) -> str | None:
     return census.changed(find_each(sources, skip, []))
 
 
-def _report(folder: Path, collection: Collection, nbytes: int, aside: tuple[Aside, ...]) -> ManyReport:
+def _report(folder: Path, collection: Collection, aside: tuple[Aside, ...]) -> ManyReport:
     errors = {task.name: task.error for task in collection.tasks}
     worst = max(errors, key=errors.__getitem__)
     return ManyReport(
@@ -270,7 +269,7 @@ def _report(folder: Path, collection: Collection, nbytes: int, aside: tuple[Asid
         worst=worst,
         max_error=errors[worst],
         mean_error=sum(errors.values()) / len(errors),
-        nbytes=nbytes,
+        nbytes=collection_bytes(collection),
         source_nbytes=sum(task.factor_bytes for task in collection.tasks),
         summary=collection.summary,
     )

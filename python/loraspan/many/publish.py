@@ -5,26 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from loraspan import store
-from loraspan.collection.collection import Collection, Segment, SlotSpace
-from loraspan.collection.rows import same_rows
+from loraspan.collection.collection import Collection, Segment
+from loraspan.collection.rows import Widths, same_rows
 from loraspan.errors import ArgumentError, MismatchError, StoreError
 from loraspan.many.census import Aside, Census
-from loraspan.many.ledger import Ledger, read_piece
+from loraspan.many.ledger import Ledger
+from loraspan.many.pieces import read_bases, read_segment
 from loraspan.many.run import BASES
-from loraspan.many.work import read_bases
-from loraspan.store.manifest import DataFile, Manifest
-from loraspan.store.mapped import TensorFile
 from loraspan.store.reader import current
-from loraspan.store.segment import read_tasks, slot_shape
 
 PUBLISH = "publish.json"
 
 
 def gather(
-    ledger: Ledger, names: Sequence[str], census: Census, dtype: torch.dtype, skip: bool
+    ledger: Ledger, names: Sequence[str], census: Census, widths: Widths, skip: bool
 ) -> tuple[Collection, list[Aside]]:
     """Map the pieces of a run as one collection, a segment for each group, and list whom its work has set aside.
 
@@ -32,28 +27,20 @@ def gather(
         ArgumentError: if nobody is left.
         MismatchError: without ``skip``, if an adapter was set aside when the run was begun with it.
     """
-    spaces = read_bases(str(ledger.path / BASES), census.slots, dtype)
+    spaces = read_bases(ledger.path / BASES, census.slots, widths.dtype)
     segments: list[Segment] = []
     aside: list[Aside] = []
     for name in names:
-        _, notes = read_piece(str(ledger.path / name))
-        aside += [Aside(*one) for one in notes["aside"]]
-        if notes["tasks"]:
-            segments.append(_segment(ledger, name, int(notes["tasks"]), spaces, dtype))
+        segment, left_out = read_segment(ledger.path / name, spaces, widths.dtype)
+        aside += left_out
+        segments += [segment] if segment.tasks else []
     if aside and not skip:
         raise MismatchError(f"{aside[0].reason} (it was set aside by on_error='skip' when the run began)")
     if not segments:
         raise ArgumentError(f"compress: there is no adapter to compress; the first of {len(aside)}: {aside[0].reason}")
     used = {path for segment in segments for path in segment.columns}
     kept = {path: space for path, space in spaces.items() if path in used}
-    return Collection(kept, tuple(segments), dtype, census.base_model), aside
-
-
-def _segment(ledger: Ledger, name: str, tasks: int, spaces: dict[str, SlotSpace], dtype: torch.dtype) -> Segment:
-    slots = tuple(slot_shape(path, space) for path, space in spaces.items())
-    data = DataFile(name, "", (ledger.path / name).stat().st_size, tasks)
-    manifest = Manifest(1, None, dtype, None, "", slots, data, (data,))
-    return read_tasks(TensorFile(ledger.path, data), manifest, data)
+    return Collection(kept, tuple(segments), widths.dtype, census.base_model, bits=widths.bits), aside
 
 
 def publish(ledger: Ledger, collection: Collection, folder: Path, overwrite: bool) -> None:

@@ -22,7 +22,8 @@ from loraspan.many.groups import (
     summary_cost,
 )
 from loraspan.many.in_order import in_order, run
-from loraspan.many.ledger import Ledger, Pieces, read_piece
+from loraspan.many.ledger import Ledger, Pieces
+from loraspan.many.pieces import read_bases
 from loraspan.many.tree import Tree
 from loraspan.many.work import Work, choose_bases, express_group, merge_summaries, scout_sample, summarize_group
 
@@ -58,11 +59,8 @@ class Run:
     def segments(self) -> list[str]:
         """Do all of it, and give the names of the pieces that hold the tasks; the bases are in :data:`BASES`."""
         self._make_bases()
-        spaces, _ = read_piece(str(self.ledger.path / BASES))
-        ranks = {name.partition(".")[2]: 0 for name in spaces}
-        for name, basis in spaces.items():
-            path = name.partition(".")[2]
-            ranks[path] = max(ranks[path], basis.shape[1])
+        spaces = read_bases(self.ledger.path / BASES, self.census.slots, self.goal.floats)
+        ranks = {path: max(space.ranks) for path, space in spaces.items()}
         cost = express_cost(self.census.slots, ranks, self.goal)
         groups = cut(self.census.members, cost, limit_of(self.memory, self.census.members, [cost]))
         names = [f"tasks-{i:06d}.safetensors" for i in range(len(groups))]

@@ -6,9 +6,9 @@ They know nothing of the run, the ledger or each other, and give the same bits w
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from loraspan.adapters.base import Adapter
@@ -17,12 +17,11 @@ from loraspan.collection.express import express
 from loraspan.collection.factors import SlotFactors, read_factors
 from loraspan.collection.fit import Goal, total_squares
 from loraspan.collection.merge_ranges import Summary, basis_of, merge, summarize
-from loraspan.collection.rows import tensors_of
 from loraspan.collection.widths import precision_of, scout, turns_for, weights_of
 from loraspan.errors import NotFiniteError
 from loraspan.many.census import Aside, Map, Origin, open_origin
 from loraspan.many.ledger import Pieces, encode, read_piece
-from loraspan.store.segment import task_tensors
+from loraspan.many.pieces import encode_bases, encode_segment, read_bases
 
 _SIDES = ("out", "in")
 
@@ -121,9 +120,7 @@ def choose_bases(
     Raises:
         TooNarrowError: if the summaries do not hold what the goal asks for.
     """
-    if path is None:
-        return encode([], {"slots": list(slots)})
-    tensors, notes = read_piece(path)
+    tensors, notes = ({}, {"totals": {}}) if path is None else read_piece(path)
     summaries = {}
     for key, total in notes["totals"].items():
         out, inn = (_summary(tensors, side, key, total) for side in _SIDES)
@@ -131,26 +128,11 @@ def choose_bases(
             summaries[key] = (out, inn)
     group = read_group(work)
     turns = turns_for(group.slots, group.squares, work.goal, summaries, widths, stands_for)
-    named: list[tuple[str, Tensor]] = []
+    spaces = {}
     for key, turn in turns.items():
-        for name, side, one in zip("uv", summaries[key], turn, strict=True):
-            if one.shape[1]:
-                named += tensors_of(name, key, basis_of(side, one, work.goal.floats).v)
-    return encode(named, {"slots": list(slots)})
-
-
-def read_bases(path: str, slots: Mapping[str, Map], dtype: torch.dtype) -> dict[str, SlotSpace]:
-    """Map the bases of all slots; a slot may have none."""
-    tensors, _ = read_piece(path)
-    return {
-        key: SlotSpace(
-            tensors.get(f"u.{key}", torch.empty(one.n, 0, dtype=dtype)),
-            tensors.get(f"v.{key}", torch.empty(one.d, 0, dtype=dtype)),
-            one.kind,
-            one.kernel,
-        )
-        for key, one in slots.items()
-    }
+        u, v = (basis_of(side, one, work.goal.widths.basis).v for side, one in zip(summaries[key], turn, strict=True))
+        spaces[key] = SlotSpace(u, v, slots[key].kind, slots[key].kernel)
+    return encode_bases(spaces)
 
 
 def express_group(work: Work, hash_files: bool, slots: Mapping[str, Map], bases: str) -> Pieces:
@@ -160,7 +142,7 @@ def express_group(work: Work, hash_files: bool, slots: Mapping[str, Map], bases:
         ArgumentError: if the goal's ``max_error`` is below what rounding to its dtype allows.
     """
     adapters = [open_origin(origin, hash_file=hash_files) for origin in work.origins]
-    spaces = read_bases(bases, slots, work.goal.floats)
+    spaces = read_bases(Path(bases), slots, work.goal.floats)
     aside: list[Aside] = []
     try:
         made = _express(spaces, adapters, work.goal)
@@ -169,13 +151,13 @@ def express_group(work: Work, hash_files: bool, slots: Mapping[str, Map], bases:
             raise
         adapters, aside = _finite(adapters)
         made = _express(spaces, adapters, work.goal)
-    return encode(task_tensors(made), {"tasks": len(made.tasks), "aside": aside})
+    return encode_segment(made, aside)
 
 
 def _express(spaces: Mapping[str, SlotSpace], adapters: Sequence[Adapter], goal: Goal) -> Segment:
     if not adapters:
         return Segment((), {})
-    return express(spaces, adapters, max_error=goal.max_error, dtype=goal.floats, operator="compress").segment
+    return express(spaces, adapters, max_error=goal.max_error, dtype=goal.widths, operator="compress").segment
 
 
 def _named(side: str, path: str, made: Summary) -> list[tuple[str, Tensor]]:
