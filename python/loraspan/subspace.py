@@ -141,7 +141,9 @@ class Subspace:
             raise ArgumentError(f"project: takes one adapter; got {len(adapters)}")
         return project(self.collection, adapters[0], max_error=max_error)
 
-    def add(self, adapters: Any, *, max_error: float = 0.05, dry_run: bool = False) -> Change:
+    def add(
+        self, adapters: Any, *, max_error: float = 0.05, progress: Progress | None = None, dry_run: bool = False
+    ) -> Change:
         """Add tasks: shared columns for what the bases carry of them, private ones for the rest.
 
         Bases and other tasks stay as they are, bit for bit. In a store, the bytes of the new tasks and a manifest are
@@ -150,6 +152,7 @@ class Subspace:
         Args:
             adapters: sources as for :func:`compress`.
             max_error: relative error on ``dW`` that none of them exceeds.
+            progress: called with a stage, how much of it is done, and how much there is.
             dry_run: change nothing, and say what would change.
 
         Raises:
@@ -159,7 +162,7 @@ class Subspace:
             StoreError: if the store cannot be written, or another writer was faster. Nothing is changed then.
         """
         read = self._read(adapters)
-        added = add(self.collection, read, max_error=max_error)
+        added = add(self.collection, read, max_error=max_error, report=progress)
         return self._become(added, "add", [adapter.name for adapter in read], dry_run)
 
     def remove(self, *names: str, dry_run: bool = False) -> Change:
@@ -185,12 +188,15 @@ class Subspace:
         """
         return self._become(rename(self.collection, {old: new}), "rename", [old, "to", new], dry_run=False)
 
-    def replace(self, adapters: Any, *, max_error: float = 0.05, dry_run: bool = False) -> Change:
+    def replace(
+        self, adapters: Any, *, max_error: float = 0.05, progress: Progress | None = None, dry_run: bool = False
+    ) -> Change:
         """Put other adapters in the place of tasks of the same names, as one change; they move to the end.
 
         Args:
             adapters: sources as for :func:`compress`; each has the name of a task.
             max_error: as :meth:`add`.
+            progress: as :meth:`add`.
             dry_run: change nothing, and say what would change.
 
         Raises:
@@ -198,7 +204,7 @@ class Subspace:
             ArgumentError, MismatchError, FormatError, UnsupportedError, NotFiniteError, StoreError: as :meth:`add`.
         """
         read = self._read(adapters)
-        replaced = replace_tasks(self.collection, read, max_error=max_error)
+        replaced = replace_tasks(self.collection, read, max_error=max_error, report=progress)
         return self._become(replaced, "replace", [adapter.name for adapter in read], dry_run)
 
     def refit(
@@ -255,7 +261,7 @@ class Subspace:
             max_forgetting: what any task may lose in all refits of its life, so that its error stays at most
                 ``max_error + max_forgetting``.
             max_bytes: what the space may take on disk, a number or text such as "200MB".
-            progress: called while bases are fitted with a stage, how much of it is done, and how much there is.
+            progress: called with a stage, how much of it is done, and how much there is.
             dry_run: change nothing, and say what would change.
 
         Raises:
@@ -293,13 +299,15 @@ class Subspace:
         collection = replace(collection, summary=summarize(collection, self._bytes_of(collection)))
         what = " ".join([verb, *(str(name) for name in names[:_NAMED])])
         what += f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-        sizes = (self.nbytes, self._bytes_of(collection))
-        if not dry_run:
-            if self._opened is not None:
-                self._opened = store.commit(self._opened, collection, note=what)
-                collection = self._opened.collection
-            self._collection = collection
-        return compare(what, before, collection, sizes, dry_run=dry_run)
+        change = compare(what, before, collection, (self.nbytes, self._bytes_of(collection)), dry_run=dry_run)
+        if dry_run:
+            return change
+        if self._opened is not None:
+            self._opened = store.commit(self._opened, collection, note=what)
+            collection = self._opened.collection
+        self._collection = collection
+        # segments may have been joined on the way
+        return replace(change, nbytes=(change.nbytes[0], self.nbytes))
 
     def _bytes_of(self, collection: Collection) -> int:
         """Count what is not there yet; what is there has a size."""

@@ -150,7 +150,7 @@ def test_what_adding_refuses_is_refused():
         absorb(held, adapters[2:3], max_error=2.0, max_forgetting=FORGETTING)
 
 
-def test_progress_is_told_while_bases_are_fitted():
+def test_progress_is_told():
     adapters = planted.adapters(count=30, noise=0.001)
     calls = []
     absorb(
@@ -160,5 +160,6 @@ def test_progress_is_told_while_bases_are_fitted():
         max_forgetting=FORGETTING,
         report=lambda *call: calls.append(call),
     )
-    assert calls[0] == ("fit", 0, 2)
-    assert calls[-1] == ("fit", 2, 2)
+    assert calls[:3] == [("add", i, 2) for i in range(3)]
+    assert {stage for stage, _, _ in calls[3:]} == {"fit"}
+    assert (calls[3], calls[-1]) == (("fit", 0, 2), ("fit", 2, 2))

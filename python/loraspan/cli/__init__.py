@@ -6,6 +6,8 @@ import errno
 
 import click
 
+from loraspan.cli.absorb import absorb
+from loraspan.cli.add import add
 from loraspan.cli.compress import compress
 from loraspan.cli.demo import demo
 from loraspan.cli.doctor import doctor
@@ -14,6 +16,11 @@ from loraspan.cli.gc import gc
 from loraspan.cli.info import info
 from loraspan.cli.log import log
 from loraspan.cli.output import one_line
+from loraspan.cli.project import project
+from loraspan.cli.refit import refit
+from loraspan.cli.remove import remove
+from loraspan.cli.rename import rename
+from loraspan.cli.replace import replace
 from loraspan.cli.rollback import rollback
 from loraspan.cli.verify import verify
 from loraspan.errors import LoraspanError
@@ -51,10 +58,14 @@ def main() -> None:
       loraspan compress adapters/ -o team.span
       loraspan info team.span
       loraspan export team.span sql -o restored/
+      loraspan add team.span new/legal
 
     Exit codes: 0 done, 1 an error (or, for verify and doctor, something found), 2 wrong usage.
     """
 
 
-for _command in (compress, info, export, verify, log, rollback, gc, demo, doctor):
+_MAKE = (compress, info, export, verify)
+_CHANGE = (project, add, absorb, refit, remove, rename, replace)
+_KEEP = (log, rollback, gc)
+for _command in (*_MAKE, *_CHANGE, *_KEEP, demo, doctor):
     main.add_command(_command)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from difflib import get_close_matches
 from pathlib import Path
 
 import click
 
 from loraspan import subspace
+from loraspan.cli.changes import check_known
 from loraspan.cli.compress import DTYPES
 from loraspan.cli.output import put, shown
-from loraspan.errors import ArgumentError, UnknownTaskError
+from loraspan.errors import ArgumentError
 
 _LONGEST = 120
 # names that Windows keeps for devices, whatever follows a dot
@@ -43,7 +43,7 @@ def export(
         raise click.UsageError("give names of tasks, or --all and no names")
     opened = subspace.open(space)
     chosen = opened.tasks if everything else list(dict.fromkeys(tasks))
-    _check_known(space, chosen, opened.tasks)
+    check_known(space, chosen, opened.tasks)
     folders = {name: out / folder for name, folder in folder_names(chosen).items()}
     for name, folder in folders.items():
         if not overwrite and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -85,12 +85,3 @@ def _folder_name(task: str) -> str:
     name = ("_" if name[:1] in (".", "", " ") else "") + name
     name = name[:-1] + "_" if name[-1] in ". " else name
     return f"_{name}" if name.split(".")[0].casefold() in _RESERVED else name
-
-
-def _check_known(space: Path, chosen: Sequence[str], known: Sequence[str]) -> None:
-    there = set(known)
-    for name in chosen:
-        if name not in there:
-            close = get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"see loraspan info {space} --tasks"
-            raise UnknownTaskError(f"{space}: no task {name!r} among its {len(known)}; {hint}")

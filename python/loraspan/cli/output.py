@@ -32,6 +32,8 @@ _PATIENCE = 1.0
 _STAGES = {
     "read": "reading adapters",
     "fit": "fitting slots",
+    "add": "expressing slots",
+    "project": "projecting adapters",
     "summarize": "finding what is shared",
     "express": "storing tasks",
 }

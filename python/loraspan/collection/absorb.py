@@ -46,7 +46,7 @@ def absorb(
         max_forgetting: what any task may lose in all refits of its life, relative to its ``dW``.
         max_bytes: what the collection may take on disk.
         place: the device to compute with the factors.
-        report: called with "fit", slots done and slots in all, while bases are fitted.
+        report: called with "add" and, while bases are fitted, "fit", slots done and slots in all.
 
     Raises:
         ArgumentError: if ``max_forgetting`` is not between 0 and 1, or ``max_bytes`` cannot be met; says what can be.
@@ -54,7 +54,7 @@ def absorb(
     """
     if not 0 < max_forgetting < 1:
         raise ArgumentError(f"absorb: max_forgetting is between 0 and 1; got {max_forgetting}")
-    added = add(collection, adapters, max_error=max_error, place=place)
+    added = add(collection, adapters, max_error=max_error, place=place, report=report)
     nbytes = collection_bytes(added)
     over = max_bytes is not None and nbytes > max_bytes
     if not over and nbytes <= _GROWTH * (collection.fitted or collection_bytes(collection)):

@@ -18,7 +18,7 @@ class Change:
         tasks: number of tasks before and after.
         nbytes: bytes on disk before and after.
         worst_error: largest error of any task before and after, 0 without tasks.
-        added: names of tasks that came, each with its error.
+        added: names of tasks that came, each with its error. One that was replaced came and left.
         removed: names of tasks that left.
         refitted: whether the bases are new.
         forgotten: the most that any task lost to this change, relative to its ``dW``.
@@ -55,9 +55,11 @@ def compare(
 ) -> Change:
     """Give what lies between two collections of ``nbytes``."""
     old, new = before.places, after.places
-    came = {task.name: task.error for task in after.tasks if task.name not in old}
-    left = tuple(task.name for task in before.tasks if task.name not in new)
     refitted = any(after.slots[path] is not space for path, space in before.slots.items() if path in after.slots)
+    # a refit touches every task; without one, another object of a name is another task
+    changed = set() if refitted else {t.name for t in after.tasks if t.name in old and before.task(t.name) is not t}
+    came = {task.name: task.error for task in after.tasks if task.name not in old or task.name in changed}
+    left = tuple(task.name for task in before.tasks if task.name not in new or task.name in changed)
     lost = [after.task(t.name).forgotten - t.forgotten for t in before.tasks if t.name in new] if refitted else []
     return Change(
         what=what,

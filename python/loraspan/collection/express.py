@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,6 +54,7 @@ def express(
     dtype: Widths | Width,
     operator: str = "add",
     place: torch.device | None = None,
+    report: Callable[[str, int, int], None] | None = None,
 ) -> Expressed:
     """Give the columns of adapters on standing bases. A pure function: nothing that is given changes.
 
@@ -65,6 +66,7 @@ def express(
         dtype: of loadings and private columns, or the widths of each.
         operator: to name in an error.
         place: the device to compute with the factors.
+        report: called with "add", slots done and slots in all, where there is a ``max_error``.
 
     Raises:
         ArgumentError: if ``max_error`` is below what rounding to ``dtype`` allows.
@@ -83,7 +85,7 @@ def express(
         prices = [column_bytes("pp", f.shape, (0, 0), widths) for f in factors]
         rounding = 2 * rounding_of(widths.private)
         shares = allotments(spectra, len(squares), max_error, prices=prices, rounding=rounding)
-        found = _within(factors, canonicals, bases, shares, widths)
+        found = _within(factors, canonicals, bases, shares, widths, report or (lambda _stage, _done, _total: None))
     columns = {f.path: made for f, (made, _) in zip(factors, found, strict=True)}
     lost = {f.path: (f.members, gone) for f, (_, gone) in zip(factors, found, strict=True)}
     totals = torch.zeros_like(squares)
@@ -169,16 +171,19 @@ def _within(
     bases: Sequence[tuple[Basis, Basis]],
     shares: Sequence[Tensor],
     widths: Widths,
+    report: Callable[[str, int, int], None],
 ) -> list[tuple[Columns, Tensor]]:
     """Slot after slot; what a task does not spend of its share in one is left for the next."""
     unspent = torch.zeros(1 + max(max(f.members) for f in factors), dtype=torch.float64) if factors else torch.zeros(0)
-    found = []
+    found: list[tuple[Columns, Tensor]] = []
     for slot, canonical, both, share in zip(factors, canonicals, bases, shares, strict=True):
+        report("add", len(found), len(factors))
         members = torch.tensor(slot.members)
         allowed = (share + unspent[members]).clamp(min=0)
         columns, lost = _cheapest(slot, canonical, both, allowed, widths)
         unspent[members] += share - lost
         found.append((columns, lost))
+    report("add", len(factors), len(factors))
     return found
 
 

@@ -51,7 +51,7 @@ _LENGTH_BYTES = 8
 _BYTES = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kMGTKmgt]?B?)", re.ASCII)
 _UNITS = {"": 1, "B": 1, **{f"{unit}{b}": 10 ** (3 * i) for i, unit in enumerate("KMGT", 1) for b in ("", "B")}}
 # of a manifest beside its names and numbers, and of its lists' elements; see `manifest_bytes`
-_MANIFEST, _MANIFEST_SLOT, _MANIFEST_FILE = 319, 57, 175
+_MANIFEST, _MANIFEST_SLOT, _MANIFEST_FILE = 363, 57, 175
 
 
 def narrow(largest: int) -> torch.dtype:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Collection as Names
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -21,6 +21,7 @@ def add(
     max_error: float,
     place: torch.device | None = None,
     leaving: Names[str] = (),
+    report: Callable[[str, int, int], None] | None = None,
 ) -> Collection:
     """Give the collection with more tasks. The bases and all other tasks are the very same objects.
 
@@ -30,6 +31,7 @@ def add(
         max_error: relative error on ``dW`` that none of them exceeds, between 0 and 1.
         place: the device to compute with the factors.
         leaving: names that may be taken, since their tasks are about to leave.
+        report: called with "add", slots done and slots in all.
 
     Raises:
         ArgumentError: if there is no adapter, or ``max_error`` is not between 0 and 1 or below what rounding allows.
@@ -38,7 +40,7 @@ def add(
     """
     check_goal("add", max_error)
     check_names("add", [adapter.name for adapter in adapters], collection.places.keys() - set(leaving))
-    made = express(collection.slots, adapters, max_error=max_error, dtype=collection.widths, place=place)
+    made = express(collection.slots, adapters, max_error=max_error, dtype=collection.widths, place=place, report=report)
     slots = collection.slots if len(made.slots) == len(collection.slots) else made.slots
     base = collection.base_model or next((a.source.base_model for a in adapters if a.source.base_model), None)
     return replace(collection, slots=slots, segments=(*collection.segments, made.segment), base_model=base)
@@ -85,7 +87,12 @@ def rename(collection: Collection, new_names: Mapping[str, str]) -> Collection:
 
 
 def replace_tasks(
-    collection: Collection, adapters: Sequence[Adapter], *, max_error: float, place: torch.device | None = None
+    collection: Collection,
+    adapters: Sequence[Adapter],
+    *,
+    max_error: float,
+    place: torch.device | None = None,
+    report: Callable[[str, int, int], None] | None = None,
 ) -> Collection:
     """Give the collection with other adapters for tasks of the same names, which move to the end.
 
@@ -96,7 +103,7 @@ def replace_tasks(
     names = [adapter.name for adapter in adapters]
     for name in names:
         collection.find(name)
-    added = add(collection, adapters, max_error=max_error, place=place, leaving=names)
+    added = add(collection, adapters, max_error=max_error, place=place, leaving=names, report=report)
     kept = remove(collection, names)
     return replace(added, segments=(*kept.segments, added.segments[-1]))
 
