@@ -125,7 +125,7 @@ def test_save_does_not_overwrite_unasked(tmp_path):
 
 
 def test_exactly_one_goal():
-    with pytest.raises(ArgumentError, match="exactly one of rank, energy and max_error"):
+    with pytest.raises(ArgumentError, match="exactly one of rank, energy, max_error and max_bytes"):
         loraspan.compress(planted.adapters(count=2))
 
 

@@ -15,7 +15,7 @@ from loraspan.adapters.base import Adapter
 from loraspan.collection.absorb import absorb
 from loraspan.collection.changes import Change, compare
 from loraspan.collection.collection import Collection
-from loraspan.collection.fit import Goal, Progress, fit
+from loraspan.collection.fit import Goal, Progress, fit_with_plans
 from loraspan.collection.layout import (
     basis_file_bytes,
     collection_bytes,
@@ -23,9 +23,11 @@ from loraspan.collection.layout import (
     parse_bytes,
     segment_bytes,
 )
+from loraspan.collection.plans import PlanLine
 from loraspan.collection.project import Projection, project
 from loraspan.collection.rebuild import rebuild
 from loraspan.collection.refit import refit
+from loraspan.collection.rows import width_named
 from loraspan.collection.summary import Report, make_report, summarize
 from loraspan.collection.update import add, remove, rename, replace_tasks
 from loraspan.errors import ArgumentError, MismatchError
@@ -59,6 +61,7 @@ class Subspace:
 
     def __init__(self, collection: Collection, opened: store.Opened | None = None) -> None:
         self._collection, self._opened = collection, opened
+        self._plans: tuple[PlanLine, ...] = ()
 
     @property
     def collection(self) -> Collection:
@@ -101,8 +104,11 @@ class Subspace:
         return self.collection.summary
 
     def report(self) -> Report:
-        """Give every task's error and bytes and every slot's form; ``str()`` of it is a table."""
-        return make_report(self.collection, self.nbytes)
+        """Give every task's error and bytes and every slot's form, and the plans that :func:`compress` counted.
+
+        ``str()`` of it is a table.
+        """
+        return replace(make_report(self.collection, self.nbytes), plans=self._plans)
 
     def save(self, path: str | Path, *, overwrite: bool = False, note: str = "save") -> None:
         """Write the collection to a folder, as a new store or, with ``overwrite``, a new generation of one.
@@ -313,6 +319,8 @@ class Subspace:
         """Count what is not there yet; what is there has a size."""
         if self._opened is None:
             return collection_bytes(collection)
+        if collection is self._opened.collection:
+            return store.nbytes(self._opened)
         known = {
             id(held.columns): data.size
             for held, data in zip(self._opened.collection.segments, self._opened.segments, strict=True)
@@ -362,14 +370,15 @@ def compress(
     rank: int | None = None,
     energy: float | None = None,
     max_error: float | None = None,
-    dtype: torch.dtype = torch.float32,
+    max_bytes: int | str | None = None,
+    dtype: torch.dtype | str | None = None,
     refine: int = 2,
     seed: int = 0,
     device: str | torch.device | None = None,
     hash_files: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Subspace:
-    """Put adapters of one base model into a shared subspace. Give exactly one of rank, energy and max_error.
+    """Put adapters of one base model into a shared subspace. Give one of rank, energy, max_error and max_bytes.
 
     Args:
         sources: adapter folders, globs, ``.safetensors`` files, Hub ids or :class:`Adapter` objects, one or a list; or
@@ -378,7 +387,11 @@ def compress(
         energy: share of the collection's energy to keep in shared bases, in every slot.
         max_error: relative error on ``dW`` that no task exceeds: shared columns where they pay, private ones for the
             rest. Any value can be met on any adapters, down to the rounding of ``dtype``.
-        dtype: of what is stored: float32, bfloat16 or float16. Reported errors include its rounding.
+        max_bytes: all bytes on disk, a number or text such as "200MB": the worst task's error is made as small as they
+            allow.
+        dtype: of what is stored: float32, bfloat16, float16, or ``"int8"`` and ``"int4"``, integers in blocks of 64
+            with a scale. Reported errors include its rounding. None takes float32 for a rank or an energy; for the
+            other goals the widths of bases, loadings and private columns that take the fewest bytes.
         refine: iterations that fit both sides of a slot jointly.
         seed: of the random sketches.
         device: ``"cuda"`` or ``"mps"``: factors are sent there in chunks of columns, two at a time of 128 MB each,
@@ -400,13 +413,16 @@ def compress(
     Source:
         Share, arXiv 2602.06043; joint diagonalisation, arXiv 2407.00066.
     """
-    goal = Goal(rank, energy, max_error, refine, dtype, seed)
+    width = None if dtype is None else width_named("compress", dtype)
+    goal = Goal(rank, energy, max_error, refine, width, seed, parse_bytes("compress", max_bytes))
     place = find_device("compress", device)
     adapters: Sequence[Adapter] = read_all(sources, hash_file=hash_files)
     check_together(adapters)
-    collection = fit(adapters, goal, progress, place)
+    collection, plans = fit_with_plans(adapters, goal, progress, place)
     nbytes = collection_bytes(collection)
-    return Subspace(replace(collection, summary=summarize(collection, nbytes), fitted=nbytes))
+    space = Subspace(replace(collection, summary=summarize(collection, nbytes), fitted=nbytes))
+    space._plans = plans
+    return space
 
 
 def open(path: str | Path) -> Subspace:

@@ -15,8 +15,10 @@ import torch
 
 from loraspan import subspace
 from loraspan.cli.output import bars, one_line, put, put_json, remark, shown, size
+from loraspan.collection.rows import WIDTHS
 from loraspan.errors import StoreError
 from loraspan.many import ManyReport, compress_many
+from loraspan.store.publish import standing
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 DEFAULT_MAX_ERROR = 0.05
@@ -31,7 +33,12 @@ DEFAULT_MEMORY = "1GB"
 @click.option(
     "--max-error", type=float, metavar="X", help=f"Largest relative error of a task. [default: {DEFAULT_MAX_ERROR}]"
 )
-@click.option("--dtype", type=click.Choice(list(DTYPES)), default="f32", show_default=True, help="Of what is stored.")
+@click.option("--max-bytes", metavar="SIZE", help="All bytes of the store, such as 200MB.")
+@click.option(
+    "--dtype",
+    type=click.Choice(list(WIDTHS)),
+    help="Of what is stored. [default: what takes the fewest bytes with --max-error or --max-bytes, else f32]",
+)
 @click.option("--refine", type=click.IntRange(min=0), default=2, show_default=True, help="Joint refinement iterations.")
 @click.option("--device", metavar="NAME", help="Where to compute: cpu, cuda, cuda:N or mps. [default: cpu]")
 @click.option("--hash-files", is_flag=True, help="Keep a sha256 of every whole source file.")
@@ -48,7 +55,8 @@ def compress(
     rank: int | None,
     energy: float | None,
     max_error: float | None,
-    dtype: str,
+    max_bytes: str | None,
+    dtype: str | None,
     refine: int,
     device: str | None,
     hash_files: bool,
@@ -62,8 +70,9 @@ def compress(
 
     SRC is an adapter's folder, a folder of such folders, a quoted glob, a .safetensors file or a Hub id owner/name.
 
-    Give one of --rank, --energy and --max-error. With --max-error no task is further than that from its original, as
-    |dW - dW'| / |dW| over all its modules: what the tasks share goes into shared bases, the rest stays private.
+    Give one of --rank, --energy, --max-error and --max-bytes. With --max-error no task is further than that from its
+    original, as |dW - dW'| / |dW| over all its modules: what the tasks share goes into shared bases, the rest stays
+    private, in as few bits as the error allows. --max-bytes makes the largest error as small as the bytes allow.
     --rank and --energy keep shared bases alone, and the errors are what they are.
 
     With --memory, --jobs or --on-error skip, adapters go through in groups that fit the memory (1GB if it is not said),
@@ -75,29 +84,40 @@ def compress(
       loraspan compress adapters/ -o team.span
       loraspan compress 'adapters/*' -o team.span --max-error 0.01
       loraspan compress sql/ legal/ chat/ -o team.span --rank 32 --dtype f16
+      loraspan compress adapters/ -o team.span --max-bytes 200MB
       loraspan compress adapters/ -o team.span --overwrite --json > report.json
       loraspan compress adapters/ -o all.span --memory 1GB --jobs 4 --on-error skip
     """
-    if sum(goal is not None for goal in (rank, energy, max_error)) > 1:
-        raise click.UsageError("give one of --rank, --energy and --max-error")
-    by_default = rank is None and energy is None and max_error is None
+    goals = sum(goal is not None for goal in (rank, energy, max_error, max_bytes))
+    if goals > 1:
+        raise click.UsageError("give one of --rank, --energy, --max-error and --max-bytes")
+    by_default = not goals
     if by_default:
         max_error = DEFAULT_MAX_ERROR
-    goal = {"rank": rank, "energy": energy, "max_error": max_error, "dtype": DTYPES[dtype], "refine": refine}
+    goal = {"rank": rank, "energy": energy, "max_error": max_error, "refine": refine}
     shared = {"hash_files": hash_files, **goal}
     start = time.perf_counter()
     if memory is None and jobs is None and on_error == "stop":
-        space = _in_memory(sources, out, overwrite, {"device": device, **shared})
+        space = _in_memory(
+            sources, out, overwrite, {"device": device, "max_bytes": max_bytes, "dtype": dtype, **shared}
+        )
         document, lines = _whole(space)
     else:
         if device is not None:
             raise click.UsageError("--device does not go with --memory, --jobs or --on-error skip")
-        within = {"memory": memory or DEFAULT_MEMORY, "on_error": on_error, "overwrite": overwrite}
+        if max_bytes is not None or dtype not in (None, *DTYPES):
+            raise click.UsageError("--max-bytes and packed --dtype do not go with --memory, --jobs or --on-error skip")
+        within = {
+            "dtype": DTYPES[dtype or "f32"],
+            "memory": memory or DEFAULT_MEMORY,
+            "on_error": on_error,
+            "overwrite": overwrite,
+        }
         report = _in_groups(sources, out, jobs or 1, {**within, **shared})
         document, lines = _grouped(report)
     seconds = time.perf_counter() - start
     if by_default:
-        remark(f"no --rank, --energy or --max-error given: took --max-error {DEFAULT_MAX_ERROR}")
+        remark(f"no --rank, --energy, --max-error or --max-bytes given: took --max-error {DEFAULT_MAX_ERROR}")
     if as_json:
         put_json({"store": str(out), "seconds": round(seconds, 3), **document})
         return
@@ -152,8 +172,7 @@ def _processes(jobs: int) -> Iterator[Executor | None]:
 
 def _check_free(out: Path, overwrite: bool) -> None:
     """Refuse before the work what saving would refuse after it."""
-    if overwrite or not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if (out / "CURRENT").exists():
+    if not overwrite and (out / "CURRENT").exists():
         raise StoreError(f"{out}: a store already: pass --overwrite to write its next generation, or choose another -o")
-    raise StoreError(f"{out}: is there already and is no store: choose another -o")
+    # what a first run that was cut short has left is no hindrance
+    standing(out, overwrite=True)

@@ -62,7 +62,7 @@ def make_basis(stack: Stack, w: Tensor, width: Width) -> Basis:
         v, xv, gram = combine(stack.x, w, dtype=dtype, precision="f64")
     if isinstance(width, int) and v.shape[1]:
         packed = pack(v.cpu().T, width)
-        seen = packed_products(stack.x, packed, precision="f64")
+        seen = packed_products(stack.x, packed.to(v.device), precision="f64")
         return Basis(packed, stack.pad(seen.rows), seen.basis)
     return Basis(v.cpu(), stack.pad(xv), gram)
 

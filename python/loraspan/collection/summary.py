@@ -12,6 +12,7 @@ import numpy as np
 from loraspan.collection.collection import Collection, Segment, SlotSpace
 from loraspan.collection.columns import Columns
 from loraspan.collection.layout import columns_bytes
+from loraspan.collection.plans import PlanLine
 from loraspan.collection.rows import Widths
 
 # From which share of the energy held by the bases on adapters count as sharing most, or part, of their directions.
@@ -53,6 +54,7 @@ class Report:
     dtype: str
     tasks: tuple[TaskLine, ...]
     slots: tuple[SlotLine, ...]
+    plans: tuple[PlanLine, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Give plain values, for JSON."""
@@ -71,6 +73,12 @@ class Report:
         for s in self.slots:
             shape, ranks = "x".join(map(str, s.shape)), "/".join(map(str, s.ranks))
             lines.append(f"{s.path[-48:]:<48} {shape:>13} {ranks:>9} {s.tasks:>6}  {s.form}")
+        if self.plans:
+            lines += ["", f"{'plan':<48} {'form':<20} {'budget':>8} {'bytes':>14}"]
+        for p in self.plans:
+            nbytes = "rounding too coarse" if p.nbytes is None else f"{p.nbytes:,}"
+            chosen = "  chosen" if p.chosen else ""
+            lines.append(f"{p.widths:<48} {p.forms:<20} {p.max_error:>8.3g} {nbytes:>14}{chosen}")
         return "\n".join(lines)
 
 

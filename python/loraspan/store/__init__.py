@@ -4,7 +4,7 @@ from loraspan.store.format import Finding
 from loraspan.store.garbage import Garbage, gc
 from loraspan.store.history import Entry, log, rollback
 from loraspan.store.manifest import Change
-from loraspan.store.opened import Opened, open, open_at
+from loraspan.store.opened import Opened, nbytes, open, open_at
 from loraspan.store.pins import pin
 from loraspan.store.transaction import commit, save
 from loraspan.store.verify import verify
@@ -18,6 +18,7 @@ __all__ = [
     "commit",
     "gc",
     "log",
+    "nbytes",
     "open",
     "open_at",
     "pin",

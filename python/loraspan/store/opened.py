@@ -42,6 +42,17 @@ class Opened:
     sha256: str = field(repr=False)
 
 
+def nbytes(opened: Opened) -> int:
+    """Give the bytes of the files of a generation: bases, segments, manifest and ``CURRENT``."""
+    try:
+        manifest = (opened.folder / manifest_name(opened.generation)).stat().st_size
+    except OSError:
+        # gone since, with the folder or by a collection of garbage
+        manifest = 0
+    data = sum(each.size for each in (opened.basis, *opened.segments))
+    return data + manifest + len(f"{opened.generation}\n")
+
+
 def open_at(path: str | os.PathLike[str], generation: int | None = None) -> Opened:
     """Open a store, and keep what is needed to write its next generation from this one.
 
