@@ -13,10 +13,10 @@ from loraspan import store
 from loraspan.collection.collection import Collection, Segment, SlotSpace, Task
 from loraspan.collection.segments import merge
 from loraspan.store import files
-from loraspan.store.compaction import first_to_join
+from loraspan.store.compaction import groups
 from store.samples import adding, assert_same, assert_same_columns, collection, columns, part_of, without
 
-UNIT, LARGEST = 4096, 2**27
+UNIT, LARGEST, MEMORY = 4096, 2**26, 3 * 2**28
 SIZES = st.sampled_from([1000, 5000, 9000, 32_768, 60_000, 300_000, 2_100_000, 20_000_000, 200_000_000])
 
 
@@ -30,8 +30,7 @@ def added(sizes):
     held, written = [], 0
     for size in sizes:
         held.append(size)
-        first = first_to_join(held)
-        held[first:] = [sum(held[first:])] if first < len(held) else []
+        held = [sum(held[places.start : places.stop]) for places in groups(held, len(held) - 1)]
         written += held[-1]
         yield held, written
 
@@ -60,11 +59,35 @@ def test_tasks_of_one_size_are_written_once_on_each_class(size):
     assert len(held) <= 8 * classes(held)
 
 
+def alone(*places):
+    return [range(i, i + 1) for i in places]
+
+
 def test_large_segments_are_left_alone():
-    assert first_to_join([LARGEST + 1] * 100) == 100
-    assert first_to_join([9000] * 9 + [LARGEST + 1]) == 10
-    assert first_to_join([LARGEST + 1, *[9000] * 9]) == 1
-    assert first_to_join([LARGEST] * 9) == 0
+    assert groups([LARGEST + 1] * 100) == alone(*range(100))
+    assert groups([9000] * 8 + [LARGEST + 1]) == alone(*range(9))
+    assert groups([LARGEST + 1, *[9000] * 9]) == [*alone(0), range(1, 10)]
+    assert groups([LARGEST] * 9) == [range(9)]
+
+
+def test_many_at_once_are_joined_as_if_they_came_one_by_one():
+    held, together = list(added([9000] * 1000))[-1][0], groups([9000] * 1000)
+
+    assert [9000 * len(places) for places in together] == held
+    assert [place for places in together for place in places] == list(range(1000))
+
+
+@given(sizes=st.lists(SIZES, max_size=300))
+def test_joining_takes_bounded_memory(sizes):
+    """Whatever a store has piled up: what it was never joined by these rules is joined as far as memory goes."""
+    for standing in (0, len(sizes)):
+        for places in groups(sizes, standing):
+            some = sizes[places.start : places.stop]
+            assert len(some) == 1 or sum(some) <= MEMORY
+
+
+def test_a_pile_of_others_is_joined_at_its_end():
+    assert groups([LARGEST] * 100, 100) == [*alone(*range(88)), range(88, 100)]
 
 
 @pytest.fixture

@@ -7,43 +7,58 @@ from collections.abc import Sequence
 # so many segments of a size class may lie side by side, and a class is so many times larger than the one below
 _MOST = 8
 _UNIT = 1 << 12
-# larger ones are left as they are, so that what is joined takes about 1.2 GB of memory at most
-_LARGEST = 1 << 27
+# larger ones are left as they are
+_LARGEST = 1 << 26
+# what is joined is in memory: 8 of the largest, as many of each class below, and one more
+_MEMORY = 3 << 28
 
 
-def first_to_join(sizes: Sequence[int]) -> int:
-    """Give the place from which on all segments become one; the number of segments if they stay as they are.
+def groups(sizes: Sequence[int], standing: int = 0) -> list[range]:
+    """Give which segments become one: ranges of places, one after another, most of them of one segment.
 
-    Only what came last is joined, so tasks keep their order. Let ``S(c)`` be the longest tail of segments of size
-    class ``c`` at most; a class is eight times the one below. A tail with more than 8 segments for each class in it is
-    joined, the smallest such tail first. So there are at most 8 segments for each class, ``8 log8(bytes / 4096)`` in
-    all; those above 128 MiB are left alone, and each may have such a tail before it. A tail that is joined has at least
-    8 segments that the next smaller tail has not: what is written again moves up a class. Tasks of one size are written
-    at most once on each class, ``1 + log8(bytes of all / bytes of one)`` times; no order of sizes that was searched for
-    comes above that with the smallest for the one.
+    Segments are taken to come one after another. Only what came last is joined, so tasks keep their order. Let ``S(c)``
+    be the longest tail of segments of size class ``c`` at most; a class is eight times the one below. A tail with more
+    than 8 segments for each class in it is joined, the smallest such tail first. So there are at most 8 segments for
+    each class, ``8 log8(bytes / 4096)`` in all; those above 64 MiB are left alone, and each may have such a tail before
+    it. A tail that is joined has at least 8 segments that the next smaller tail has not: what is written again moves up
+    a class. Tasks of one size are written at most once on each class, ``1 + log8(bytes of all / bytes of one)`` times;
+    no order of sizes that was searched for comes above that with the smallest for the one.
+
+    A tail that would take more than 768 MiB is joined as far as that goes. These rules never make such a tail: it comes
+    from a store that others have written.
 
     Args:
         sizes: bytes of the segments, in order.
+        standing: how many of them are there already, and were joined where that was due.
 
     Example:
-        >>> first_to_join([9000] * 8), first_to_join([100_000] + [9000] * 9), first_to_join([9000] * 3 + [100_000])
-        (8, 1, 4)
+        >>> groups([9000] * 3, 2), groups([100_000] + [9000] * 9, 9), groups([9000] * 3 + [100_000], 3)[-1]
+        ([range(0, 1), range(1, 2), range(2, 3)], [range(0, 1), range(1, 10)], range(3, 4))
 
     Source:
         O'Neil et al., *The log-structured merge-tree*, Acta Informatica 33 (1996), in its tiered form.
     """
-    sizes = list(sizes)
-    count = first = len(sizes)
-    while (found := _excess([_class_of(size) for size in sizes])) is not None:
-        first = found
-        sizes[first:] = [sum(sizes[first:])]
-    return first if first < count else count
+    held = [(range(i, i + 1), size) for i, size in enumerate(sizes[:standing])]
+    _join(held)
+    for i, size in enumerate(sizes[standing:], standing):
+        held.append((range(i, i + 1), size))
+        _join(held)
+    return [places for places, _ in held]
+
+
+def _join(held: list[tuple[range, int]]) -> None:
+    while (first := _excess([_class_of(size) for _, size in held])) is not None:
+        while sum(size for _, size in held[first:]) > _MEMORY:
+            first += 1
+        if len(held) - first < 2:
+            return
+        held[first:] = [(range(held[first][0].start, held[-1][0].stop), sum(size for _, size in held[first:]))]
 
 
 def _excess(classes: Sequence[int]) -> int | None:
     for largest in sorted(set(classes)):
         first = len(classes)
-        while first and classes[first - 1] <= largest and classes[first - 1] >= 0:
+        while first and 0 <= classes[first - 1] <= largest:
             first -= 1
         if len(classes) - first > _MOST * len(set(classes[first:])):
             return first

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import uuid
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +22,17 @@ from loraspan.store.manifest import DataFile
 from loraspan.store.reader import current, read_manifest
 
 Named = Sequence[tuple[str, Tensor]]
-_THREADS = 8
+_AT_ONCE = 2
+
+
+class _Job(NamedTuple):
+    """A file that is being written."""
+
+    kind: str
+    path: Path
+    size: int
+    digest: Future[str]
+    done: Future[None]
 
 
 class Drafts:
@@ -31,21 +43,28 @@ class Drafts:
         self._temporary: list[Path] = []
         self._made: list[Path] = []
 
-    def write_all(self, planned: Sequence[tuple[str, Named]]) -> list[DataFile]:
-        """Write files of tensors ``(kind, tensors)`` side by side, each while it is being hashed."""
-        with ThreadPoolExecutor(max_workers=min(_THREADS, 2 * len(planned) or 1)) as pool:
-            jobs: list[tuple[Path, list[memoryview], Future[str], Future[None]]] = []
+    def write_all(self, planned: Sequence[tuple[str, Callable[[], Named]]]) -> list[DataFile]:
+        """Write files of tensors ``(kind, tensors)``, some side by side, each while it is being hashed."""
+        written: list[DataFile] = []
+        waiting: deque[_Job] = deque()
+        with ThreadPoolExecutor(max_workers=2 * min(_AT_ONCE, len(planned) or 1)) as pool:
             for kind, named in planned:
-                buffers, path = _buffers(kind, named), self._draft()
-                jobs.append((path, buffers, pool.submit(_hash, buffers), pool.submit(_write, path, buffers)))
-        written = []
-        for (kind, _), (path, buffers, digest, done) in zip(planned, jobs, strict=True):
-            done.result()
-            sha256 = digest.result()
-            data = DataFile(data_name(kind, sha256), sha256, sum(map(len, buffers)))
-            self._settle(path, data.file, data.size)
-            written.append(data)
+                # no more than these are in memory, where they are not mapped
+                if len(waiting) == _AT_ONCE:
+                    written.append(self._done(waiting.popleft()))
+                buffers, path = _buffers(kind, named()), self._draft()
+                size = sum(map(len, buffers))
+                waiting.append(_Job(kind, path, size, pool.submit(_hash, buffers), pool.submit(_write, path, buffers)))
+                del buffers
+            written += [self._done(job) for job in waiting]
         return written
+
+    def _done(self, job: _Job) -> DataFile:
+        job.done.result()
+        sha256 = job.digest.result()
+        data = DataFile(data_name(job.kind, sha256), sha256, job.size)
+        self._settle(job.path, data.file, data.size)
+        return data
 
     def write(self, name: str, data: bytes) -> None:
         """Write a small file."""

@@ -10,28 +10,29 @@ from itertools import zip_longest
 import numpy as np
 
 from loraspan.collection.collection import Collection, Segment, Task
-from loraspan.collection.layout import segment_bytes
-from loraspan.collection.segments import merge
+from loraspan.collection.rows import Rows
 from loraspan.errors import ArgumentError
 from loraspan.store.checks import check_change
-from loraspan.store.compaction import first_to_join
+from loraspan.store.compaction import groups
 from loraspan.store.manifest import Change, DataFile
 from loraspan.store.opened import Opened
 
+# of a tensor beside its data, and of a task beside its tensors, about
+_HEADER, _RECORD = 100, 300
 _KEPT = [each.name for each in fields(Task) if each.name != "name"]
 
 
 @dataclass(frozen=True)
 class Part:
-    """A segment of the next generation: of a file that stands, or, with None, to be written."""
+    """A segment of the next generation: of a file that stands, or, with None, the living of ``segments``, to write."""
 
-    segment: Segment
+    segments: tuple[Segment, ...]
     data: DataFile | None
 
     @property
     def living(self) -> int:
         """The number of its tasks."""
-        return self.segment.living if self.data is None else self.data.living
+        return self.data.living if self.data is not None else sum(segment.living for segment in self.segments)
 
 
 @dataclass(frozen=True)
@@ -52,26 +53,27 @@ def plan(opened: Opened, collection: Collection) -> Plan:
         ArgumentError: if a name occurs twice, or something cannot be written as it is.
     """
     parts, names = _compare(opened, collection)
-    check_change(collection, opened.collection, [part.segment for part in parts if part.data is None])
+    check_change(collection, opened.collection, [part.segments[0] for part in parts if part.data is None])
     after = names.after(opened.names)
     parts = [_without_dead(part) for part in parts if part.living]
-    first = first_to_join([_size(part) for part in parts])
-    groups = [[part] for part in parts[:first]] + ([parts[first:]] if first < len(parts) else [])
-    parts = [_joined(group) for group in groups]
+    standing = next((i for i, part in enumerate(parts) if part.data is None), len(parts))
+    parts = _joined(parts, standing)
     basis = opened.basis if _bases_stand(opened.collection, collection) else None
     return Plan(basis, tuple(parts), after, names.change())
 
 
-def _joined(parts: Sequence[Part]) -> Part:
-    if len(parts) == 1 and parts[0].data is not None:
-        return parts[0]
-    return Part(merge([part.segment for part in parts]), None)
-
-
 def all_new(collection: Collection) -> Plan:
-    """Write everything, a file a segment."""
-    parts = tuple(Part(merge([segment]), None) for segment in collection.segments)
-    return Plan(None, parts, frozenset(), None)
+    """Write everything: a file a segment, or less where there are many."""
+    parts = [Part((segment,), None) for segment in collection.segments]
+    return Plan(None, tuple(_joined(parts, 0)), frozenset(), None)
+
+
+def _joined(parts: list[Part], standing: int) -> list[Part]:
+    joined = []
+    for places in groups([_size(part) for part in parts], standing):
+        some = parts[places.start : places.stop]
+        joined.append(some[0] if len(some) == 1 else Part(tuple(s for part in some for s in part.segments), None))
+    return joined
 
 
 @dataclass(frozen=True)
@@ -120,11 +122,11 @@ def _compare(opened: Opened, collection: Collection) -> tuple[list[Part], _Names
         was = standing.pop(id(segment.columns), None)
         if was is None:
             names.note((), segment.tasks)
-            parts.append(Part(segment, None))
+            parts.append(Part((segment,), None))
             continue
         if was[0].tasks is not segment.tasks:
             names.note(was[0].tasks, segment.tasks)
-        parts.append(Part(segment, _patched(*was, segment.tasks)))
+        parts.append(Part((segment,), _patched(*was, segment.tasks)))
     for old, _ in standing.values():
         names.note(old.tasks, ())
     return parts, names
@@ -154,19 +156,28 @@ def _without_dead(part: Part) -> Part:
     """Write a segment anew where removed tasks take more than half of its columns."""
     if part.data is None or not part.data.removed:
         return part
-    alive = np.array([task is not None for task in part.segment.tasks], dtype=np.bool_)
+    (segment,) = part.segments
+    alive = np.array([task is not None for task in segment.tasks], dtype=np.bool_)
     total = living = 0.0
-    for columns in part.segment.columns.values():
+    for columns in segment.columns.values():
         lengths = np.diff(columns.offsets(), axis=0)
         sizes = np.array([tensor.nbytes for tensor in columns.tensors().values()])
         total += float(sizes.sum())
         living += float((sizes * lengths[alive[columns.tasks]].sum(axis=0) / np.maximum(lengths.sum(axis=0), 1)).sum())
     # extras of the dead are not in memory, and taken to be in proportion
-    return Part(part.segment, None) if living < total / 2 else part
+    return Part(part.segments, None) if living < total / 2 else part
 
 
 def _size(part: Part) -> int:
-    return segment_bytes(part.segment) if part.data is None else part.data.size
+    """Give the bytes of its file; about those where it is not written yet."""
+    if part.data is not None:
+        return part.data.size
+    size = 0
+    for segment in part.segments:
+        tensors: list[Rows] = [rows for columns in segment.columns.values() for rows in columns.tensors().values()]
+        tensors += [extra for task in segment.tasks if task is not None for extra in task.extras.values()]
+        size += sum(tensor.nbytes + _HEADER for tensor in tensors) + _RECORD * segment.living
+    return size
 
 
 def _bases_stand(opened: Collection, collection: Collection) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -53,6 +54,16 @@ def task_tensors(segment: Segment) -> list[tuple[str, Tensor]]:
     named += [(f"extra.{i}.{key}", extra) for i, task in enumerate(tasks) for key, extra in task.extras.items()]
     named.append(("records", torch.frombuffer(bytearray(text), dtype=torch.uint8)))
     return named
+
+
+def check_records(segments: Sequence[Segment]) -> None:
+    """Refuse tasks of which a file could not keep everything.
+
+    Raises:
+        ArgumentError: if there are such.
+    """
+    for segment in segments:
+        records.encode([task for task in segment.tasks if task is not None], list(segment.columns))
 
 
 def read_basis(file: TensorFile, manifest: Manifest) -> dict[str, tuple[Rows, Rows]]:

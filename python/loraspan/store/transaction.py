@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from loraspan.collection.collection import Collection, SlotSpace
+from loraspan.collection.collection import Collection, Segment, SlotSpace
+from loraspan.collection.segments import merge
 from loraspan.errors import StoreError
 from loraspan.store import segment
 from loraspan.store.checks import check
@@ -123,9 +126,7 @@ def _write(
     timeout: float,
     opened: Opened | None = None,
 ) -> Opened:
-    # whatever cannot be written as it is says so here, before anything is touched
-    planned: list[tuple[str, Named]] = [] if made.basis else [(BASIS, segment.basis_tensors(collection))]
-    planned += [(TASKS, segment.task_tensors(part.segment)) for part in made.parts if part.data is None]
+    planned = _planned(collection, made)
     written: list[Opened] = []
 
     def make(drafts: Drafts) -> Manifest:
@@ -133,7 +134,7 @@ def _write(
             _check_files(opened, made)
         files = iter(drafts.write_all(planned))
         basis = made.basis or next(files)
-        segments = (part.data or replace(next(files), tasks=len(part.segment.tasks)) for part in made.parts)
+        segments = (part.data or replace(next(files), tasks=part.living) for part in made.parts)
         manifest = Manifest(
             generation=(seen or 0) + 1,
             parent=seen,
@@ -159,6 +160,27 @@ def _write(
     return replace(written[0], sha256=hashlib.sha256(data).hexdigest())
 
 
+def _planned(collection: Collection, made: Plan) -> list[tuple[str, Callable[[], Named]]]:
+    """Give what has to be written. What cannot be written as it is says so here, before anything is touched."""
+    planned: list[tuple[str, Callable[[], Named]]] = []
+    if made.basis is None:
+        planned.append((BASIS, partial(segment.basis_tensors, collection)))
+    for part in made.parts:
+        if part.data is not None:
+            continue
+        if len(part.segments) == 1 and part.living == len(part.segments[0].tasks):
+            planned.append((TASKS, partial(list, segment.task_tensors(part.segments[0]))))
+            continue
+        segment.check_records(part.segments)
+        # joined only when its turn comes: a copy in memory
+        planned.append((TASKS, partial(_merged_tensors, part.segments)))
+    return planned
+
+
+def _merged_tensors(segments: Sequence[Segment]) -> Named:
+    return segment.task_tensors(merge(segments))
+
+
 def _mapped(folder: Path, manifest: Manifest, collection: Collection, made: Plan) -> Opened:
     """Give the generation with what was just written as views of its files: that it can be read is part of writing."""
     slots = collection.slots
@@ -166,7 +188,7 @@ def _mapped(folder: Path, manifest: Manifest, collection: Collection, made: Plan
         bases = segment.read_basis(TensorFile(folder, manifest.basis), manifest)
         slots = {slot.name: SlotSpace(*bases[slot.name], slot.kind, slot.kernel) for slot in manifest.slots}
     segments = tuple(
-        segment.read_tasks(TensorFile(folder, data), manifest, data) if part.data is None else part.segment
+        segment.read_tasks(TensorFile(folder, data), manifest, data) if part.data is None else part.segments[0]
         for part, data in zip(made.parts, manifest.segments, strict=True)
     )
     held = replace(collection, slots=slots, segments=segments)
