@@ -241,6 +241,14 @@ def test_rows_are_a_view(bits):
     assert packed.to("meta").device.type == "meta"
 
 
+@bit_widths
+def test_scales_of_either_sign(any_backend, bits):
+    """Whoever turns rows round turns their scales."""
+    packed = pack(normal(6, 3, 130, dtype=F32), bits)
+    turned = Packed(packed.codes, -packed.scales, packed.length, packed.bits)
+    assert torch.equal(unpack(turned, backend=any_backend), -unpack(packed, backend=any_backend))
+
+
 def test_refusals_of_backends():
     packed = pack(torch.ones(1, 1), 8)
     with pytest.raises(BackendError, match=r"^pack: no backend 'cuda'; it has 'cpu', .*'reference'"):

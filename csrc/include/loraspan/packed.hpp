@@ -8,7 +8,7 @@ namespace loraspan {
 // Entries that share a scale.
 constexpr std::int64_t kPackedBlock = 64;
 
-// Entry i of row r is level * scale / 128, `scale` that of block i / 64 of its row: float16, of either sign in 4 bits.
+// Entry i of row r is level * scale / 128, `scale` that of block i / 64 of its row: float16, of either sign.
 // 8 bits: the level is byte i as a signed number, -127 .. 127. 4 bits: it is kLevels at the index in byte i / 2, in
 // its low half where i is even. Rows follow each other, each with whole bytes and whole blocks.
 struct PackedRows {
