@@ -72,7 +72,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--adapters", type=int, default=10_000)
     parser.add_argument("--only", action="store_true", help="no runs over a quarter and a half of them")
     parser.add_argument("--memory", default="1GB", help="what the run may take")
-    parser.add_argument("--max-error", type=float, help="0.05 by default")
+    parser.add_argument("--max-error", type=float, help="0.1 by default")
     parser.add_argument("--rank", type=int, help="instead of --max-error")
     parser.add_argument("--jobs", type=int, default=1, help="processes; 1 runs without an executor")
     parser.add_argument("--threads", type=int, default=2)
@@ -82,7 +82,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.max_error is None and options.rank is None:
-        options.max_error = 0.05
+        options.max_error = 0.1
     return options
 
 

@@ -16,7 +16,7 @@ from loraspan.many.census import Map, Member
 # groups that are in work or waiting to be written at one time
 IN_FLIGHT = 4
 # matrices of that size which the steps hold at one time, counted in the code and rounded up; float64 each
-_BLOCKS, _BLOCKS_OF_ALL, _PANELS, _GRAMS, _FRAMES, _PRODUCTS = 12, 2, 8, 4, 16, 10
+_BLOCKS, _BLOCKS_OF_ALL, _PANELS, _GRAMS, _FRAMES, _PRODUCTS, _CORES = 12, 2, 8, 4, 24, 10, 5
 # find_range takes the Gram of all rows up to this many rows for each direction
 _GRAM_ROWS = 13
 # summaries or columns at one time: as made, as a file's bytes, and as another process sends those
@@ -67,14 +67,19 @@ def summary_cost(slots: Mapping[str, Map], widths: Mapping[str, int]) -> Cost:
     return cost
 
 
-def sample_cost(slots: Mapping[str, Map]) -> Cost:
-    """Give the bytes it takes to choose widths on a sample, whatever widths that comes to."""
+def sample_cost(slots: Mapping[str, Map], widths: Mapping[str, int] | None = None) -> Cost:
+    """Give the bytes it takes to decide on a sample: among directions of such widths, or whatever widths it comes to.
+
+    Before widths are known there are no more than rows; after that, every task has a core of them.
+    """
 
     def cost(tally: Tally) -> int:
         peak = 0
         for path, rows in tally.rows.items():
-            width = min(rows, max(slots[path].n, slots[path].d))
-            peak = max(peak, _BLOCKS * tally.blocks[path] + _PANELS * rows * width + _GRAMS * rows**2)
+            found = min(rows, max(slots[path].n, slots[path].d))
+            width, cores = (found, 0) if widths is None else (widths.get(path, 0), tally.members[path])
+            own = _BLOCKS * tally.blocks[path] + _GRAMS * rows**2
+            peak = max(peak, own + _PANELS * rows * width + _CORES * cores * width**2)
         return _DOUBLE * (peak + _BLOCKS_OF_ALL * sum(tally.blocks.values()))
 
     return cost

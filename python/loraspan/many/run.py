@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from functools import cached_property
 
 from loraspan.collection.fit import Goal
 from loraspan.collection.widths import TooNarrowError, rank_unseen, widths_for
@@ -83,7 +82,8 @@ class Run:
             root = self._summarize(attempt, widths) if any(widths.values()) else None
             path = None if root is None else str(self.ledger.path / root)
             try:
-                arguments = (self._work(self._sample), widths, self._stands_for, self.census.slots, path)
+                work, stands_for = self._sample(widths)
+                arguments = (work, widths, stands_for, self.census.slots, path)
                 self.ledger.write(BASES, run(self.executor, choose_bases, *arguments))
             except TooNarrowError as error:
                 wider = {key: 2 * width if key in error.paths else width for key, width in widths.items()}
@@ -92,27 +92,24 @@ class Run:
             if root is not None:
                 self.ledger.remove([root])
 
-    @cached_property
-    def _sample(self) -> list[int]:
-        cost = sample_cost(self.census.slots)
-        limit = IN_FLIGHT * limit_of(self.memory, self.census.members, [])
-        return sample(self.census.members, self.census.slots, cost, limit)
-
-    @cached_property
-    def _stands_for(self) -> dict[str, float]:
-        """By slot, how many tasks there are for one in the sample."""
-        everyone, chosen = Tally(), Tally()
-        for member in self.census.members:
+    def _sample(self, widths: Mapping[str, int] | None = None) -> tuple[Work, dict[str, float]]:
+        """Give a sample of tasks, and by slot how many tasks there are for one in it."""
+        members, slots = self.census.members, self.census.slots
+        # one piece of work at a time: it may take what others take together
+        limit = IN_FLIGHT * limit_of(self.memory, members, [])
+        chosen = sample(members, slots, sample_cost(slots, widths), limit)
+        everyone, some = Tally(), Tally()
+        for member in members:
             everyone.add(member.maps)
-        for i in self._sample:
-            chosen.add(self.census.members[i].maps)
-        return {path: everyone.members[path] / chosen.members[path] for path in everyone.members}
+        for i in chosen:
+            some.add(members[i].maps)
+        return self._work(chosen), {path: everyone.members[path] / some.members[path] for path in slots}
 
     def _widths(self, attempt: int) -> dict[str, int]:
         """Give the widths of summaries: twice what a sample alone calls for, and wider after each failed attempt."""
         name = f"widths-{attempt}.json"
         if not self.ledger.has(name):
-            seen = run(self.executor, scout_sample, self._work(self._sample), self._stands_for)
+            seen = run(self.executor, scout_sample, *self._sample())
             ranks = {path: seen.get(path, rank_unseen(self.goal)) for path in self.census.slots}
             self.ledger.write_json(name, widths_for(ranks))
         return {key: int(width) for key, width in self.ledger.read_json(name).items()}
