@@ -102,9 +102,9 @@ def compress_many(
 ) -> ManyReport:
     r"""Put any number of adapters into a store, group after group, in bounded memory, to be continued if interrupted.
 
-    Three times over the bytes: once to open every source and see what it is; once, group by group, to summarize each
-    slot by its leading directions, whose summaries merge into those of all; once, group by group, to express every
-    task on the bases that come of them. What is finished is kept in a folder ``<out>.progress`` beside ``out``. A run
+    Every source is opened once to see what it is. Then the bytes are read twice, group by group: to summarize each slot
+    by its leading directions, whose summaries merge into those of all; and to express every task on the bases that come
+    of them. Time is linear in bytes. What is finished is kept in a folder ``<out>.progress`` beside ``out``. A run
     that was interrupted, however, goes on from there when it is called again with the same arguments, and ends with
     the same bits; ``executor`` and ``on_error`` may be others. When all is done the store appears as one generation,
     and the folder goes.
