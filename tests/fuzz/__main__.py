@@ -76,6 +76,13 @@ def _batch(plan, asked, batch, scratch, outcomes):
     done = {name: sum(outcome.values()) for name, outcome in counted.items()}
     if ended.returncode:
         target = (folder / "target").read_text() if (folder / "target").exists() else next(iter(plan))
+        if not (folder / "running").exists():
+            _say(ended.stderr[:2000])
+            if not done:
+                raise SystemExit(f"the fuzzer itself failed, with exit code {ended.returncode}")
+            # between two cases, in what makes them: the rest is left to the next process
+            asked.restarts += 1
+            return done
         _keep_fatal(target, ended, folder, asked, outcomes)
         done[target] = done.get(target, 0) + 1
     return done
@@ -92,11 +99,8 @@ def _keep_fatal(target, ended, folder, asked, outcomes):
     """Keep the case that a process died of, which still lies where it was laid out."""
     from fuzz.cases import found
 
-    signs = {"hung": "Timeout (" in ended.stderr, "died": ended.returncode < 0 or "deadly signal" in ended.stderr}
-    how = next((word for word, seen in signs.items() if seen), None)
-    _say(ended.stderr[-3000:])
-    if how is None:
-        raise SystemExit(f"the fuzzer itself failed, with exit code {ended.returncode}")
+    how = "hung" if "Timeout (" in ended.stderr else "died"
+    _say(ended.stderr[:2000])
     outcomes.setdefault(target, Counter())[how] += 1
     asked.failures.mkdir(parents=True, exist_ok=True)
     number = len(list(asked.failures.glob(f"{target}-{how}-*.json")))
@@ -121,7 +125,7 @@ def _report(outcomes, seconds, asked):
     cases = sum(sum(counted.values()) for counted in outcomes.values())
     failed = sum(n for counted in outcomes.values() for outcome, n in counted.items() if _bad(outcome))
     table = {name: dict(counted.most_common()) for name, counted in outcomes.items()}
-    report = {"engine": asked.engine, "seed": asked.seed, "cases": cases, "failed": failed}
+    report = {"engine": asked.engine, "seed": asked.seed, "cases": cases, "failed": failed, "restarts": asked.restarts}
     print(json.dumps({**report, "seconds": round(seconds), "outcomes": table}, indent=2))  # noqa: T201 (what it is for)
 
 
@@ -149,7 +153,7 @@ def _asked():
     parser.add_argument("--engine", choices=["atheris", "hypothesis"], default=_engine())
     parser.add_argument("--failures", type=Path, default=Path("build/fuzz"))
     parser.add_argument("--corpus", type=Path, default=HERE / "corpus")
-    return parser.parse_args()
+    return parser.parse_args(namespace=argparse.Namespace(restarts=0))
 
 
 def _engine():

@@ -77,6 +77,9 @@ class Judge:
         self.outcomes, self.failures = {}, {}
         self._case, self._targets, self._kept, self._keep = Path(folder) / "case", targets, failures, keep
         self._guard, self._hurt = Guard(), Counter()
+        # there while a target is at work: who dies then died of its case
+        self.running = Path(folder) / "running"
+        self.running.unlink(missing_ok=True)
 
     def run(self, case):
         """Run one case and give its outcome: ``ok``, the name of an error of the closed list, or what went wrong."""
@@ -102,6 +105,7 @@ class Judge:
         callbacks, gc.callbacks[:] = gc.callbacks[:], []
         before = _resident()
         Path("/proc/self/clear_refs").write_text("5")
+        self.running.touch()
         faulthandler.dump_traceback_later(SECONDS, exit=True)
         try:
             with self._guard(self._case):
@@ -115,6 +119,7 @@ class Judge:
         finally:
             faulthandler.cancel_dump_traceback_later()
             gc.callbacks[:] = callbacks
+            self.running.unlink()
         grown = _peak() - before
         if grown > MEMORY + PER_BYTE * case.size:
             outcome = f"memory: {case.size} bytes of files took {grown >> 20} MiB, then {outcome}"

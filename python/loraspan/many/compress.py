@@ -22,6 +22,7 @@ from loraspan.many.census import Aside, Census, find_each, take_census
 from loraspan.many.ledger import DONE, Ledger
 from loraspan.many.publish import PUBLISH, gather, publish
 from loraspan.many.run import Progress, Run
+from loraspan.store.publish import standing
 
 CENSUS = "census.json"
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]i?)?b?\s*", re.ASCII | re.IGNORECASE)
@@ -179,7 +180,8 @@ def compress_many(
         try:
             ledger.claim(arguments)
             if not ledger.has(PUBLISH):
-                _check_free(folder, overwrite)
+                # refuse before the work what saving would refuse after it
+                standing(folder, overwrite)
             census = _census(ledger, sources, skip, report)
             run = Run(ledger, census, goal, skip, hash_files, size, executor, report)
             collection, aside = gather(ledger, run.segments(), census, goal.widths, skip)
@@ -207,15 +209,6 @@ def _finished(ledger: Ledger, arguments: dict[str, Any], sources: Sources, skip:
         return ManyReport(**{**table, "aside": tuple(Aside(**one) for one in table["aside"])})
     ledger.clear()
     return None
-
-
-def _check_free(folder: Path, overwrite: bool) -> None:
-    """Refuse before the work what saving would refuse after it."""
-    if overwrite or not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    if (folder / "CURRENT").exists():
-        raise StoreError(f"{folder}: a store already: pass overwrite=True to write its next generation")
-    raise StoreError(f"{folder}: is there already and is no store: choose another path")
 
 
 def _arguments(goal: Goal, memory: int, hash_files: bool, overwrite: bool) -> dict[str, Any]:

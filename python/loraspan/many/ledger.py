@@ -86,6 +86,13 @@ class Ledger:
                 if entry.name.startswith(_TEMPORARY):
                     files.remove(entry)
             yield
+        except StoreError:
+            raise
+        except OSError as error:
+            raise StoreError(
+                f"{self.path}: cannot be written: {error.strerror or error}; what is done so far is kept: mend it and "
+                "run the same again"
+            ) from error
         finally:
             lock.release()
 
@@ -147,10 +154,11 @@ class Ledger:
                 files.remove(entry)
 
     def drop(self) -> None:
-        """Remove the whole folder."""
+        """Remove the whole folder; where a locked file cannot be removed, an empty one stays."""
         self.clear()
-        files.remove(self.path / _LOCK)
-        self.path.rmdir()
+        with contextlib.suppress(OSError):
+            files.remove(self.path / _LOCK)
+            self.path.rmdir()
 
     def claim(self, arguments: Mapping[str, Any]) -> bool:
         """Say whether this is a run that was begun with the same arguments; begin one if there is none.
