@@ -137,7 +137,7 @@ def test_rolling_back_brings_back_what_was(space, generation):
 
     assert_same(store.open(space), want)
     assert set(listing(space)) - before == {"manifest-000005.json"}
-    assert told == replace(store.log(space)[0], nbytes=told.nbytes)
+    assert told == store.log(space)[0]
     assert (told.generation, told.current, told.parent, told.note) == (5, True, 4, f"roll back to {generation}")
     assert store.verify(space) == []
     # and forward again, and on from there

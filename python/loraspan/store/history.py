@@ -10,7 +10,7 @@ from pathlib import Path
 from loraspan.errors import ArgumentError, FormatError, LoraspanError, StoreError
 from loraspan.store.drafts import Drafts
 from loraspan.store.format import MANIFEST_FILE, DamagedError, manifest_name
-from loraspan.store.manifest import Change, Manifest
+from loraspan.store.manifest import Change, Manifest, dump
 from loraspan.store.opened import open_at
 from loraspan.store.publish import check_files, check_note, now, publish
 from loraspan.store.reader import read_manifest, wanted
@@ -132,7 +132,7 @@ def rollback(
 
     if not dry_run:
         publish(folder, seen, timeout, make)
-    nbytes = sum(data.size for data in manifest.files)
+    nbytes = sum(data.size for data in manifest.files) + len(dump(manifest))
     return _told(manifest, current=not dry_run, nbytes=nbytes, problem=None)
 
 
