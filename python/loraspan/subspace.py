@@ -38,6 +38,8 @@ __all__ = ["Change", "Finding", "Projection", "Report", "Subspace", "compress", 
 
 # names of tasks that a note tells one by one
 _NAMED = 3
+# and so much of each: a name may be longer than a note
+_SHOWN = 200
 
 
 class Subspace:
@@ -303,7 +305,7 @@ class Subspace:
         """Take the place of what is held: on disk first, where there is a store."""
         before = self._collection
         collection = replace(collection, summary=summarize(collection, self._bytes_of(collection)))
-        what = " ".join([verb, *(str(name) for name in names[:_NAMED])])
+        what = " ".join([verb, *(str(name)[:_SHOWN] for name in names[:_NAMED])])
         what += f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
         change = compare(what, before, collection, (self.nbytes, self._bytes_of(collection)), dry_run=dry_run)
         if dry_run:

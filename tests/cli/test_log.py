@@ -1,9 +1,11 @@
 import json
 
 import pytest
+import torch
 from click.testing import CliRunner
 
-from loraspan import store
+from loraspan import store, subspace
+from loraspan.adapters import Adapter, Slot
 from loraspan.cli import main
 from store.samples import collection, renamed, without
 
@@ -70,6 +72,19 @@ def test_no_store_has_no_log(tmp_path):
 
     assert (done.exit_code, done.stdout) == (1, "")
     assert "not a loraspan store" in done.stderr
+
+
+def test_a_name_may_be_longer_than_a_note(tmp_path):
+    rng = torch.Generator().manual_seed(0)
+    slot = Slot(torch.randn(2, 8, generator=rng), torch.randn(6, 2, generator=rng), scale=0.5)
+    subspace.compress([Adapter("a", {"q": slot})], max_error=0.05).save(tmp_path / "team.span")
+    space = subspace.open(tmp_path / "team.span")
+
+    space.add(Adapter("x" * 100_000, {"q": slot}))
+
+    entry = json.loads(run("log", tmp_path / "team.span", "--json").stdout)["generations"][0]
+    assert entry["note"] == "add " + "x" * 200
+    assert (entry["change"], entry["tasks"]) == (None, 2)
 
 
 def test_rolling_back(space):
