@@ -149,7 +149,7 @@ def test_what_is_no_store_is_refused(tmp_path):
         fails(run(command, tmp_path / "in"), 1, tmp_path / "in")
     fails(run("compress", tmp_path / "in", "-o", tmp_path / "in"), 1, "choose another path")
     (tmp_path / "file").write_text("")
-    fails(run("compress", tmp_path / "in", "-o", tmp_path / "file", "--rank", 2), 1, "file", "choose another -o")
+    fails(run("compress", tmp_path / "in", "-o", tmp_path / "file", "--rank", 2), 1, "file", "choose another path")
 
 
 @pytest.mark.usefixtures("adapters")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from loraspan.collection.plans import CANDIDATES, Options, Outcome, PlanLine, fi
 from loraspan.collection.ranges import Range, find_range
 from loraspan.collection.rows import WIDTHS, Width, Widths
 from loraspan.collection.stack import Stack
+from loraspan.collection.summary import summarize
 from loraspan.collection.within import Fitted, fit_within
 from loraspan.errors import ArgumentError, MismatchError
 
@@ -148,7 +149,8 @@ def _fit_slots(
     assert goal.max_bytes is not None
 
     def measure(fitted: list[Fitted], widths: Widths) -> int:
-        return collection_bytes(collect(adapters, slots, squares, fitted, widths))
+        made = collect(adapters, slots, squares, fitted, widths)
+        return collection_bytes(replace(made, summary=summarize(made, collection_bytes(made))))
 
     found = fit_bytes(slots, squares, goal.max_bytes, measure, options)
     if isinstance(found, int):
