@@ -66,7 +66,7 @@ def test_processes_change_nothing(sources, tmp_path):
     ("options", "code", "word"),
     [
         (["--memory", "1GB", "--device", "cpu"], 2, "--device does not go with"),
-        (["--memory", "plenty"], 1, "memory is a number of bytes"),
+        (["--memory", "plenty"], 1, "a number of bytes is positive"),
         (["--memory", "1kB"], 1, "the least is"),
         (["--jobs", "0"], 2, "--jobs"),
         (["--on-error", "ignore"], 2, "--on-error"),

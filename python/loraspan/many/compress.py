@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from concurrent.futures import Executor
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -14,7 +13,7 @@ import torch
 from loraspan.adapters.sources import Sources
 from loraspan.collection.collection import Collection
 from loraspan.collection.fit import Goal
-from loraspan.collection.layout import collection_bytes
+from loraspan.collection.layout import collection_bytes, parse_bytes
 from loraspan.collection.rows import width_named
 from loraspan.collection.summary import summarize
 from loraspan.errors import ArgumentError, LoraspanError, StoreError
@@ -25,8 +24,6 @@ from loraspan.many.run import Progress, Run
 from loraspan.store.publish import standing
 
 CENSUS = "census.json"
-_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]i?)?b?\s*", re.ASCII | re.IGNORECASE)
-_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
 @dataclass(frozen=True)
@@ -63,25 +60,6 @@ class ManyReport:
         lines = [self.summary, f"Largest error: {self.max_error:.3g}, of task {self.worst!r}."]
         lines += [f"Left out: {one.source}: {one.reason}" for one in self.aside]
         return "\n".join(lines)
-
-
-def parse_size(value: int | str) -> int:
-    """Give a number of bytes from one, or from text such as ``"1GB"`` or ``"512 MiB"``.
-
-    Raises:
-        ArgumentError: if it is neither.
-
-    Example:
-        >>> parse_size("1.5GB"), parse_size("1 KiB"), parse_size(7)
-        (1500000000, 1024, 7)
-    """
-    match = _SIZE.fullmatch(value) if isinstance(value, str) else None
-    if match is not None:
-        prefix = (match[2] or "").lower()
-        return int(float(match[1]) * (1024 if prefix.endswith("i") else 1000) ** _POWERS[prefix.removesuffix("i")])
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-        return value
-    raise ArgumentError(f"compress: memory is a number of bytes, or text such as '1GB' or '512MiB'; got {value!r}")
 
 
 def compress_many(
@@ -130,7 +108,8 @@ def compress_many(
         dtype: of what is stored: float32, bfloat16, float16, int8, or ``"int4"``.
         refine: iterations that fit both sides of a slot jointly, on the sample; none for ``energy``.
         seed: of the sketches.
-        memory: bytes, or text such as ``"1GB"``. Which adapters form a group follows from it, and the last bits.
+        memory: bytes, or text such as ``"1GB"``, in powers of ten. Which adapters form a group follows from it, and the
+            last bits.
         executor: any of ``concurrent.futures``; it has to see the files under the same paths. The result is the same
             whichever it is. Processes are to be spawned, not forked. None does the work here.
         on_error: ``"stop"`` at the first adapter that cannot be taken, or ``"skip"``: it is set aside, and the reason
@@ -164,7 +143,9 @@ def compress_many(
     goal = Goal(rank, energy, max_error, refine, width_named("compress", dtype), seed)
     if on_error not in ("stop", "skip"):
         raise ArgumentError(f"compress: on_error is 'stop' or 'skip'; got {on_error!r}")
-    size = parse_size(memory)
+    size = parse_bytes("compress with memory=", memory)
+    if size is None:
+        raise ArgumentError("compress: memory is a number of bytes, or text such as '1GB'; got None")
     folder = Path(out)
     ledger = Ledger(folder.with_name(f"{folder.name}.progress"))
     report = progress or (lambda _stage, _done, _total: None)
