@@ -233,7 +233,8 @@ class Subspace:
             rank: width of every basis; without it, what takes the fewest bytes.
             max_forgetting: what a task may lose in all refits of its life, relative to its ``dW``; private columns keep
                 the rest. With a rank alone, shared columns are all that is kept, and the losses are what they are.
-            max_bytes: what the new generation may take on disk, a number or text such as "200MB".
+            max_bytes: what the new generation may take on disk, a number or text such as "200MB". Alone, the worst loss
+                is as small as that allows.
             progress: called with a stage, how much of it is done, and how much there is.
             dry_run: change nothing, and say what would change.
 
@@ -242,13 +243,8 @@ class Subspace:
             StoreError: as :meth:`add`.
         """
         limit = parse_bytes("refit", max_bytes)
-        fitted = refit(self.collection, rank=rank, max_forgetting=max_forgetting, report=progress)
+        fitted = refit(self.collection, rank=rank, max_forgetting=max_forgetting, max_bytes=limit, report=progress)
         size = collection_bytes(fitted)
-        if limit is not None and size > limit:
-            raise ArgumentError(
-                f"refit: max_bytes={limit:,} cannot be met with rank={rank} and max_forgetting={max_forgetting}: the "
-                f"collection would take {size:,} bytes; nothing was changed"
-            )
         return self._become(replace(fitted, fitted=size), "refit", [], dry_run)
 
     def absorb(

@@ -196,7 +196,7 @@ def test_progress_counts_slots():
 
 
 WRONG = {
-    "no-goal": ({}, "refit: give rank, max_forgetting or both"),
+    "no-goal": ({}, "refit: give rank, max_forgetting, max_bytes or several"),
     "rank": ({"rank": 0}, "refit: rank is at least 1; got 0"),
     "zero": ({"max_forgetting": 0.0}, "refit: max_forgetting is between 0 and 1; got 0"),
     "all": ({"max_forgetting": 1.0}, "refit: max_forgetting is between 0 and 1; got 1"),

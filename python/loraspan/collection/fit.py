@@ -14,7 +14,6 @@ from loraspan.adapters.base import Adapter
 from loraspan.collection.assemble import assemble
 from loraspan.collection.bases import make_basis, shared_cores
 from loraspan.collection.collection import Collection, Segment, SlotSpace, Task
-from loraspan.collection.columns import Columns
 from loraspan.collection.core_space import energy_by_rank, refine_jointly
 from loraspan.collection.factors import SlotFactors, read_factors
 from loraspan.collection.layout import collection_bytes
@@ -141,7 +140,7 @@ def _fit_slots(
         fitted = []
         for i, slot in enumerate(slots):
             report("fit", i, len(slots))
-            fitted.append(fit_shared(slot, squares, goal))
+            fitted.append(fit_shared(slot, squares, goal, goal.widths))
         return Outcome(fitted, goal.widths, 0.0, ())
     options = Options(goal.candidates, goal.seed, goal.refine, report)
     if goal.max_error is not None:
@@ -206,9 +205,8 @@ def total_squares(slots: Sequence[SlotFactors], count: int) -> Tensor:
     return squares
 
 
-def fit_shared(slot: SlotFactors, squares: Tensor, goal: Goal) -> tuple[SlotSpace, Columns, Tensor]:
+def fit_shared(slot: SlotFactors, squares: Tensor, goal: Goal, widths: Widths) -> Fitted:
     """Fit one slot with all ends shared."""
-    widths = goal.widths
     members = torch.tensor(slot.members)
     # a task's relative error counts where a rank is asked for, the collection's energy where that is
     norms = squares[members].sqrt()

@@ -12,7 +12,7 @@ Source:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -22,6 +22,8 @@ from loraspan.collection.collection import Collection, Segment, SlotSpace, Task
 from loraspan.collection.columns import Columns
 from loraspan.collection.factors import SlotFactors
 from loraspan.collection.fit import Goal, fit_shared, total_squares
+from loraspan.collection.layout import collection_bytes
+from loraspan.collection.plans import Options, fit_bytes
 from loraspan.collection.rows import Widths
 from loraspan.collection.stored import stored_slots
 from loraspan.collection.within import Fitters, fit_within
@@ -38,6 +40,7 @@ def refit(
     *,
     rank: int | None = None,
     max_forgetting: float | None = None,
+    max_bytes: int | None = None,
     spend: float = 1.0,
     refine: int = 2,
     seed: int = 0,
@@ -54,40 +57,47 @@ def refit(
         rank: width of every new basis; None takes what needs the fewest bytes.
         max_forgetting: what any task may lose over its whole life; private columns keep the rest. None, with a rank,
             keeps shared columns alone, whatever they lose.
+        max_bytes: what the collection may take on disk. Alone, the worst loss is as small as that allows.
         spend: the share of what is left of ``max_forgetting`` that this refit may take.
         refine: iterations of joint refinement.
         seed: of the sketches.
         report: called with "fit", slots done and slots in all.
 
     Raises:
-        ArgumentError: if there is no task, neither goal is given, one is out of range, or ``max_forgetting`` cannot be
-            met: it is spent, or below what rounding to the collection's dtype takes.
+        ArgumentError: if there is no task, no goal is given, one is out of range, or they cannot be met:
+            ``max_forgetting`` is spent or below what rounding takes, or ``max_bytes`` are too few.
     """
-    _check(collection, rank, max_forgetting)
+    _check(collection, rank, max_forgetting, max_bytes)
     report = report or (lambda _stage, _done, _total: None)
     slots = stored_slots(collection)
     squares = total_squares(slots, len(collection.tasks))
-    if max_forgetting is None:
-        assert rank is not None
-        fitted = _within_rank(slots, squares, Goal(rank=rank, refine=refine, dtype=collection.dtype, seed=seed), report)
+    if rank is None and max_forgetting is None:
+        assert max_bytes is not None
+        options = Options((collection.widths,), seed, refine, report)
+        fitted = _within_bytes(collection, slots, squares, max_bytes, options)
+    elif max_forgetting is None:
+        goal = Goal(rank=rank, refine=refine, seed=seed)
+        fitted = [fit_shared(slot, squares, goal, collection.widths) for slot in _told(slots, report)]
     else:
         allowed = spend * _allowances(collection.tasks, squares, max_forgetting)
         fitted = _within_loss(slots, squares, allowed, collection.widths, rank, refine, seed, report)
     report("fit", len(slots), len(slots))
-    lost = torch.zeros_like(squares)
-    for slot, (_, _, of_slot) in zip(slots, fitted, strict=True):
-        lost.index_add_(0, torch.tensor(slot.members), of_slot)
-    tasks = tuple(_aged(task, math.sqrt(float(gone))) for task, gone in zip(collection.tasks, lost, strict=True))
+    made = _collection(collection, slots, fitted, squares)
     if max_forgetting is not None:
-        _check_met(collection, tasks, max_forgetting)
-    return _collection(collection, slots, fitted, tasks)
+        _check_met(collection, made.tasks, max_forgetting)
+    if max_bytes is not None and (size := collection_bytes(made)) > max_bytes:
+        raise ArgumentError(
+            f"refit: max_bytes={max_bytes:,} cannot be met with rank={rank} and max_forgetting={max_forgetting}: the "
+            f"collection would take {size:,} bytes; nothing was changed: allow more of one"
+        )
+    return made
 
 
-def _check(collection: Collection, rank: int | None, max_forgetting: float | None) -> None:
+def _check(collection: Collection, rank: int | None, max_forgetting: float | None, max_bytes: int | None) -> None:
     if not collection.tasks:
         raise ArgumentError("refit: the collection has no task; add one first")
-    if rank is None and max_forgetting is None:
-        raise ArgumentError("refit: give rank, max_forgetting or both")
+    if rank is None and max_forgetting is None and max_bytes is None:
+        raise ArgumentError("refit: give rank, max_forgetting, max_bytes or several of them")
     if rank is not None and rank < 1:
         raise ArgumentError(f"refit: rank is at least 1; got {rank}")
     if max_forgetting is not None and not 0 < max_forgetting < 1:
@@ -100,12 +110,25 @@ def _allowances(tasks: Sequence[Task], squares: Tensor, max_forgetting: float) -
     return torch.where(squares > 0, left * torch.where(squares > 0, squares, 1.0).rsqrt(), 0.0)
 
 
-def _within_rank(slots: Sequence[SlotFactors], squares: Tensor, goal: Goal, report: _Report) -> _Fitted:
-    fitted = []
+def _told(slots: Sequence[SlotFactors], report: _Report) -> Iterator[SlotFactors]:
     for i, slot in enumerate(slots):
         report("fit", i, len(slots))
-        fitted.append(fit_shared(slot, squares, goal))
-    return fitted
+        yield slot
+
+
+def _within_bytes(
+    collection: Collection, slots: Sequence[SlotFactors], squares: Tensor, limit: int, options: Options
+) -> _Fitted:
+    def measure(fitted: _Fitted, _: Widths) -> int:
+        return collection_bytes(_collection(collection, slots, fitted, squares))
+
+    found = fit_bytes(slots, squares, limit, measure, options)
+    if isinstance(found, int):
+        raise ArgumentError(
+            f"refit: max_bytes={limit:,} cannot be met: the collection takes {found:,} bytes at the least, extras, "
+            f"names and configurations included; nothing was changed: allow more"
+        )
+    return found.fitted
 
 
 def _within_loss(
@@ -146,9 +169,11 @@ def _check_met(collection: Collection, tasks: Sequence[Task], max_forgetting: fl
         )
 
 
-def _collection(
-    collection: Collection, slots: Sequence[SlotFactors], fitted: _Fitted, tasks: tuple[Task, ...]
-) -> Collection:
+def _collection(collection: Collection, slots: Sequence[SlotFactors], fitted: _Fitted, squares: Tensor) -> Collection:
+    lost = torch.zeros_like(squares)
+    for slot, (_, _, of_slot) in zip(slots, fitted, strict=True):
+        lost.index_add_(0, torch.tensor(slot.members), of_slot)
+    tasks = tuple(_aged(task, math.sqrt(float(gone))) for task, gone in zip(collection.tasks, lost, strict=True))
     spaces = dict(collection.slots)
     for slot, (space, _, _) in zip(slots, fitted, strict=True):
         spaces[slot.path] = space

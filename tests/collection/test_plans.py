@@ -1,0 +1,140 @@
+"""Budgets of error and of bytes: met, never worse than each adapter's own SVD, and told."""
+
+from __future__ import annotations
+
+import math
+
+import planted
+import pytest
+import torch
+
+import loraspan
+from loraspan.collection.fit import Goal, fit, fit_with_plans
+from loraspan.collection.layout import collection_bytes
+from loraspan.collection.refit import refit
+from loraspan.collection.rows import row_bytes, store_rows, values_of
+from loraspan.errors import ArgumentError
+
+SHAPE = (96, 128)
+CASES = {
+    "shared": {},
+    "input": {"shared_out": 0},
+    "none": {"shared_out": 0, "shared_in": 0},
+    "mixed ranks": {"ranks": (2, 5, 8)},
+}
+
+
+def adapters(case, count=8):
+    return planted.adapters(**{"count": count, "shape": SHAPE, "ranks": (6,), **CASES[case]})
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("error", [0.4, 0.1, 0.01, 1e-4])
+def test_an_error_is_met_in_the_fewest_bytes(case, error):
+    """No fixed width that meets the error takes fewer bytes, but for what planning leaves to measuring."""
+    held = adapters(case)
+    chosen = fit(held, Goal(max_error=error, dtype=None))
+    assert max(task.error for task in chosen.tasks) <= error * (1 + 1e-9)
+    sizes = []
+    for width in (torch.float32, torch.float16, 8, 4):
+        try:
+            sizes.append(collection_bytes(fit(held, Goal(max_error=error, dtype=width))))
+        except ArgumentError:
+            continue
+    assert collection_bytes(chosen) <= 1.1 * min(sizes)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bytes_are_met_and_used(case):
+    held = adapters(case)
+    least = collection_bytes(fit(held, Goal(max_error=0.9, dtype=None)))
+    most = collection_bytes(fit(held, Goal(max_error=1e-3, dtype=None)))
+    worst = []
+    for share in (0.1, 0.4, 0.8):
+        limit = int(least + share * (most - least))
+        made = fit(held, Goal(max_bytes=limit, dtype=None))
+        assert collection_bytes(made) <= limit
+        worst.append(max(task.error for task in made.tasks))
+    assert worst == sorted(worst, reverse=True)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("width", [torch.float16, 8, 4], ids=str)
+def test_never_worse_than_every_adapters_own_svd(case, width):
+    """In the bytes of their singular vectors in any width, and what names and headers take."""
+    held = adapters(case)
+    overhead = collection_bytes(fit(held, Goal(max_error=0.9, dtype=None)))
+    for rank in (2, 4):
+        nbytes, worst = own_svds(held, rank, width)
+        made = fit(held, Goal(max_bytes=nbytes + overhead, dtype=None))
+        assert max(task.error for task in made.tasks) <= worst * (1 + 1e-6)
+
+
+def own_svds(held, rank, width):
+    nbytes, worst = 0, 0.0
+    for adapter in held:
+        lost = whole = 0.0
+        for slot in adapter.slots.values():
+            u, s, vh = torch.linalg.svd(torch.from_numpy(planted.delta(slot)), full_matrices=False)
+            root = s[:rank].sqrt()[:, None]
+            left, right = (store_rows(root * side[:rank], width) for side in (u.T, vh))
+            kept = values_of(left).double().T @ values_of(right).double()
+            lost += float((torch.from_numpy(planted.delta(slot)) - kept).square().sum())
+            whole += float(s.square().sum())
+            nbytes += rank * sum(row_bytes(length, width) for length in slot.shape)
+        worst = max(worst, math.sqrt(lost / whole))
+    return nbytes, worst
+
+
+def test_too_few_bytes_are_refused_with_what_would_do():
+    held = adapters("shared")
+    with pytest.raises(ArgumentError, match=r"max_bytes=900 cannot be met: 8 adapters take [0-9,]+ bytes at the least"):
+        fit(held, Goal(max_bytes=900, dtype=None))
+
+
+def test_a_refit_to_a_number_of_bytes():
+    """It takes no more, loses as little as that allows, and is refused where nothing does."""
+    held = fit(adapters("shared"), Goal(max_error=0.01, dtype=torch.float32))
+    size = collection_bytes(held)
+    made = refit(held, max_bytes=size // 2)
+    assert collection_bytes(made) <= size // 2
+    assert max(task.forgotten for task in made.tasks) < 0.6
+    with pytest.raises(ArgumentError, match="refit: max_bytes=100 cannot be met"):
+        refit(held, max_bytes=100)
+    with pytest.raises(ArgumentError, match="max_bytes=2,000 cannot be met with rank=None and max_forgetting=1e-05"):
+        refit(held, max_bytes=2000, max_forgetting=1e-5)
+
+
+def test_plans_are_told():
+    """Each width with each form; the one that was built says so, and its count is near what was built."""
+    held = adapters("shared")
+    collection, plans = fit_with_plans(held, Goal(max_error=0.1, dtype=None))
+    assert len(plans) == 6 * 5
+    (chosen,) = [plan for plan in plans if plan.chosen]
+    assert chosen.widths == str(collection.widths)
+    assert chosen.forms == "mixed"
+    assert all(plan.nbytes is None or plan.nbytes >= chosen.nbytes for plan in plans if plan.widths == chosen.widths)
+    four = [plan for plan in plans if plan.widths == "int4"]
+    assert four[0].nbytes is None
+    report = loraspan.compress(held, max_error=0.1).report()
+    assert len(report.plans) == len(plans)
+    assert "rounding too coarse" in str(report)
+    assert "chosen" in str(report)
+
+
+def test_floats_that_are_asked_for_are_kept():
+    space = loraspan.compress(adapters("none"), max_error=0.3, dtype=torch.float16)
+    assert space.collection.bits == (0, 0, 0)
+    assert space.report().dtype == "float16"
+
+
+@pytest.mark.parametrize("size", ["20kB", "0.02 MB", 20_000])
+def test_bytes_may_be_text(size):
+    space = loraspan.compress(adapters("none"), max_bytes=size)
+    assert space.nbytes <= 20_000
+
+
+@pytest.mark.parametrize("size", ["much", "-5MB", 0, -3, 2.5, "1e9"])
+def test_what_is_no_number_of_bytes_is_refused(size):
+    with pytest.raises(ArgumentError, match="compress: a number of bytes is positive"):
+        loraspan.compress(adapters("none"), max_bytes=size)
