@@ -44,6 +44,15 @@ def test_json_is_one_document(sources, tmp_path):
     assert "took --max-error 0.05" in done.stderr
 
 
+def test_eight_bits_are_kept_in_groups_too(sources, tmp_path):
+    for dtype in ("f32", "int8"):
+        done = run(sources, "-o", tmp_path / dtype, "--memory", "200MB", "--max-error", 0.1, "--dtype", dtype)
+        assert done.exit_code == 0, done.output
+    packed = loraspan.open(tmp_path / "int8")
+    assert packed.nbytes < 0.6 * loraspan.open(tmp_path / "f32").nbytes
+    assert max(packed.errors.values()) <= 0.1
+
+
 def test_a_bad_adapter_is_set_aside_and_named(sources, tmp_path):
     (sources / "007" / "adapter_model.safetensors").write_bytes(b"nothing")
     done = run(sources, "-o", tmp_path / "out", "--rank", 4)
@@ -66,6 +75,7 @@ def test_processes_change_nothing(sources, tmp_path):
     ("options", "code", "word"),
     [
         (["--memory", "1GB", "--device", "cpu"], 2, "--device does not go with"),
+        (["--on-error", "skip", "--device", "cpu"], 2, "--device does not go with"),
         (["--memory", "plenty"], 1, "a number of bytes is positive"),
         (["--memory", "1kB"], 1, "the least is"),
         (["--jobs", "0"], 2, "--jobs"),

@@ -76,8 +76,9 @@ def compress(
     --rank and --energy keep shared bases alone, and the errors are what they are.
 
     With --memory, --jobs or --on-error skip, adapters go through in groups that fit the memory (1GB if it is not said),
-    however many they are. What is done is kept in OUT.progress: after an interruption the same command goes on from
-    there, and ends with the same bytes. --on-error skip sets aside what cannot be read and says why.
+    however many they are, and --dtype is f32 unless given. What is done is kept in OUT.progress: after an interruption
+    the same command goes on from there, and ends with the same bytes. --on-error skip sets aside what cannot be read
+    and says why.
 
     \b
     Examples:
@@ -105,10 +106,10 @@ def compress(
     else:
         if device is not None:
             raise click.UsageError("--device does not go with --memory, --jobs or --on-error skip")
-        if max_bytes is not None or dtype not in (None, *DTYPES):
-            raise click.UsageError("--max-bytes and packed --dtype do not go with --memory, --jobs or --on-error skip")
+        if max_bytes is not None:
+            raise click.UsageError("--max-bytes does not go with --memory, --jobs or --on-error skip")
         within = {
-            "dtype": DTYPES[dtype or "f32"],
+            "dtype": dtype or "f32",
             "memory": memory or DEFAULT_MEMORY,
             "on_error": on_error,
             "overwrite": overwrite,
