@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "store": {"adapters", *BELOW_STORE},
     "serve": {"adapters", *BELOW_STORE},
     "train": BELOW_STORE,
-    "many": BELOW_SUBSPACE,
+    "many": {"store", "adapters", *BELOW_STORE},
     "subspace": {"many", *BELOW_SUBSPACE},
     "cli": {"subspace", "loraspan", "many", *BELOW_SUBSPACE},
     "compat": {"subspace", "loraspan", "many", *BELOW_SUBSPACE},

@@ -221,7 +221,7 @@ run(sys.argv[1], sys.argv[2], rank=3, progress=lambda *step: print(*step, flush=
 def test_killed_it_goes_on(when, sources, tmp_path):
     """SIGKILL, from outside, in the middle of either pass."""
     out = tmp_path / "out"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
     child = subprocess.Popen(
         [sys.executable, "-c", KILLED, str(sources), str(out)], stdout=subprocess.PIPE, text=True, env=environment
     )
