@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -63,6 +64,12 @@ def team(folder, generations=1):
     for i in range(generations - 1):
         space.rename(space.tasks[-1], f"chat {i}")
     return space
+
+
+@functools.cache
+def another(name, inputs=5):
+    """A space of one task, made once: forked processes find it there."""
+    return compress(named(name, d=inputs), max_error=0.3)
 
 
 def opened(folder):
@@ -188,12 +195,11 @@ def collect(folder):
 
 
 def export(folder):
-    exported = compress(named("legal"), max_error=0.3)
-    exported.export("legal", folder / "out")
+    another("legal").export("legal", folder / "out")
 
 
 def export_twice(folder):
-    compress(named("sql", d=7), max_error=0.3).export("sql", folder / "out")
+    another("sql", 7).export("sql", folder / "out")
 
 
 def look_at_export(folder):
@@ -221,7 +227,7 @@ COMMANDS = {
     "compress in groups": Command(
         sources, compress_in_groups, look_at_store, go_on_in_groups, strangers_in_store, floor=30, tidy=False
     ),
-    "save": changed(lambda space: compress(named("new"), max_error=0.3).save(space.path, overwrite=True)),
+    "save": changed(lambda space: another("new").save(space.path, overwrite=True)),
     "add": changed(lambda space: space.add(named("new", path="layers.1.q"), max_error=0.3)),
     "remove": changed(lambda space: space.remove("sql")),
     "rename": changed(lambda space: space.rename("sql", "../sql")),
