@@ -173,12 +173,18 @@ def test_refit_by_rank_and_by_forgetting(store):
     by_rank = document(run("refit", store, "--rank", 4, "--json"))
     assert by_rank["refitted"]
     assert by_rank["forgotten"] > 0.1
-    assert {slot.u.shape[1] for slot in loraspan.open(store).collection.slots.values()} == {4}
+    assert {slot.ranks for slot in loraspan.open(store).collection.slots.values()} == {(4, 4)}
     assert run("rollback", store, 1).exit_code == 0
     both = document(run("refit", store, "--rank", 4, "--max-forgetting", 0.02, "--json"))
     assert both["forgotten"] <= 0.02
+    assert loraspan.open(store).nbytes > 9000
+    small = document(run("refit", store, "--max-bytes", "9kB", "--json"))
+    assert small["nbytes"][1] <= 9000
     before = contents(store)
-    fails(run("refit", store, "--max-forgetting", 0.05, "--max-bytes", "2 kB"), 1, "max_bytes=2,000 cannot be met")
+    for goal in (("--max-forgetting", 0.5), ()):
+        fails(
+            run("refit", store, *goal, "--max-bytes", "2 kB"), 1, "max_bytes=2,000 cannot be met", "nothing was changed"
+        )
     assert contents(store) == before
 
 
@@ -265,7 +271,6 @@ def test_a_taken_name_is_refused(tmp_path, store):
         ("rename", "x", "old"),
         ("replace", "x"),
         ("refit", "x"),
-        ("refit", "x", "--max-bytes", "1MB"),
         ("refit", "x", "--rank", "0"),
         ("add", "x", "y", "--max-error", "much"),
         ("project", "x"),

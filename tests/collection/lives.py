@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from loraspan.adapters.base import Adapter, Slot
 from loraspan.collection.fit import Goal, fit
 from loraspan.collection.update import add, remove
+from loraspan.ops.packed import Packed
 
 # how the factors of adapters relate, as `planted.adapters` takes it
 STRUCTURES = {
@@ -23,8 +24,12 @@ STRUCTURES = {
     "rank-one": {"ranks": (1,)},
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# the error within which a task is surely stored, whatever the dtype: ends of unit length, rounded once
-ROOMY = {torch.float32: 1e-3, torch.float16: 0.01, torch.bfloat16: 0.05}
+# those, and packed in 8 and 4 bits
+WIDTHS = (*DTYPES, 8, 4)
+# the error within which a task is surely stored in that width: both ends of a column have unit length, rounded once
+ROOMY = {torch.float32: 1e-3, torch.float16: 0.01, torch.bfloat16: 0.05, 8: 0.05, 4: 0.4}
+# the unit in the last place of an entry as large as the largest of its block
+STEP = {**{dtype: torch.finfo(dtype).eps for dtype in DTYPES}, 8: 1 / 127, 4: 1 / 7}
 # A relative error is the root of a difference of numbers near 1 that are summed in float64: below the root of a few
 # units of 1.1e-16 it is rounding. Two hundred of them (a rank, the slots) give this.
 FLOOR = 2e-7
@@ -53,7 +58,7 @@ def lived(goal, adapters, *, max_error=0.05):
     half = len(adapters) // 2
     collection = fit(adapters[:half], goal)
     collection = add(collection, adapters[half:-3], max_error=max_error)
-    collection = add(collection, adapters[-3:], max_error=4 * max_error)
+    collection = add(collection, adapters[-3:], max_error=min(4 * max_error, 0.5))
     gone = (adapters[0].name, adapters[-3].name)
     return remove(collection, gone), {a.name: a for a in adapters if a.name not in gone}
 
@@ -87,8 +92,10 @@ def bits(collection):
     return found
 
 
-def raw(tensor):
-    return tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+def raw(rows):
+    if isinstance(rows, Packed):
+        return raw(rows.codes) + raw(rows.scales)
+    return rows.contiguous().view(torch.uint8).numpy().tobytes() if rows.numel() else b""
 
 
 @dataclass(frozen=True)
@@ -96,7 +103,7 @@ class Life:
     """What a collection is made by; small, for a property test to print."""
 
     structure: str
-    dtype: torch.dtype
+    dtype: torch.dtype | int
     goal: dict[str, float]
     adapters: int
     seed: int
@@ -110,7 +117,7 @@ class Life:
 @st.composite
 def drawn(draw):
     """A life in some structure, dtype and goal; a rank near those of the adapters gives dense cores."""
-    dtype = draw(st.sampled_from(DTYPES))
+    dtype = draw(st.sampled_from(WIDTHS))
     goal = draw(st.sampled_from([{"max_error": ROOMY[dtype]}, {"rank": 5}, {"rank": 30}]))
     return Life(
         draw(st.sampled_from(sorted(STRUCTURES))), dtype, goal, draw(st.integers(7, 14)), draw(st.integers(0, 99))

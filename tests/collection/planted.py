@@ -6,6 +6,8 @@ import numpy as np
 import torch
 
 from loraspan.adapters.base import Adapter, Slot
+from loraspan.collection.rows import values_of
+from loraspan.ops.packed import unpacked
 
 
 def orthonormal(rows, columns, rng):
@@ -62,9 +64,10 @@ def stored_delta(collection, path, task):
     ss, sp, ps, pp = columns.counts[row]
     starts, stops = columns.offsets()[row], columns.offsets()[row + 1]
     weights, left, left_own, right, right_own = (
-        tensor.double().numpy()[a:b] for tensor, a, b in zip(columns.tensors().values(), starts, stops, strict=True)
+        values_of(rows).double().numpy()[a:b]
+        for rows, a, b in zip(columns.tensors().values(), starts, stops, strict=True)
     )
-    u, v = space.u.double().numpy(), space.v.double().numpy()
+    u, v = (unpacked(side).double().numpy() for side in (space.u, space.v))
     shared_right = list(range(v.shape[1])) if columns.dense[row] else None
     total = np.zeros((len(u), len(v)))
     for c in range(ss + sp + ps + pp):

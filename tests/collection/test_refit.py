@@ -20,9 +20,10 @@ from loraspan.collection.rebuild import rebuild
 from loraspan.collection.refit import refit
 from loraspan.collection.update import add, remove
 from loraspan.errors import ArgumentError
+from loraspan.ops.packed import Packed
 
 PATH = "layers.0.q_proj"
-LIMITS = {torch.float32: 0.02, torch.float16: 0.05, torch.bfloat16: 0.2}
+LIMITS = {torch.float32: 0.02, torch.float16: 0.05, torch.bfloat16: 0.2, 8: 0.2, 4: 0.8}
 
 
 def as_stored(collection):
@@ -55,7 +56,7 @@ def distances(one, two):
 @given(life=lives.drawn(), rank=st.sampled_from([None, 1, 4, 11]))
 def test_losses_are_measured_within_the_limit_and_add_up(life, rank):
     before, originals = life.made()
-    was, limit = lives.bits(before), LIMITS[before.dtype]
+    was, limit = lives.bits(before), LIMITS[life.dtype]
 
     after = refit(before, rank=rank, max_forgetting=limit)
 
@@ -77,12 +78,12 @@ def test_rank_alone_is_the_direct_fit_of_what_is_stored(life, rank):
     """Not an approximation to compressing the reconstructions, but that very thing, up to the rounding of entries."""
     before, _ = life.made()
     after = refit(before, rank=rank)
-    direct = fit(list(as_stored(before).values()), Goal(rank=rank, dtype=before.dtype))
+    direct = fit(list(as_stored(before).values()), Goal(rank=rank, dtype=life.dtype))
     for task, other in zip(after.tasks, direct.tasks, strict=True):
-        slack = max(1e-6, torch.finfo(before.dtype).eps / 8)
+        slack = max(1e-6, lives.STEP[life.dtype] / 8)
         assert task.forgotten == pytest.approx(other.error * other.norm / (task.norm or 1.0), abs=slack)
-    widths = [(s.u.shape[1], s.v.shape[1]) for s in after.slots.values()]
-    assert widths == [(s.u.shape[1], s.v.shape[1]) for s in (direct.slots[path] for path in after.slots)]
+    widths = [s.ranks for s in after.slots.values()]
+    assert widths == [s.ranks for s in (direct.slots[path] for path in after.slots)]
     assert {int(c.counts[:, 1:].sum()) for s in after.segments for c in s.columns.values()} == {0}
 
 
@@ -120,7 +121,7 @@ def test_what_became_common_is_shared():
     after = refit(held, max_forgetting=0.01)
     assert private(after) < 0.1 * private(held)
     assert collection_bytes(after) < 0.5 * collection_bytes(held)
-    assert all(min(s.u.shape[1], s.v.shape[1]) >= 12 for s in after.slots.values())
+    assert all(min(s.ranks) >= 12 for s in after.slots.values())
 
 
 def private(collection):
@@ -136,7 +137,7 @@ def test_bases_that_no_longer_pay_go():
     ]
     held = add(fit(shared, Goal(max_error=0.01)), apart, max_error=0.01)
     after = refit(remove(held, [a.name for a in shared]), max_forgetting=0.01)
-    assert (after.slots[PATH].u.shape[1], after.slots[PATH].v.shape[1]) == (0, 0)
+    assert after.slots[PATH].ranks == (0, 0)
 
 
 @pytest.mark.parametrize("goal", [{"max_forgetting": 0.02}, {"rank": 6, "max_forgetting": 0.02}], ids=["bytes", "rank"])
@@ -153,6 +154,21 @@ def test_many_private_ends_are_sketched(goal, monkeypatch):
     moved = distances(held, after)
     assert {task.name: task.forgotten for task in after.tasks} == pytest.approx(moved, abs=1e-6)
     assert max(moved.values()) <= 0.02 + lives.FLOOR
+
+
+@pytest.mark.parametrize("goal", [{"rank": 5}, {"max_forgetting": 0.8}, {"rank": 5, "max_forgetting": 0.8}], ids=str)
+@pytest.mark.parametrize("width", lives.WIDTHS, ids=str)
+def test_what_is_stored_keeps_its_width(width, goal):
+    held = fit(planted.adapters(count=12), Goal(max_error=lives.ROOMY[width], dtype=width))
+    after = refit(held, **goal)
+    assert after.widths == held.widths
+    stored = [t for s in after.slots.values() for t in (s.u, s.v) if t.shape[1]]
+    for segment in after.segments:
+        for columns in segment.columns.values():
+            ends = {name: rows for name, rows in columns.tensors().items() if name != "weights"}
+            stored += [rows for rows in ends.values() if rows.shape[0] and rows.shape[1]]
+    assert stored
+    assert {rows.bits if isinstance(rows, Packed) else rows.dtype for rows in stored} == {width}
 
 
 def test_again_at_the_same_rank_loses_nothing():

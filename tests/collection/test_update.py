@@ -36,7 +36,7 @@ def test_what_is_added_is_measured_and_all_else_stays(life, seed):
     more[3] = Adapter(more[3].name, {**more[3].slots, "layers.8.other": lives.turned(more[3].slots[PATHS[0]])})
     zero = more[4].slots[PATHS[0]]
     more[4] = Adapter(more[4].name, {PATHS[0]: Slot(zero.down, torch.zeros_like(zero.up), zero.scale)})
-    max_error = lives.ROOMY[before.dtype]
+    max_error = lives.ROOMY[life.dtype]
 
     after = add(before, more, max_error=max_error)
 
@@ -44,7 +44,7 @@ def test_what_is_added_is_measured_and_all_else_stays(life, seed):
     assert all(after.slots[path] is space for path, space in before.slots.items())
     assert all(one is two for one, two in zip(before.segments, after.segments, strict=False))
     assert len(after.segments) == len(before.segments) + 1
-    assert {s.u.shape[1] + s.v.shape[1] for path, s in after.slots.items() if path not in before.slots} <= {0}
+    assert {sum(s.ranks) for path, s in after.slots.items() if path not in before.slots} <= {0}
     assert [task.name for task in after.tasks[len(before.tasks) :]] == [adapter.name for adapter in more]
     truth = lives.errors(after, originals | {adapter.name: adapter for adapter in more})
     assert lives.reported(after) == pytest.approx(truth, abs=1e-6)
@@ -53,8 +53,7 @@ def test_what_is_added_is_measured_and_all_else_stays(life, seed):
 
 
 def shape_of(collection):
-    space = collection.slots[PATHS[0]]
-    return len(space.u), len(space.v)
+    return collection.slots[PATHS[0]].shape
 
 
 @pytest.mark.parametrize("dtype", lives.DTYPES, ids=str)
@@ -89,6 +88,21 @@ def test_more_error_takes_fewer_bytes(collection):
     adapter = planted.adapters(count=9)[8]
     sizes = [segment_bytes(add(collection, [adapter], max_error=e).segments[-1]) for e in (0.001, 0.1, 0.6)]
     assert sizes[0] > sizes[1] > sizes[2]
+
+
+@pytest.mark.parametrize("structure", lives.STRUCTURES.values(), ids=lives.STRUCTURES.keys())
+@pytest.mark.parametrize(("width", "max_error"), [(4, 0.01), (8, 1e-3), (8, 1e-4)])
+def test_packed_ends_carry_what_packing_leaves(structure, width, max_error):
+    """A collection in few bits still takes a task as exactly as it is wanted: more columns hold what rounding took."""
+    adapters = planted.adapters(count=8, **structure)
+    before = fit(adapters[:5], Goal(max_error=0.3, dtype=width))
+    after = add(before, adapters[5:], max_error=max_error)
+    truth = lives.errors(after, {a.name: a for a in adapters})
+    assert lives.reported(after) == pytest.approx(truth, abs=1e-6)
+    assert max(truth[a.name] for a in adapters[5:]) <= max_error + lives.FLOOR
+    assert after.widths == before.widths
+    alone = sum(c.counts[:, 3].sum() for c in after.segments[-1].columns.values())
+    assert alone > sum(slot.lora_rank for a in adapters[5:] for slot in a.slots.values())
 
 
 def test_adding_to_nothing(collection):

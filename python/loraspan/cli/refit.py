@@ -24,17 +24,18 @@ def refit(
     """Fit new bases to the tasks of a store: what became common among them is shared.
 
     No original adapter is read. With --max-forgetting private columns keep what a task may not lose; with --rank alone
-    there are none, and the losses are what they are. What every task loses is known before anything is written, and
-    from then on its error is a bound: what it was, and what was lost since.
+    there are none, and the losses are what they are; with --max-bytes alone they are as small as that allows. What
+    every task loses is known before anything is written, and from then on its error is a bound: what it was, and what
+    was lost since.
 
     \b
     Examples:
       loraspan refit team.span --max-forgetting 0.01
       loraspan refit team.span --rank 64 --dry-run
-      loraspan refit team.span --max-forgetting 0.02 --max-bytes 200MB
+      loraspan refit team.span --max-bytes 200MB
     """
-    if rank is None and max_forgetting is None:
-        raise click.UsageError("give --max-forgetting, --rank or both")
+    if rank is None and max_forgetting is None and max_bytes is None:
+        raise click.UsageError("give --max-forgetting, --rank, --max-bytes or several of them")
     opened = subspace.open(space)
     with bars() as progress:
         change = opened.refit(

@@ -31,6 +31,21 @@ class Part(NamedTuple):
     right: Rows | None
 
 
+def join_parts(one: Part, other: Part) -> Part:
+    """Give the columns of two parts of one form with two private ends, those of a task together."""
+    assert one.form == other.form == "pp"
+    counts = (one.counts, other.counts)
+    ends = [
+        _interleave(list(zip(counts, rows, strict=True)), one.left.shape[1], torch.float32)
+        for rows in ((one.left, other.left), (one.right, other.right))
+    ]
+    weights = _interleave(
+        list(zip(counts, (one.weights[:, None], other.weights[:, None]), strict=True)), 1, torch.float64
+    )
+    assert isinstance(weights, Tensor)
+    return Part("pp", one.counts + other.counts, weights.flatten(), *ends)
+
+
 def assemble(
     members: Sequence[int], parts: Sequence[Part], shape: tuple[int, int], ranks: tuple[int, int], dtype: torch.dtype
 ) -> Columns:

@@ -70,6 +70,8 @@ def allotments(
         >>> round(float(one + two), 6)
         2.5
     """
+    if not spectra:
+        return []
     members = [torch.tensor(tasks) for tasks, _ in spectra]
     squares = [s.double().square() for _, s in spectra]
     energies = [value.sum(-1) for value in squares]

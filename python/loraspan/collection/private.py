@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from loraspan.collection.assemble import Part
+from loraspan.collection.assemble import Part, join_parts
 from loraspan.collection.rows import Rows, Width, flip_rows, store_rows, values_of
 from loraspan.collection.vectors import Vectors
 from loraspan.linalg.roots import gram_root
 from loraspan.ops import RowBlocks, combine_many, gram_many
 from loraspan.ops.dense import svd
+
+# How often what packed columns leave is packed in more columns.
+_CORRECTIONS = 2
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,8 @@ def private_columns(residual: Residual, allowed: Tensor, width: Width) -> tuple[
     """Give the private columns that bring every task's residual down to ``allowed``, and what is left after them.
 
     Rounding the columns adds to what is left, so it is measured and columns are added until it fits or none are left.
+    What packing all of them leaves is carried by more columns: 4 bits leave a tenth of a vector, and a tenth of that
+    when they hold the difference too.
 
     Args:
         residual: of all tasks of the slot.
@@ -111,13 +116,25 @@ def private_columns(residual: Residual, allowed: Tensor, width: Width) -> tuple[
     Returns:
         Columns of form pp, and ``[T]`` the squared norms that remain, measured for the stored entries.
     """
+    part, remains, rest = _carry(residual, allowed, width)
+    for _ in range(_CORRECTIONS if isinstance(width, int) else 0):
+        short = remains > allowed
+        if not short.any():
+            break
+        more, remains, rest = _carry(rest(short), allowed, width)
+        part = join_parts(part, more)
+    return part, remains
+
+
+def _carry(residual: Residual, allowed: Tensor, width: Width) -> tuple[Part, Tensor, Callable[[Tensor], Residual]]:
+    """Give columns as :func:`private_columns`, and what gives the residual that they leave, for some of the tasks."""
     left, s, right = residual.svd()
     counts = columns_within(s, allowed)
     while True:
-        part, remains = _store(residual, left, s, right, counts, width)
+        part, remains, rest = _store(residual, left, s, right, counts, width)
         short = (remains > allowed) & (counts < s.shape[1])
         if not short.any():
-            return part, remains
+            return part, remains, rest
         # rounding took part of the budget: what may be dropped is what rounding leaves of it
         dropped = _tail(s, counts)
         tighter = columns_within(s, (allowed - (remains - dropped)).clamp(min=0))
@@ -130,7 +147,7 @@ def _tail(s: Tensor, counts: Tensor) -> Tensor:
 
 def _store(
     residual: Residual, left: Tensor, s: Tensor, right: Tensor, counts: Tensor, width: Width
-) -> tuple[Part, Tensor]:
+) -> tuple[Part, Tensor, Callable[[Tensor], Residual]]:
     p, p_seen, p_gram = stored_ends(residual.left, left, counts, width)
     q, q_seen, q_gram = stored_ends(residual.right, right, counts, width)
     kept = torch.arange(s.shape[1]) < counts[:, None]
@@ -141,7 +158,27 @@ def _store(
     remains = residual.squares() + (stored * fitted).sum(-1)
     # a weight is not negative: its sign goes to the left end
     signs = torch.where(weights[kept] < 0, -1, 1)
-    return Part("pp", counts, weights[kept].abs(), flip_rows(p, signs), q), remains.clamp(min=0)
+    part = Part("pp", counts, weights[kept].abs(), flip_rows(p, signs), q)
+
+    def rest(short: Tensor) -> Residual:
+        pad = nn.functional.pad
+        corner = torch.diag_embed(-stored)
+        z = torch.cat([pad(residual.z, (0, corner.shape[2])), pad(corner, (residual.z.shape[2], 0))], dim=1)
+        left = _extended(residual.left, split_rows(values_of(p), counts), p_seen, p_gram, short)
+        return Residual(left, _extended(residual.right, split_rows(values_of(q), counts), q_seen, q_gram, short), z)
+
+    return part, remains.clamp(min=0), rest
+
+
+def _extended(frame: Frame, ends: Sequence[Tensor], seen: Tensor, gram: Tensor, some: Tensor) -> Frame:
+    """Give a frame with ends that are stored as further vectors, of those tasks that are to have more columns."""
+    width = frame.gram.shape[1] - frame.size
+    extra = [
+        torch.cat([nn.functional.pad(known.float(), (0, 0, 0, width - len(known))), own]) if wanted else known
+        for known, own, wanted in zip(frame.extra, ends, some.tolist(), strict=True)
+    ]
+    top = torch.cat([frame.gram, seen], dim=2)
+    return Frame(frame.vectors, frame.transform, extra, torch.cat([top, torch.cat([seen.mT, gram], dim=2)], dim=1))
 
 
 def best_weights(products: Tensor, seen: Tensor, kept: Tensor) -> Tensor:

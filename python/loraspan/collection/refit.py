@@ -77,7 +77,9 @@ def refit(
         fitted = _within_bytes(collection, slots, squares, max_bytes, options)
     elif max_forgetting is None:
         goal = Goal(rank=rank, refine=refine, seed=seed)
-        fitted = [fit_shared(slot, squares, goal, collection.widths) for slot in _told(slots, report)]
+        # float32 sums would stop at 3e-4 of the largest direction, and a refit is to lose no more than a direct fit
+        fine = (replace(slot, is_double=True) for slot in _told(slots, report))
+        fitted = [fit_shared(slot, squares, goal, collection.widths) for slot in fine]
     else:
         allowed = spend * _allowances(collection.tasks, squares, max_forgetting)
         fitted = _within_loss(slots, squares, allowed, collection.widths, rank, refine, seed, report)

@@ -133,6 +133,8 @@ def form_of(space: SlotSpace) -> str:
 
 def summarize(collection: Collection, nbytes: int) -> str:
     """Say how much the tasks share, which form was chosen, and what it costs and loses."""
+    if not collection.tasks:
+        return f"There is no task; bases and records take {nbytes:,} bytes."
     errors = [task.error for task in collection.tasks]
     source = sum(task.factor_bytes for task in collection.tasks)
     held = 1 - float(np.mean(np.square(errors)))

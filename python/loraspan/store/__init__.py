@@ -6,6 +6,7 @@ from loraspan.store.history import Entry, log, rollback
 from loraspan.store.manifest import Change
 from loraspan.store.opened import Opened, nbytes, open, open_at
 from loraspan.store.pins import pin
+from loraspan.store.plan import forecast
 from loraspan.store.transaction import commit, save
 from loraspan.store.verify import verify
 
@@ -16,6 +17,7 @@ __all__ = [
     "Garbage",
     "Opened",
     "commit",
+    "forecast",
     "gc",
     "log",
     "nbytes",

@@ -10,7 +10,9 @@ from itertools import zip_longest
 import numpy as np
 
 from loraspan.collection.collection import Collection, Segment, Task
+from loraspan.collection.layout import basis_file_bytes, manifest_bytes, segment_bytes
 from loraspan.collection.rows import Rows
+from loraspan.collection.segments import merge
 from loraspan.errors import ArgumentError
 from loraspan.store.checks import check_change
 from loraspan.store.compaction import groups
@@ -60,6 +62,22 @@ def plan(opened: Opened, collection: Collection) -> Plan:
     parts = _joined(parts, standing)
     basis = opened.basis if _bases_stand(opened.collection, collection) else None
     return Plan(basis, tuple(parts), after, names.change())
+
+
+def forecast(opened: Opened, collection: Collection) -> int:
+    """Give the bytes of the files of the generation that ``commit`` would write, as ``layout`` counts them.
+
+    What would be written anew without removed tasks, or joined, is put together for it, a file at a time.
+
+    Raises:
+        ShapeError, ArgumentError: as :func:`plan`.
+    """
+    made = plan(opened, collection)
+    total = made.basis.size if made.basis is not None else basis_file_bytes(collection)
+    for part in made.parts:
+        total += part.data.size if part.data is not None else segment_bytes(merge(part.segments))
+    segments = tuple(part.segments[0] for part in made.parts)
+    return total + manifest_bytes(replace(collection, segments=segments))
 
 
 def all_new(collection: Collection) -> Plan:
