@@ -106,7 +106,7 @@ def test_other_arguments_are_refused_by_name(sources, tmp_path):
         ({"rank": 4}, "rank was 3 and is 4"),
         ({"max_error": 0.1}, "max_error was null and is 0.1"),
         ({"rank": 3, "memory": "2GB"}, "memory was 1000000000 and is 2000000000"),
-        ({"rank": 3, "dtype": torch.float16}, 'dtype was "torch.float32" and is "torch.float16"'),
+        ({"rank": 3, "dtype": torch.float16}, 'dtype was "float32" and is "float16"'),
         ({"rank": 3, "seed": 1}, "seed was 0 and is 1"),
         ({"rank": 3, "overwrite": True}, "overwrite was false and is true"),
     ]:
