@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import loraspan
+from loraspan.adapters import peft
 from loraspan.adapters.base import Adapter, Slot
 from loraspan.collection.layout import columns_bytes
 from loraspan.errors import ArgumentError, FormatError, MismatchError, NotFiniteError, StoreError
@@ -127,7 +128,7 @@ def test_slots_that_few_tasks_have_and_tasks_of_zeros(tmp_path):
     zeros = {path: Slot(slot.down, torch.zeros_like(slot.up), slot.scale) for path, slot in adapters[5].slots.items()}
     adapters[5] = Adapter("zero", zeros)
     for i, adapter in enumerate(adapters):
-        loraspan.subspace.peft.write(adapter, tmp_path / "in" / f"{i:03d}")
+        peft.write(adapter, tmp_path / "in" / f"{i:03d}")
     for number, goal in enumerate(({"max_error": 0.05}, {"rank": 5}, {"energy": 0.9})):
         run(tmp_path / "in", tmp_path / f"out{number}", **goal)
         space = loraspan.open(tmp_path / f"out{number}")
@@ -228,7 +229,7 @@ def spoil_nan(root):
 
 def spoil_shape(root):
     shutil.rmtree(root / "000")
-    loraspan.subspace.peft.write(planted.adapters(count=1, shape=(40, 57))[0], root / "000")
+    peft.write(planted.adapters(count=1, shape=(40, 57))[0], root / "000")
 
 
 def spoil_base(root):
@@ -295,7 +296,7 @@ def test_nobody_left_is_an_error(tmp_path):
         run(tmp_path / "in", tmp_path / "out", on_error="skip")
     adapters = planted.adapters(count=1)
     slots = {path: Slot(slot.down * float("nan"), slot.up, 1.0) for path, slot in adapters[0].slots.items()}
-    loraspan.subspace.peft.write(Adapter("bad", slots), tmp_path / "bad")
+    peft.write(Adapter("bad", slots), tmp_path / "bad")
     with pytest.raises(ArgumentError, match="there is no adapter to compress"):
         run(tmp_path / "bad", tmp_path / "out", on_error="skip")
     assert not (tmp_path / "out").exists()
