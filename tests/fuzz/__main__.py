@@ -30,7 +30,7 @@ def main():
 
     chosen = {name: share for name, (*_, share) in TARGETS.items() if name in (asked.target or TARGETS)}
     total, outcomes = sum(chosen.values()), {}
-    plan = {name: max(1, asked.cases * share // total) for name, share in chosen.items()}
+    plan = {name: -(-asked.cases * share // total) for name, share in chosen.items()}
     begun = time.monotonic()
     with tempfile.TemporaryDirectory(dir=_memory()) as scratch:
         kept = sorted(asked.corpus.glob("*.json"))

@@ -4,16 +4,18 @@ import functools
 import hashlib
 import json
 import re
+import shutil
 import tempfile
 from pathlib import Path
 
 import torch
 from hypothesis import strategies as st
 
-from adapters.folders import CONFIG, factors, write
+from adapters.folders import CONFIG, adapter, factors, write
 from fuzz.cases import Case, Special
 from fuzz.hostile import spoiled_bytes, spoiled_json, text_of
 from fuzz.tensors import spoiled_header, spoiled_tensors
+from loraspan import compress, store
 from loraspan.adapters.keys import CONFIG_NAME, WEIGHTS_NAME
 from store.samples import ODD_EXTRAS, collection, save_in_segments, saved
 
@@ -31,7 +33,7 @@ _SEAL = ',\n  "checksum": "'
 def stores():
     """Stores in order, each as the bytes of its files."""
     with tempfile.TemporaryDirectory() as folder:
-        paths = [Path(folder, str(i)) for i in range(5)]
+        paths = [Path(folder, str(i)) for i in range(6)]
         for path in paths:
             path.mkdir()
         saved(paths[0], seed=2, extras=ODD_EXTRAS)
@@ -39,7 +41,21 @@ def stores():
         saved(paths[2], seed=4, slots=1, tasks=1)
         saved(paths[3], seed=5, slots=2, tasks=6, dtype=torch.float16)
         save_in_segments(collection(2), paths[4] / "team.span", [0, 2, 4])
+        _live(paths[5] / "team.span")
         return [{p.name: p.read_bytes() for p in (path / "team.span").iterdir() if p.name != ".lock"} for path in paths]
+
+
+def _live(path):
+    """A store in packed rows that has been through some changes, of which the last generation is left."""
+    space = compress([adapter(name, base="base") for name in ("sql", "legal", "chat")], max_error=0.3)
+    space.save(path)
+    space.add([adapter("new", base="base", path="layers.1.q")], max_error=0.3)
+    space.remove("legal")
+    space.rename("sql", "../sql")
+    store.gc(path, keep=0, grace=0)
+    for entry in path.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
 
 
 @functools.cache

@@ -49,6 +49,18 @@ def exported(folder):
         space.export(name, folder / "out" / below)
 
 
+def lived_in(folder):
+    """Tell the history of the store and change it, each change on what the one before has left."""
+    path = folder / "team.span"
+    store.log(path)
+    space = open_space(path)
+    space.rename(space.tasks[0], "renamed") if space.tasks else None
+    space.add([good()[0]], max_error=0.9)
+    space.remove(space.tasks[0])
+    space.refit(rank=1)
+    store.gc(path, keep=0, grace=0)
+
+
 def passed_on(folder):
     """Read the adapter and write it again."""
     peft.write(peft.read(folder / "bad"), folder / "out" / "bad")
@@ -67,5 +79,6 @@ TARGETS = {
     "adapter": (adapter_read, strategies.adapter_cases("adapter"), 30),
     "compress": (compressed, strategies.adapter_cases("compress"), 5),
     "export": (exported, strategies.store_cases("export", strategies.NUMBERS), 10),
+    "live": (lived_in, strategies.store_cases("live", strategies.NUMBERS), 5),
     "rewrite": (passed_on, strategies.adapter_cases("rewrite"), 10),
 }

@@ -82,7 +82,7 @@ def _guided(one, cases, _, asked):
     rng = random.Random(asked.seed)
     for i in range(SEEDS):
         (asked.corpus / f"{asked.seed}-{i}").write_bytes(rng.randbytes(LONGEST))
-    flags = ["-rss_limit_mb=0", "-timeout=0", f"-seed={asked.seed + 1}", f"-max_len={LONGEST}", "-len_control=0"]
+    flags = ["-rss_limit_mb=0", "-timeout=600", f"-seed={asked.seed + 1}", f"-max_len={LONGEST}", "-len_control=0"]
     atheris.Setup([sys.argv[0], *flags, "-verbosity=0", str(asked.corpus)], fed)
     atheris.Fuzz()
 
