@@ -84,8 +84,9 @@ def test_shared_ends_are_the_best_there_are(dtype):
 
 
 @pytest.mark.parametrize("max_error", [0.01, 0.1, 0.5])
-def test_cost_is_what_adding_takes(max_error):
-    adapters = planted.adapters(count=9, noise=0.1)
+@pytest.mark.parametrize("structure", [{}, {"shared_in": 0}, {"shared_out": 0}], ids=["both", "output", "input"])
+def test_cost_is_what_adding_takes(structure, max_error):
+    adapters = planted.adapters(count=9, noise=0.1 if not structure else 0.02, **structure)
     collection = fit(adapters[:8], Goal(max_error=0.05))
     found = project(collection, adapters[8], max_error=max_error)
     segment = add(collection, [adapters[8]], max_error=max_error).segments[-1]

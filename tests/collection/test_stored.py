@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from loraspan.collection.fit import Goal, fit
 from loraspan.collection.stored import stored_slots
 from loraspan.collection.update import add, remove
+from store import samples
 
 # float64 sums over at most a hundred terms, and two products one after the other
 ROUNDING = 1e-12
@@ -32,6 +33,17 @@ def near(one, two):
 @given(life=lives.drawn(), seed=st.integers(0, 99))
 def test_vectors_are_those_of_the_columns(life, seed):
     collection, _ = life.made()
+    check_slots(collection, seed)
+
+
+@given(seed=st.integers(0, 10_000))
+def test_any_mixture_of_forms_is_read(seed):
+    """Also those that no fit makes: dense cores beside columns with one shared end."""
+    check_slots(samples.collection(seed, tasks=7), seed)
+
+
+def check_slots(collection, seed):
+    """Every slot's vectors, Grams and maps."""
     rng = torch.Generator().manual_seed(seed)
     places = [task.name for task in collection.tasks]
     slots = stored_slots(collection)
