@@ -1,6 +1,9 @@
 """Defects that the fuzzer has found in reading adapters, each as the smallest input that shows it."""
 
+import dataclasses
+
 import pytest
+import safetensors.torch
 import torch
 
 from adapters.folders import CONFIG, PREFIX, factors, write
@@ -81,3 +84,17 @@ def test_a_rank_far_past_its_map(tmp_path):
 
     with pytest.raises(UnsupportedError, match="rank 50000"):
         compress([folder], rank=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.float8_e4m3fn])
+def test_a_bias_that_takes_no_scale(tmp_path, dtype):
+    """It is scaled when it is written again, which takes a dtype that can be."""
+    bias = f"{PREFIX}layers.0.q.lora_B.bias"
+    one = peft.read(write(tmp_path / "a", config=CONFIG | {"lora_bias": True}))
+    with pytest.raises(UnsupportedError, match=r"layers\.0\.q\.lora_B\.bias' needs float16"):
+        peft.write(dataclasses.replace(one, extras={bias: torch.ones(3).to(dtype)}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+    safetensors.torch.save_file(factors() | {bias: torch.ones(3).to(dtype)}, tmp_path / "a" / peft.WEIGHTS_NAME)
+    with pytest.raises(UnsupportedError, match=r"layers\.0\.q\.lora_B\.bias' needs float16"):
+        peft.read(tmp_path / "a")

@@ -10,6 +10,7 @@ from loraspan.errors import NotFiniteError, UnsupportedError
 
 # a rounding to nearest is off by half of torch's eps, unless an entry leaves the range where that holds
 _ALLOWED = 2.0
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def fold(path: str, slot: Slot, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
@@ -36,6 +37,16 @@ def fold(path: str, slot: Slot, dtype: torch.dtype | None) -> tuple[Tensor, Tens
         scaled(slot.down, 1.0, dtype, f"slot {path!r}, factor down"),
         scaled(slot.up, slot.scale, dtype, f"slot {path!r}, factor up"),
     )
+
+
+def check_factor_dtype(tensor: Tensor, key: str) -> None:
+    """Refuse a tensor that takes no scale.
+
+    Raises:
+        UnsupportedError: naming it.
+    """
+    if tensor.dtype not in _DTYPES:
+        raise UnsupportedError(f"{key!r} needs float16, bfloat16, float32 or float64; got {tensor.dtype}")
 
 
 def scaled(factor: Tensor, scale: float, dtype: torch.dtype | None, what: str) -> Tensor:

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from loraspan.adapters import experts
 from loraspan.adapters.base import Adapter, Slot, Source
 from loraspan.adapters.config import Config, read_config
-from loraspan.adapters.keys import CONFIG_NAME, WEIGHTS_NAME, Pair, sort_keys
+from loraspan.adapters.fold import check_factor_dtype
+from loraspan.adapters.keys import BIAS, CONFIG_NAME, WEIGHTS_NAME, Pair, sort_keys
 from loraspan.adapters.licence import licence_of
 from loraspan.adapters.mapped import file_sha256, map_tensors
 from loraspan.adapters.scales import Rule, Scales
@@ -22,7 +22,6 @@ from loraspan.errors import FormatError, UnsupportedError
 _PICKLED = "adapter_model.bin"
 # ranks up to the first are always taken, and beyond it up to so many times the map's own largest
 _ANY_RANK, _PAST_FULL = 1024, 8
-_FACTOR_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def read(path: Path | str, *, name: str | None = None, hash_file: bool = False) -> Adapter:
@@ -63,6 +62,9 @@ def read(path: Path | str, *, name: str | None = None, hash_file: bool = False) 
     try:
         pairs, extras = sort_keys(tuple(mapped.tensors))
         slots = _slots(pairs, mapped.tensors, config)
+        for key, found in extras.items():
+            if key.endswith(BIAS):
+                check_factor_dtype(mapped.tensors[found], found)
     except (FormatError, UnsupportedError) as error:
         raise type(error)(f"{file}: {error}") from None
     source = Source(
@@ -136,8 +138,7 @@ def _check_rank(path: str, slot: Slot) -> None:
 
 def _matrix(factor: Tensor, key: str) -> Tensor:
     """See a factor as a matrix: ``[r, cin, kh, kw]`` as ``[r, d]``, ``[cout, r, 1, 1]`` as ``[n, r]``."""
-    if factor.dtype not in _FACTOR_DTYPES:
-        raise UnsupportedError(f"{key!r} needs float16, bfloat16, float32 or float64; got {factor.dtype}")
+    check_factor_dtype(factor, key)
     if factor.ndim == 2:
         return factor
     if factor.ndim == 4:

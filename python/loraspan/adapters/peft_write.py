@@ -16,8 +16,8 @@ from torch import Tensor
 from loraspan.adapters import experts
 from loraspan.adapters.base import Adapter, Slot
 from loraspan.adapters.config import check_fields
-from loraspan.adapters.fold import fold, scaled
-from loraspan.adapters.keys import CONFIG_NAME, PREFIX, WEIGHTS_NAME, factor_keys
+from loraspan.adapters.fold import check_factor_dtype, fold, scaled
+from loraspan.adapters.keys import BIAS, CONFIG_NAME, PREFIX, WEIGHTS_NAME, factor_keys
 from loraspan.adapters.mapped import map_tensors
 from loraspan.adapters.publish import publishing, write_tensors, write_text
 from loraspan.adapters.scales import Patterns, Scales
@@ -25,7 +25,6 @@ from loraspan.errors import ArgumentError, FormatError, LoraspanError
 
 # by this a folder is known as one that may be replaced
 _WRITER = {"writer": "loraspan"}
-_BIAS = ".lora_B.bias"
 # what an exported configuration takes from the original one; everything else is PEFT's default or said below
 _KEPT = {
     "base_model_name_or_path": None,
@@ -171,8 +170,9 @@ def _key(path: str, paths: Iterable[str]) -> str:
 
 def _extras(adapter: Adapter) -> dict[str, Tensor]:
     extras = dict(adapter.extras)
-    for key in [key for key in extras if key.endswith(_BIAS)]:
-        path = key.removeprefix(PREFIX).removesuffix(_BIAS)
+    for key in [key for key in extras if key.endswith(BIAS)]:
+        check_factor_dtype(extras[key], key)
+        path = key.removeprefix(PREFIX).removesuffix(BIAS)
         extras[key] = scaled(extras[key], _original_scale(adapter, path), None, f"extra {key!r}")
     return extras
 
