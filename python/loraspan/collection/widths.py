@@ -22,6 +22,7 @@ from loraspan.collection.fit import Goal
 from loraspan.collection.layout import basis_bytes
 from loraspan.collection.merge_ranges import Summary, directions_of
 from loraspan.collection.ranges import find_range
+from loraspan.errors import ArgumentError
 
 _FIRST_WIDTH = 64
 # Directions are summarized to at least this much more than the bases are expected to take: what a merge cuts off is
@@ -40,8 +41,8 @@ class Turns(NamedTuple):
     inn: Tensor
 
 
-class TooNarrowError(Exception):
-    """Summaries of these slots hold too little for the goal, and wider ones would hold more."""
+class TooNarrowError(ArgumentError):
+    """Summaries of these slots hold too little for the goal, and wider ones would hold more: whoever runs widens them."""
 
     def __init__(self, paths: Sequence[str]) -> None:
         super().__init__(paths)
