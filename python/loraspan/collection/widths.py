@@ -42,7 +42,7 @@ class Turns(NamedTuple):
 
 
 class TooNarrowError(ArgumentError):
-    """Summaries of these slots hold too little for the goal, and wider ones would hold more: whoever runs widens them."""
+    """Summaries of these slots hold too little for the goal, and wider ones would hold more: a run widens them."""
 
     def __init__(self, paths: Sequence[str]) -> None:
         super().__init__(paths)
