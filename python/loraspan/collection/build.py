@@ -56,13 +56,20 @@ class SlotBuilder:
         weights: ``[T]``: of the tasks in a fit.
         allowed: ``[T]``: squared norms that may be lost.
         widths: of what is stored.
+        corrections: of packed private columns; see :func:`loraspan.collection.private.private_columns`.
     """
 
     def __init__(
-        self, slot: SlotFactors, canonical: Canonical, weights: Tensor, allowed: Tensor, widths: Widths
+        self,
+        slot: SlotFactors,
+        canonical: Canonical,
+        weights: Tensor,
+        allowed: Tensor,
+        widths: Widths,
+        corrections: int = 0,
     ) -> None:
         self.slot, self.canonical, self.weights = slot, canonical, weights
-        self.allowed, self.widths = allowed, widths
+        self.allowed, self.widths, self._corrections = allowed, widths, corrections
         up, down = slot.stacks(weights)
         n, d = slot.shape
         self.sides = (Side(up, n, slot.gram_up, canonical.x), Side(down, d, slot.gram_down, canonical.y))
@@ -71,7 +78,7 @@ class SlotBuilder:
         """Private columns alone."""
         z = torch.diag_embed((self.canonical.s > 0).double())
         residual = Residual(self.sides[0].bare_frame(), self.sides[1].bare_frame(), z)
-        part, lost = private_columns(residual, self.allowed, self.widths.private)
+        part, lost = self._private(residual)
         return [part], lost
 
     def shared(self, bases: tuple[Basis, Basis]) -> tuple[list[Part], Tensor]:
@@ -79,7 +86,7 @@ class SlotBuilder:
         shared = shared_cores(bases[0], bases[1], self.slot.scales, self.slot.squares, self.widths.loadings)
         left, right = (side.basis_frame(basis) for side, basis in zip(self.sides, bases, strict=True))
         residual = Residual(left, right, _coefficients(self.canonical.s, -shared.cores))
-        part, lost = private_columns(residual, self.allowed, self.widths.private)
+        part, lost = self._private(residual)
         return [shared.part, part], lost
 
     def one_sided(self, form: str, basis: Basis) -> tuple[list[Part], Tensor]:
@@ -87,6 +94,9 @@ class SlotBuilder:
         at = 1 if form == "ps" else 0
         parts, lost = self._one_sided(form, basis, self.sides[at], self.sides[1 - at])
         return parts if at == 1 else [_mirrored(part) for part in parts], lost
+
+    def _private(self, residual: Residual) -> tuple[Part, Tensor]:
+        return private_columns(residual, self.allowed, self.widths.private, self._corrections)
 
     def _one_sided(self, form: str, basis: Basis, near: Side, far: Side) -> tuple[list[Part], Tensor]:
         """Columns with one end on ``basis`` (of side ``near``) and the other private, then private ones for the rest.
@@ -113,7 +123,7 @@ class SlotBuilder:
         part = Part(form, counts, weights[kept].abs(), ends, signed)
         left = far.frame(split_rows(values_of(ends), counts), ends_seen, ends_gram)
         z = _coefficients(self.canonical.s, -(weights.float().double().unsqueeze(-1) * y.mT))
-        private, lost = private_columns(Residual(left, near.basis_frame(basis), z), self.allowed, self.widths.private)
+        private, lost = self._private(Residual(left, near.basis_frame(basis), z))
         return [part, private], lost
 
 

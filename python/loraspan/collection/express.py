@@ -19,6 +19,7 @@ from loraspan.collection.collection import Segment, SlotSpace
 from loraspan.collection.columns import Columns
 from loraspan.collection.factors import Canonical, SlotFactors, read_factors
 from loraspan.collection.fit import check_met, describe, total_squares
+from loraspan.collection.private import CORRECTIONS
 from loraspan.collection.rows import Rows, Width, Widths, rounding_of
 from loraspan.collection.segments import interleave
 from loraspan.collection.vectors import Vectors
@@ -220,7 +221,7 @@ def _some(
 
 def _build(form: str, some: _Some, ranks: tuple[int, int], widths: Widths) -> tuple[Columns, Tensor]:
     slot, canonical, bases, allowed = some
-    builder = SlotBuilder(slot, canonical, torch.ones_like(allowed), allowed, widths)
+    builder = SlotBuilder(slot, canonical, torch.ones_like(allowed), allowed, widths, CORRECTIONS)
     if form == "pp":
         parts, lost = builder.private()
     elif form == "ss":

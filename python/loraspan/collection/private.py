@@ -15,8 +15,9 @@ from loraspan.linalg.roots import gram_root
 from loraspan.ops import RowBlocks, combine_many, gram_many
 from loraspan.ops.dense import svd
 
-# How often what packed columns leave is packed in more columns.
-_CORRECTIONS = 2
+# A fit chooses widths that serve its goal. A task that comes later, or a refit, may have to be more exact than they round:
+# so often what packed columns leave is packed in more of them.
+CORRECTIONS = 2
 
 
 @dataclass(frozen=True)
@@ -101,23 +102,24 @@ def columns_within(s: Tensor, allowed: Tensor) -> Tensor:
     return (tails > allowed[:, None]).sum(-1)
 
 
-def private_columns(residual: Residual, allowed: Tensor, width: Width) -> tuple[Part, Tensor]:
+def private_columns(residual: Residual, allowed: Tensor, width: Width, corrections: int = 0) -> tuple[Part, Tensor]:
     """Give the private columns that bring every task's residual down to ``allowed``, and what is left after them.
 
     Rounding the columns adds to what is left, so it is measured and columns are added until it fits or none are left.
-    What packing all of them leaves is carried by more columns: 4 bits leave a tenth of a vector, and a tenth of that
-    when they hold the difference too.
+    With ``corrections``, what packing all of them leaves is carried by more columns: 4 bits leave a tenth of a vector,
+    and a tenth of that when they hold the difference too.
 
     Args:
         residual: of all tasks of the slot.
         allowed: ``[T]``: squared Frobenius norm that may remain.
         width: of the private ends.
+        corrections: how often what packed columns leave may be packed in more columns.
 
     Returns:
         Columns of form pp, and ``[T]`` the squared norms that remain, measured for the stored entries.
     """
     part, remains, rest = _carry(residual, allowed, width)
-    for _ in range(_CORRECTIONS if isinstance(width, int) else 0):
+    for _ in range(corrections if isinstance(width, int) else 0):
         short = remains > allowed
         if not short.any():
             break

@@ -24,6 +24,7 @@ from loraspan.collection.factors import SlotFactors
 from loraspan.collection.fit import Goal, fit_shared, total_squares
 from loraspan.collection.layout import collection_bytes
 from loraspan.collection.plans import Options, fit_bytes
+from loraspan.collection.private import CORRECTIONS
 from loraspan.collection.rows import Widths
 from loraspan.collection.stored import stored_slots
 from loraspan.collection.within import Fitters, fit_within
@@ -144,8 +145,8 @@ def _within_loss(
     report: _Report,
 ) -> _Fitted:
     if rank is None:
-        return fit_within(slots, squares, allowed, widths, seed, refine, report)
-    fitters = Fitters(slots, squares, coarse=False, seed=seed, refine=refine)
+        return fit_within(slots, squares, allowed, widths, seed, refine, report, CORRECTIONS)
+    fitters = Fitters(slots, squares, coarse=False, seed=seed, refine=refine, corrections=CORRECTIONS)
     fitted = []
     for i, (fitter, share) in enumerate(zip(fitters.slots, fitters.shares(allowed, widths), strict=True)):
         report("fit", i, len(slots))

@@ -33,6 +33,7 @@ def fit_within(
     seed: int,
     refine: int,
     report: Callable[[str, int, int], None],
+    corrections: int = 0,
 ) -> list[Fitted]:
     """Give every slot's bases and columns so that no task exceeds ``max_error`` in all, and what its tasks lost there.
 
@@ -44,8 +45,9 @@ def fit_within(
         seed: of the sketches.
         refine: iterations of joint refinement.
         report: called with "fit", slots done and slots in all.
+        corrections: of packed private columns; see :func:`loraspan.collection.private.private_columns`.
     """
-    fitters = Fitters(slots, squares, coarse=is_coarse(max_error), seed=seed, refine=refine)
+    fitters = Fitters(slots, squares, coarse=is_coarse(max_error), seed=seed, refine=refine, corrections=corrections)
     return fitters.build(max_error, widths, report)
 
 
@@ -57,13 +59,24 @@ def is_coarse(max_error: float | Tensor) -> bool:
 class Fitters:
     """All slots of a fit: their plans can be counted for many budgets before one of them is built."""
 
-    def __init__(self, slots: Sequence[SlotFactors], squares: Tensor, *, coarse: bool, seed: int, refine: int) -> None:
+    def __init__(
+        self,
+        slots: Sequence[SlotFactors],
+        squares: Tensor,
+        *,
+        coarse: bool,
+        seed: int,
+        refine: int,
+        corrections: int = 0,
+    ) -> None:
         weights = torch.where(squares > 0, squares.rsqrt(), 0.0)
         self._squares = squares
         self.slots = [
             SlotFitter(slot, weights[torch.tensor(slot.members)], coarse=coarse, seed=seed, refine=refine)
             for slot in slots
         ]
+        for fitter in self.slots:
+            fitter.corrections = corrections
         self._spectra = [(fitter.slot.members, fitter.canonical.s) for fitter in self.slots]
 
     def shares(self, max_error: float | Tensor, widths: Widths) -> list[Tensor]:
@@ -107,6 +120,7 @@ class SlotFitter:
         self._weights, self._seed, self._refine = weights, seed, refine
         self._precision = "f32" if coarse and not slot.is_double else "f64"
         self._sides = slot.stacks(weights)
+        self.corrections = 0
         self._width = 0
         self._ranges: tuple[Range, Range] | None = None
         self._planner: Planner | None = None
@@ -134,13 +148,13 @@ class SlotFitter:
     def build(self, plan: Plan, allowed: Tensor, widths: Widths) -> Fitted:
         """Give the slot's bases and columns by a plan of the same budget, and ``[T]`` squared losses."""
         assert self._ranges is not None
-        builder = SlotBuilder(self.slot, self.canonical, self._weights, allowed, widths)
+        builder = SlotBuilder(self.slot, self.canonical, self._weights, allowed, widths, self.corrections)
         bases, parts, lost = self._build(builder, plan, self._ranges)
         return self._finish(builder, bases, parts, lost)
 
     def build_joint(self, rank: int, allowed: Tensor, widths: Widths) -> Fitted:
         """Give the same with two bases of ``rank``."""
-        builder = SlotBuilder(self.slot, self.canonical, self._weights, allowed, widths)
+        builder = SlotBuilder(self.slot, self.canonical, self._weights, allowed, widths, self.corrections)
         out, inn = self._find(rank + _OVERSAMPLE, "f64")
         ranks = min(rank, len(out.energies)), min(rank, len(inn.energies))
         bases = self._joint_bases(builder, ranks, (out, inn))
