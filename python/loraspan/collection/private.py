@@ -15,8 +15,8 @@ from loraspan.linalg.roots import gram_root
 from loraspan.ops import RowBlocks, combine_many, gram_many
 from loraspan.ops.dense import svd
 
-# A fit chooses widths that serve its goal. A task that comes later, or a refit, may have to be more exact than they round:
-# so often what packed columns leave is packed in more of them.
+# How often what packed columns leave is packed in more columns, where widths were not chosen for the goal: for tasks
+# that come later, and in a refit.
 CORRECTIONS = 2
 
 
