@@ -16,7 +16,20 @@ from loraspan import _core
 PACKAGE = Path(__file__).parents[1] / "python" / "loraspan"
 # DESIGN's public API: what else a user may want is one module down
 PUBLIC = {"compress", "open", "attach", "Subspace", "Adapter", "LoraspanError", "__version__"}
-ROOMS = {"adapters", "collection", "compat", "errors", "linalg", "many", "ops", "serve", "space", "store", "subspace", "train"}
+ROOMS = {
+    "adapters",
+    "collection",
+    "compat",
+    "errors",
+    "linalg",
+    "many",
+    "ops",
+    "serve",
+    "space",
+    "store",
+    "subspace",
+    "train",
+}
 
 
 def run(code):
