@@ -37,7 +37,7 @@ DEFAULT_MEMORY = "1GB"
 @click.option(
     "--dtype",
     type=click.Choice(list(WIDTHS)),
-    help="Of what is stored. [default: what takes the fewest bytes with --max-error or --max-bytes, else f32]",
+    help="Of what is stored. [default: chosen for --max-error and --max-bytes; f32 otherwise, and with --memory]",
 )
 @click.option("--refine", type=click.IntRange(min=0), default=2, show_default=True, help="Joint refinement iterations.")
 @click.option("--device", metavar="NAME", help="Where to compute: cpu, cuda, cuda:N or mps. [default: cpu]")

@@ -135,7 +135,7 @@ def fit_bytes(
     curves = {widths: _Curve(fitters, widths) for widths in candidates}
     # what a fit takes beside what its plan counts, by widths: until one was built, as for the one that was built last
     beside: dict[Widths, int] = {}
-    best: tuple[float, Outcome] | None = None
+    best: tuple[float, float, Widths, list[Fitted]] | None = None
     least, last = NEVER, 0
     for _ in range(_BUILDS):
         aims = {w: curves[w].error_for(limit - beside.get(w, last)) for w in candidates}
@@ -147,7 +147,7 @@ def fit_bytes(
         worst, nbytes = _worst(slots, squares, fitted), measure(fitted, widths)
         least = min(least, nbytes)
         if nbytes <= limit and (best is None or worst < best[0]):
-            best = worst, Outcome(fitted, widths, worst, _lines(fitters, candidates, error, widths))
+            best = worst, error, widths, fitted
         missed = beside.get(widths)
         beside[widths] = last = nbytes - curves[widths].bytes_at(min(error, _MOST))
         # rounding took more than the budget it was built for, or nothing moves any more
@@ -155,7 +155,10 @@ def fit_bytes(
             curves[widths].rule_out(worst)
         elif missed is not None and limit * _CLOSE <= nbytes <= limit:
             break
-    return best[1] if best is not None else least
+    if best is None:
+        return least
+    worst, error, widths, fitted = best
+    return Outcome(fitted, widths, worst, _lines(fitters, candidates, error, widths))
 
 
 class _Curve:

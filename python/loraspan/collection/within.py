@@ -72,11 +72,16 @@ class Fitters:
         weights = torch.where(squares > 0, squares.rsqrt(), 0.0)
         self._squares = squares
         self.slots = [
-            SlotFitter(slot, weights[torch.tensor(slot.members)], coarse=coarse, seed=seed, refine=refine)
+            SlotFitter(
+                slot,
+                weights[torch.tensor(slot.members)],
+                coarse=coarse,
+                seed=seed,
+                refine=refine,
+                corrections=corrections,
+            )
             for slot in slots
         ]
-        for fitter in self.slots:
-            fitter.corrections = corrections
         self._spectra = [(fitter.slot.members, fitter.canonical.s) for fitter in self.slots]
 
     def shares(self, max_error: float | Tensor, widths: Widths) -> list[Tensor]:
@@ -113,14 +118,16 @@ class SlotFitter:
         coarse: whether ranges of float32 will do.
         seed: of the sketches.
         refine: iterations of joint refinement.
+        corrections: of packed private columns; see :func:`loraspan.collection.private.private_columns`.
     """
 
-    def __init__(self, slot: SlotFactors, weights: Tensor, *, coarse: bool, seed: int, refine: int) -> None:
+    def __init__(
+        self, slot: SlotFactors, weights: Tensor, *, coarse: bool, seed: int, refine: int, corrections: int
+    ) -> None:
         self.slot, self.canonical = slot, slot.canonical()
-        self._weights, self._seed, self._refine = weights, seed, refine
+        self._weights, self._seed, self._refine, self._corrections = weights, seed, refine, corrections
         self._precision = "f32" if coarse and not slot.is_double else "f64"
         self._sides = slot.stacks(weights)
-        self.corrections = 0
         self._width = 0
         self._ranges: tuple[Range, Range] | None = None
         self._planner: Planner | None = None
@@ -148,13 +155,13 @@ class SlotFitter:
     def build(self, plan: Plan, allowed: Tensor, widths: Widths) -> Fitted:
         """Give the slot's bases and columns by a plan of the same budget, and ``[T]`` squared losses."""
         assert self._ranges is not None
-        builder = SlotBuilder(self.slot, self.canonical, self._weights, allowed, widths, self.corrections)
+        builder = SlotBuilder(self.slot, self.canonical, self._weights, allowed, widths, self._corrections)
         bases, parts, lost = self._build(builder, plan, self._ranges)
         return self._finish(builder, bases, parts, lost)
 
     def build_joint(self, rank: int, allowed: Tensor, widths: Widths) -> Fitted:
         """Give the same with two bases of ``rank``."""
-        builder = SlotBuilder(self.slot, self.canonical, self._weights, allowed, widths, self.corrections)
+        builder = SlotBuilder(self.slot, self.canonical, self._weights, allowed, widths, self._corrections)
         out, inn = self._find(rank + _OVERSAMPLE, "f64")
         ranks = min(rank, len(out.energies)), min(rank, len(inn.energies))
         bases = self._joint_bases(builder, ranks, (out, inn))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from pathlib import Path
+
+from loraspan.adapters import exchange
 
 
 def make_folder(path: Path) -> None:
@@ -42,17 +43,7 @@ def rename(old: Path, new: Path) -> None:
 
 def sync_folder(path: Path) -> None:
     """Make the names in a folder last through a loss of power."""
-    if os.name == "nt":
-        return  # there a folder cannot be opened for this
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # such a file system has no way to ask for it, and keeps names in its own time
-        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)
+    exchange.sync_folder(path)
 
 
 def remove(path: Path) -> None:
