@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import planted
 import pytest
@@ -11,10 +13,11 @@ from hypothesis import strategies as st
 
 import loraspan
 from loraspan import store
+from loraspan.collection import build, private
 from loraspan.collection.fit import Goal, fit
 from loraspan.collection.rebuild import rebuild
 from loraspan.collection.refit import refit
-from loraspan.collection.rows import Packed, Widths, rounding_of, row_bytes, store_rows, values_of
+from loraspan.collection.rows import Packed, Widths, flip_rows, rounding_of, row_bytes, store_rows, values_of
 from loraspan.collection.update import add, remove
 from loraspan.errors import ArgumentError, FormatError
 
@@ -119,6 +122,37 @@ def test_rows_take_what_is_said_and_lose_about_what_is_expected(length, rows, bi
     lost = float((values_of(stored) - held).square().sum()) if rows else 0.0
     # blocks of few entries scatter: three times what is expected of many
     assert lost <= 3 * rounding_of(bits) * float(held.square().sum())
+
+
+@pytest.mark.parametrize("width", [torch.float16, 8, 4], ids=str)
+def test_a_sign_is_turned_exactly(width):
+    held = store_rows(torch.randn(3, 130, generator=torch.Generator().manual_seed(0)), width)
+    turned = values_of(flip_rows(held, torch.tensor([1, -1, -1])))
+    assert torch.equal(turned, values_of(held) * torch.tensor([[1.0], [-1.0], [-1.0]]))
+
+
+@pytest.mark.parametrize("case", ["input", "output", "none", "shared"])
+@pytest.mark.parametrize("width", [torch.float32, 8], ids=str)
+def test_a_weight_that_would_be_negative_turns_an_end(monkeypatch, case, width):
+    """Every other set of private ends comes the other way round: weights stay positive, and nothing else changes."""
+    honest, calls = private.stored_ends, itertools.count()
+
+    def turned(*args):
+        ends, seen, inner = honest(*args)
+        if next(calls) % 2:
+            return ends, seen, inner
+        return flip_rows(ends, torch.full((ends.shape[0],), -1)), -seen, inner
+
+    monkeypatch.setattr(private, "stored_ends", turned)
+    monkeypatch.setattr(build, "stored_ends", turned)
+    adapters = planted.adapters(count=5, shape=SHAPE, noise=0.1, **CASES[case])
+    held = fit(adapters, Goal(max_error=0.05, dtype=width))
+    for columns in held.segments[0].columns.values():
+        assert (columns.weights >= 0).all()
+        assert columns.counts[:, 1:].any()
+    for adapter in adapters:
+        assert held.task(adapter.name).error == pytest.approx(measured(adapter, held), abs=1e-6)
+    assert next(calls)
 
 
 def test_names_of_widths():
