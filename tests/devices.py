@@ -5,13 +5,14 @@ is one, every tensor goes there in the storage it has (offset, strides and share
 and what it wrote and what it gives come back. Any other call goes straight through.
 """
 
+import dataclasses
 import functools
 import os
 
 import torch
 
 from loraspan import ops
-from loraspan.ops import Piece, RowBlocks
+from loraspan.ops import Cores, Piece, RowBlocks
 
 __all__ = ["Piece", "RowBlocks", "interpreting", "needs_device"]
 
@@ -49,6 +50,8 @@ class Trip:
         # of each CPU storage by address: itself and its copy; and the way back
         self.there = {}
         self.back = {}
+        # of each tensor on the device by its id: itself, and the very one it was made of
+        self.same = {}
 
     def go(self, value):
         """Give ``value`` with every tensor in it on the device."""
@@ -56,6 +59,9 @@ class Trip:
             return self._move(value) if value.device.type == "cpu" else value
         if isinstance(value, RowBlocks):
             return RowBlocks([self.go(block) for block in value.blocks], columns=value.columns)
+        if isinstance(value, Cores) and not value.is_packed:
+            tables = ("index", "weights", "left", "left_private", "right", "right_private")
+            return dataclasses.replace(value, **{name: self.go(getattr(value, name)) for name in tables})
         return _inside(value, self.go)
 
     def _move(self, tensor):
@@ -65,7 +71,9 @@ class Trip:
             self.there[storage.data_ptr()] = (storage, copy)
             self.back[copy.untyped_storage().data_ptr()] = storage
         _, copy = self.there[storage.data_ptr()]
-        return _view(copy.untyped_storage(), tensor, self.device)
+        moved = _view(copy.untyped_storage(), tensor, self.device).requires_grad_(tensor.requires_grad)
+        self.same[id(moved)] = (moved, tensor)
+        return moved
 
     def write(self):
         """Write back what the operator wrote to the tensors it was given."""
@@ -74,6 +82,8 @@ class Trip:
 
     def come(self, value):
         """Give ``value`` with every tensor in it on the CPU; one that was given to the operator is that very one."""
+        if id(value) in self.same:
+            return self.same[id(value)][1]
         if isinstance(value, torch.Tensor):
             storage = self.back.get(value.untyped_storage().data_ptr())
             return value.cpu() if storage is None else _view(storage, value, "cpu")

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from devices import combine, gram, power, reconstruct, sketch
 from loraspan.errors import ShapeError
-from loraspan.ops import RowBlocks, combine, gram, power, reconstruct, sketch
+from loraspan.ops import RowBlocks
 from matrices import LAYOUTS, blocks, normal
 from oracles import F32, F64
 
