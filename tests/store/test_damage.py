@@ -1,5 +1,6 @@
 import json
 import re
+import zlib
 
 import pytest
 import torch
@@ -204,9 +205,13 @@ def test_shapes_against_the_manifest(tmp_path):
 
 
 def records(tensors, change):
-    table = json.loads(tensors["records"].numpy().tobytes())
+    table = json.loads(zlib.decompress(tensors["records"].numpy().tobytes()))
     change(table)
-    tensors["records"] = torch.frombuffer(bytearray(json.dumps(table).encode()), dtype=torch.uint8)
+    put_records(tensors, json.dumps(table).encode())
+
+
+def put_records(tensors, data):
+    tensors["records"] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
 def narrower(tensors, name):
@@ -242,7 +247,11 @@ SEGMENTS = {
     "tensor 'extra.²': its number": lambda t: t.update({"extra.²": torch.zeros(1)}),
     "tensor 'records': it has to be there": lambda t: t.pop("records"),
     "tensor 'records': it has to be torch.uint8": lambda t: t.update(records=t["records"].to(torch.int16)),
-    "tensor 'records': needs one JSON object": lambda t: t["records"].fill_(0),
+    "tensor 'records': needs one JSON object, or one compressed": lambda t: t["records"].fill_(0),
+    "tensor 'records': needs one JSON object; ": lambda t: put_records(t, zlib.compress(b"[]")),
+    "tensor 'records': needs to be one zlib stream": lambda t: put_records(t, zlib.compress(b" " * 100_000)),
+    "tensor 'records': needs to be one zlib stream of": lambda t: t.update(records=t["records"][:-1].clone()),
+    "tensor 'records': needs to be one zlib stream of at": lambda t: put_records(t, zlib.compress(b"{}") + b"x"),
     "'names' has to have 4 entries": lambda t: records(t, lambda r: r["names"].append("x")),
     "'errors' of task 2 has to be float": lambda t: records(t, lambda r: r["errors"].__setitem__(2, "0.1")),
     "'norms' is missing": lambda t: records(t, lambda r: r.pop("norms")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -48,6 +49,9 @@ Entry = tuple[str, torch.dtype, Sequence[int]]
 # starts at a multiple of its item.
 ALIGNMENT = 64
 _LENGTH_BYTES = 8
+# Text in a store is at most so many times as long as the bytes that it was compressed to: a reader has a limit.
+INFLATED = 64
+_ZLIB_LEVEL = 6
 _BYTES = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kMGTKmgt]?B?)", re.ASCII)
 _UNITS = {"": 1, "B": 1, **{f"{unit}{b}": 10 ** (3 * i) for i, unit in enumerate("KMGT", 1) for b in ("", "B")}}
 # of a manifest beside its names and numbers, and of its lists' elements; see `manifest_bytes`
@@ -171,13 +175,28 @@ def segment_bytes(segment: Segment) -> int:
 
 def records_bytes(tasks: Sequence[Task]) -> int:
     """Give the bytes of what a store keeps of each task beside its columns and extras, to about one per cent."""
-    configs = {json.dumps(_plain(task.config), separators=(",", ":"), default=str) for task in tasks}
-    record = [
-        [t.name, t.error, t.norm, t.forgotten, t.error_kind, t.factor_bytes, t.factor_dtype, _source(t), 0]
-        for t in tasks
-    ]
-    # the names of the lists, once; origins repeat few pairs
-    return 165 + sum(map(len, configs)) + len(configs) + len(_dumps(record)) - 2 * len(tasks)
+    configs: dict[str, int] = {}
+    places = [configs.setdefault(_dumps(_plain(task.config)), len(configs)) for task in tasks]
+    table = {
+        "names": [task.name for task in tasks],
+        "errors": [task.error for task in tasks],
+        "error_kinds": [task.error_kind for task in tasks],
+        "norms": [task.norm for task in tasks],
+        "forgotten": [task.forgotten for task in tasks],
+        "factor_bytes": [task.factor_bytes for task in tasks],
+        "factor_dtypes": [task.factor_dtype for task in tasks],
+        "sources": [_source(task) for task in tasks],
+        "configs": places,
+    }
+    origins = {(scale, task.lora_ranks[slot]) for task in tasks for slot, scale in task.scales.items()}
+    text = f'{_dumps(table)[:-1]},"config_table":[{",".join(configs)}],"origin_table":{_dumps(list(origins))}}}'
+    return len(deflate(text.encode()))
+
+
+def deflate(text: bytes) -> bytes:
+    """Give text as a store keeps it: compressed by zlib where that is shorter, as it is otherwise."""
+    packed = zlib.compress(text, _ZLIB_LEVEL)
+    return packed if len(packed) < len(text) <= INFLATED * len(packed) else text
 
 
 def manifest_bytes(collection: Collection) -> int:
@@ -248,7 +267,7 @@ def _plain(value: object) -> object:
 
 
 def _dumps(value: object) -> str:
-    return json.dumps(value, separators=(",", ":"))
+    return json.dumps(value, separators=(",", ":"), default=str)
 
 
 def _size(shape: Sequence[int]) -> int:

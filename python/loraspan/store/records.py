@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple
 from typing import Any, Generic, TypeVar
@@ -14,6 +15,7 @@ from torch import Tensor
 from loraspan.adapters.base import Source
 from loraspan.adapters.strict_json import parse_object
 from loraspan.collection.collection import Task
+from loraspan.collection.layout import INFLATED, deflate
 from loraspan.errors import ArgumentError, FormatError
 from loraspan.store.format import DamagedError, parse_json, take
 
@@ -51,7 +53,7 @@ class PerSlot(Mapping[str, _T], Generic[_T]):
 
 
 def encode(tasks: Sequence[Task], slots: Sequence[str]) -> tuple[bytes, dict[str, NDArray[np.int64]]]:
-    """Give the records of ``tasks`` as JSON, and each slot's origin codes ``[T]`` where they are not all 1."""
+    """Give the records of ``tasks`` as a file holds them, and origin codes ``[T]`` of slots where not all are 1."""
     codes = np.zeros((len(tasks), len(slots)), dtype=np.int64)
     place = {slot: j for j, slot in enumerate(slots)}
     origins: dict[tuple[float, int], int] = {}
@@ -85,7 +87,7 @@ def encode(tasks: Sequence[Task], slots: Sequence[str]) -> tuple[bytes, dict[str
         raise ArgumentError(
             f"save: errors, norms, scales and configurations have to be finite numbers: {error}"
         ) from None
-    return text.encode(), {slot: codes[:, j] for j, slot in enumerate(slots) if (codes[:, j] != 1).any()}
+    return deflate(text.encode()), {slot: codes[:, j] for j, slot in enumerate(slots) if (codes[:, j] != 1).any()}
 
 
 def decode(data: bytes, count: int, codes: Codes, extras: Mapping[int, Mapping[str, Tensor]], file: str) -> list[Task]:
@@ -101,7 +103,7 @@ def decode(data: bytes, count: int, codes: Codes, extras: Mapping[int, Mapping[s
     Raises:
         FormatError: if the records are not what they have to be.
     """
-    table = parse_json(data, file, _WHAT)
+    table = parse_json(_inflate(data, file), file, _WHAT)
     names, kinds = _column(table, "names", count, str, file), _column(table, "error_kinds", count, str, file)
     errors, norms = _column(table, "errors", count, float, file), _column(table, "norms", count, float, file)
     forgotten = _column(table, "forgotten", count, float, file)
@@ -128,6 +130,20 @@ def decode(data: bytes, count: int, codes: Codes, extras: Mapping[int, Mapping[s
         )
         for i in range(count)
     ]
+
+
+def _inflate(data: bytes, file: str) -> bytes:
+    """Give text that may have been compressed; one that would be longer than any that is written is not unpacked."""
+    if data[:1] == b"{":
+        return data
+    stream = zlib.decompressobj()
+    try:
+        text = stream.decompress(data, INFLATED * len(data) + 1)
+    except zlib.error as error:
+        raise DamagedError(file, _WHAT, f"needs one JSON object, or one compressed by zlib: {error}") from None
+    if not stream.eof or stream.unused_data:
+        raise DamagedError(file, _WHAT, f"needs to be one zlib stream of at most {INFLATED} times its own length")
+    return text
 
 
 def _check(task: Task, slots: Mapping[str, int]) -> None:
