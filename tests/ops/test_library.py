@@ -81,6 +81,29 @@ def test_only_what_is_asked_for_has_a_gradient():
         assert [leaf.grad is not None for leaf in leaves] == [i == chosen for i in range(len(leaves))]
 
 
+def test_rows_have_the_same_gradient_whether_columns_train_or_not(name):
+    function, leaves, _ = problem()
+    grad, found = normal(16, 9, 6), []
+    for trains in (True, False):
+        for leaf in leaves:
+            leaf.grad = None
+            leaf.requires_grad_(trains or leaf is leaves[0] or leaf is leaves[1])
+        function(*leaves, backend=name).backward(grad)
+        found.append((leaves[0].grad, leaves[1].grad))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_tasks_that_changed_on_the_way_back_are_refused(trains):
+    _, (y, x, weights, *_), (v, u, cores, tasks, _) = problem()
+    cores = dataclasses.replace(cores, weights=weights if trains else weights.detach())
+    out = shared_lora(y, x, v, u, cores, tasks)
+    tasks.fill_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, F32])
 def test_gradients_have_the_dtype_of_what_they_are_of(dtype):
     function, leaves, _ = problem(dtype)

@@ -9,7 +9,7 @@ from loraspan.errors import ArgumentError
 from loraspan.ops.cores import Cores
 from loraspan.ops.packed import Packed
 from loraspan.ops.shared_lora_graph import differentiable
-from loraspan.ops.shared_lora_packed import differentiable as differentiable_in_rows
+from loraspan.ops.shared_lora_rows import differentiable as differentiable_in_rows
 from loraspan.ops.shared_lora_run import BACKENDS, add, check
 
 __all__ = ["BACKENDS", "shared_lora", "shared_lora_"]
@@ -85,10 +85,12 @@ def shared_lora(
         check(y, x, v, u, cores, tasks, shares)
         found: Tensor = torch.ops.loraspan.shared_lora(y, x, v, u, *cores.fields(), tasks, shares, scale, backend)
         return found
-    if torch.is_grad_enabled() and _wants_gradient(y, x, v, u, cores, shares):
-        if isinstance(v, Packed) or isinstance(u, Packed) or cores.is_packed:
+    if torch.is_grad_enabled():
+        if _trains(v, u, cores, shares):
+            _refuse_packed_training(v, u, cores, shares)
+            return differentiable(y, x, v, u, cores, tasks, shares, scale, backend)
+        if y.requires_grad or x.requires_grad:
             return differentiable_in_rows(y, x, v, u, cores, tasks, shares, scale, backend)
-        return differentiable(y, x, v, u, cores, tasks, shares, scale, backend)
     out = y.clone()
     add(out, x, v, u, cores, tasks, shares, scale, backend)
     return out
@@ -142,7 +144,7 @@ def shared_lora_(
         torch.ops.loraspan.shared_lora_(y, x, v, u, *cores.fields(), tasks, shares, scale, backend)
         return y
     if torch.is_grad_enabled():
-        if _wants_gradient(y, x, v, u, cores, shares):
+        if y.requires_grad or x.requires_grad or _trains(v, u, cores, shares):
             raise ArgumentError("shared_lora_: the form in place has no gradient; use shared_lora, or torch.no_grad()")
         # whoever kept y for a gradient of theirs is to be told that it is another now
         torch.autograd.graph.increment_version(y)
@@ -158,18 +160,27 @@ def _refuse_packed(v: Tensor | Packed, u: Tensor | Packed, cores: Cores) -> None
         )
 
 
-def _wants_gradient(
-    y: Tensor, x: Tensor, v: Tensor | Packed, u: Tensor | Packed, cores: Cores, shares: Tensor | None
-) -> bool:
+def _trains(v: Tensor | Packed, u: Tensor | Packed, cores: Cores, shares: Tensor | None) -> bool:
     if any(isinstance(basis, Tensor) and basis.requires_grad for basis in (v, u)):
         raise ArgumentError("shared_lora: the bases v and u are frozen: use .detach(); train the columns of cores")
     return (
-        y.requires_grad
-        or x.requires_grad
-        or cores.weights.requires_grad
+        cores.weights.requires_grad
         or cores.left.requires_grad
         or cores.right.requires_grad
         or cores.left_private.requires_grad
         or cores.right_private.requires_grad
         or (shares is not None and shares.requires_grad)
+    )
+
+
+def _refuse_packed_training(v: Tensor | Packed, u: Tensor | Packed, cores: Cores, shares: Tensor | None) -> None:
+    if not (isinstance(v, Packed) or isinstance(u, Packed) or cores.is_packed):
+        return
+    names = ("weights", "left", "left_private", "right", "right_private")
+    wanted = [f"cores.{name}" for name in names if getattr(cores, name).requires_grad]
+    if shares is not None and shares.requires_grad:
+        wanted.append("shares")
+    raise ArgumentError(
+        f"shared_lora: with packed bases or ends there are gradients of y and x alone; {', '.join(wanted)} "
+        f"requires one: use .detach(), or unpack"
     )
