@@ -15,7 +15,7 @@ from loraspan import _core
 
 PACKAGE = Path(__file__).parents[1] / "python" / "loraspan"
 # DESIGN's public API: what else a user may want is one module down
-PUBLIC = {"compress", "open", "attach", "Subspace", "Adapter", "LoraspanError", "__version__"}
+PUBLIC = {"compress", "open", "attach", "bake", "Subspace", "Adapter", "LoraspanError", "__version__"}
 ROOMS = {
     "adapters",
     "collection",

@@ -173,11 +173,11 @@ def _extras(adapter: Adapter) -> dict[str, Tensor]:
     for key in [key for key in extras if key.endswith(BIAS)]:
         check_factor_dtype(extras[key], key)
         path = key.removeprefix(PREFIX).removesuffix(BIAS)
-        extras[key] = scaled(extras[key], _original_scale(adapter, path), None, f"extra {key!r}")
+        extras[key] = scaled(extras[key], original_scale(adapter, path), None, f"extra {key!r}")
     return extras
 
 
-def _original_scale(adapter: Adapter, path: str) -> float:
+def original_scale(adapter: Adapter, path: str) -> float:
     """Give the scale that belongs to the bias: that of the original configuration, whatever the factors are now."""
     slot = adapter.slots.get(path)
     if "lora_alpha" not in adapter.config and slot is not None:
