@@ -37,7 +37,7 @@ WHOLE = ("randomized_svd", "compress")
 
 
 def run_tests(device: str) -> list[Record]:
-    """Run the operators' tests on the device; without one, those of the tables of backends."""
+    """Run the operators' tests on the device, on all cores if pytest-xdist is there; without one, the tables' tests."""
     record: Record = {"operator": "tests", "case": "tests/ops"}
     if importlib.util.find_spec("pytest") is None or importlib.util.find_spec("hypothesis") is None:
         reason = "pytest or hypothesis is missing: pip install 'loraspan[test]'"
@@ -48,6 +48,9 @@ def run_tests(device: str) -> list[Record]:
         listing = Path(made) / "tests.xml"
         # reasons of skips are told below, each once
         options = ["-q", "-rfE", "-p", "no:cacheprovider", f"--junitxml={listing}"]
+        if on_gpu and importlib.util.find_spec("xdist") is not None:
+            # most of the time goes into compiling Triton's kernels, each on one core
+            options += ["-n", str(min(torch.get_num_threads(), 16)), "--dist", "worksteal"]
         command = [sys.executable, "-m", "pytest", *options, *chosen]
         status = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, check=False).returncode
         cases = list(ElementTree.parse(listing).iter("testcase")) if listing.exists() else []
