@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from loraspan import store
 from loraspan.adapters import check_together, peft, read_all
@@ -30,6 +31,8 @@ from loraspan.collection.refit import refit
 from loraspan.collection.summary import Report, make_report, summarize
 from loraspan.collection.update import add, remove, rename, replace_tasks
 from loraspan.errors import ArgumentError, MismatchError
+from loraspan.serve.batches import ids_of_names
+from loraspan.serve.roster import Roster
 
 # names of tasks that a note tells one by one
 _NAMED = 3
@@ -61,6 +64,7 @@ class Subspace:
         self, collection: Collection, opened: store.Opened | None = None, plans: tuple[PlanLine, ...] = ()
     ) -> None:
         self._collection, self._opened, self._plans = collection, opened, plans
+        self._roster: Roster | None = None
 
     @property
     def collection(self) -> Collection:
@@ -81,6 +85,40 @@ class Subspace:
     def tasks(self) -> list[str]:
         """The names of the tasks, in the order in which they came."""
         return [task.name for task in self.collection.tasks]
+
+    @property
+    def roster(self) -> Roster:
+        """The numbers of the tasks, and the models that are attached to this space."""
+        if self._roster is None:
+            self._roster = Roster(self._collection)
+        return self._roster
+
+    def ids(self, names: str | Sequence[str | None] | Sequence[Sequence[str | None]] | None) -> Tensor:
+        """Give the numbers of tasks, as an attached model takes them.
+
+        A task keeps its number as long as it is in this object, also when it is renamed or refitted. No other task gets
+        it, ever: what comes in its place, even under its name, has a number of its own.
+
+        Args:
+            names: of one task; or of one per row; or, per token, a list for each row, of one length. None is no task,
+                which is -1.
+
+        Returns:
+            int64 on the CPU: ``[1]``, ``[B]`` or ``[B, T]``.
+
+        Raises:
+            UnknownTaskError: if there is no such task.
+            ArgumentError: if ``names`` has another form.
+
+        Example:
+            >>> import torch
+            >>> from loraspan import compress
+            >>> from loraspan.adapters import Adapter, Slot
+            >>> space = compress([Adapter("sql", {"q": Slot(torch.eye(1, 2), torch.eye(2, 1), 1.0)})], rank=1)
+            >>> space.ids([None, "sql"])
+            tensor([-1,  0])
+        """
+        return ids_of_names(names, self.roster.number)
 
     @property
     def errors(self) -> dict[str, float]:
@@ -125,6 +163,9 @@ class Subspace:
         generation = store.save(self.collection, Path(path), overwrite=overwrite, note=note)
         self._opened = store.open_at(Path(path), generation)
         self._collection = self._opened.collection
+        if self._roster is not None:
+            # the same bits, from other pages
+            self._roster.become(replace(self._roster.state, collection=self._collection))
 
     def project(self, adapter: Any, *, max_error: float = 0.05) -> Projection:
         """Say what the bases carry of an adapter, and what adding it would cost. Nothing changes.
@@ -191,7 +232,8 @@ class Subspace:
             MismatchError: if the new name is taken.
             StoreError: as :meth:`add`.
         """
-        return self._become(rename(self.collection, {old: new}), "rename", [old, "to", new], dry_run=False)
+        renamed = rename(self.collection, {old: new})
+        return self._become(renamed, "rename", [old, "to", new], dry_run=False, renamed={old: new})
 
     def replace(
         self, adapters: Any, *, max_error: float = 0.05, progress: Progress | None = None, dry_run: bool = False
@@ -294,8 +336,15 @@ class Subspace:
                 )
         return adapters
 
-    def _become(self, collection: Collection, verb: str, names: Sequence[str], dry_run: bool) -> Change:
-        """Take the place of what is held: on disk first, where there is a store."""
+    def _become(
+        self,
+        collection: Collection,
+        verb: str,
+        names: Sequence[str],
+        dry_run: bool,
+        renamed: Mapping[str, str] | None = None,
+    ) -> Change:
+        """Take the place of what is held: on disk first, where there is a store; then attached models are told."""
         before = self._collection
         collection = replace(collection, summary=summarize(collection, self._bytes_of(collection)))
         what = " ".join([verb, *(str(name)[:_SHOWN] for name in names[:_NAMED])])
@@ -305,10 +354,14 @@ class Subspace:
             # segments may be joined, or written anew without the removed tasks
             planned = None if self._opened is None else store.forecast(self._opened, collection)
             return replace(change, nbytes=(change.nbytes[0], planned or change.nbytes[1]))
+        roster = self.roster
+        roster.may_change(verb)
+        state = roster.planned(before, collection, renamed or {})
         if self._opened is not None:
             self._opened = store.commit(self._opened, collection, note=what)
             collection = self._opened.collection
         self._collection = collection
+        roster.become(replace(state, collection=collection))
         # segments may have been joined on the way
         return replace(change, nbytes=(change.nbytes[0], self.nbytes))
 

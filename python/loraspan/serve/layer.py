@@ -1,0 +1,209 @@
+"""What takes the place of a module: the module itself, and what each row's task adds to it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from loraspan.errors import ArgumentError, ShapeError, UnsupportedError
+from loraspan.ops import shared_lora, shared_lora_
+from loraspan.serve.rows import Board, Rows
+from loraspan.serve.tables import Form, SlotTables, State, Triple
+
+# what bases and ends may be kept in
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class Served(nn.Module):
+    """The base class of what takes a module's place.
+
+    It answers for the module's attributes, and its state dict is the module's. It is neither copied nor pickled: a
+    copy would go on serving tasks that have left.
+
+    Attributes:
+        base: the very module.
+        path: of the module in the model.
+        tables: of the slot that is served here, or of each by its path.
+        board: says which tasks the rows have.
+    """
+
+    tables: SlotTables | Mapping[str, SlotTables]
+
+    def __init__(
+        self, base: nn.Module, path: str, tables: SlotTables | Mapping[str, SlotTables] = MappingProxyType({})
+    ) -> None:
+        super().__init__()
+        self.base, self.path, self.tables = base, path, tables
+        self.board = Board()
+        self.train(base.training)
+        self.register_load_state_dict_pre_hook(_to_base)  # type: ignore[no-untyped-call]
+
+    def follow(self, state: State) -> None:
+        """Serve another state."""
+        for tables in self.all_tables():
+            tables.follow(state)
+
+    def all_tables(self) -> list[SlotTables]:
+        """Give the tables of every slot that is served here."""
+        return [self.tables] if isinstance(self.tables, SlotTables) else list(self.tables.values())
+
+    def rows(self) -> Rows | None:
+        """Give the tasks of the rows, None for the base model's own output.
+
+        In a graph that is being compiled they are those of ``task_ids``. A model that was compiled without them is
+        served in pieces, each layer between two graphs; a whole graph is refused.
+
+        Raises:
+            ArgumentError: where a checkpoint computes the layer again, and the tasks are forgotten.
+        """
+        if torch.compiler.is_dynamo_compiling():
+            return _read(self) if self.board.traced is None else self.board.traced
+        rows = self.board.current()
+        if rows is None and torch.is_grad_enabled() and torch._C._current_graph_task_id() != -1:
+            raise ArgumentError(
+                f"{self.path}: is computed again during backward, as activation checkpointing does, where the tasks of "
+                f"its rows are not known: call backward within the same served.tasks(...), or turn checkpointing off"
+            )
+        return rows
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Give that of the module."""
+        return self.base.state_dict(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base":
+                raise
+            return getattr(super().__getattr__("base"), name)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise UnsupportedError(
+            f"{self.path}: a served layer is not copied or pickled, as the copy would not learn of changed tasks: "
+            f"detach first, and attach to the copy"
+        )
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise UnsupportedError(
+            f"{self.path}: torch.nn.DataParallel runs copies of a served layer in threads that know no tasks: attach "
+            f"to one model per device"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        for tables in self.all_tables():
+            probe = torch.empty(0, dtype=tables.form.dtype, device=tables.form.device)
+            moved = fn(probe)
+            if tables.form.train and (moved.device, moved.dtype) != (probe.device, probe.dtype):
+                raise UnsupportedError(
+                    f"{self.path}: is attached with train=True, whose loadings an optimizer may hold: move the model, "
+                    f"or change its dtype, before attach"
+                )
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for tables in self.all_tables():
+            form = form_of(self.base, self.path, tables.state, tables.form)
+            if form != tables.form:
+                tables.renew(tables.state, form)
+        return self
+
+
+class ServedLinear(Served):
+    """``y = base(x)``, and each row's ``dW x`` added: anything that maps ``[..., d]`` to ``[..., n]``.
+
+    Args:
+        base: the module; its weight, if it has one, may have any form.
+        path: of the module.
+        tables: of its slot.
+    """
+
+    tables: SlotTables
+
+    def __init__(self, base: nn.Module, path: str, tables: SlotTables) -> None:
+        super().__init__(base, path, tables)
+        # what these give is new memory that nobody else has, unless a hook keeps it
+        self._fresh = type(base) is nn.Linear or type(base).__name__ == "Conv1D"
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Run the module, and add what the rows' tasks make of ``x``."""
+        y = self.base(x, *args, **kwargs)
+        rows = self.rows()
+        if rows is None:
+            return y
+        if not torch.compiler.is_compiling():
+            return self._add(y, x, rows)
+        ids, shares = rows.of(x.shape[:-1], x.device)
+        v, u, cores = self.tables.now
+        flat_x, flat_y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+        return shared_lora(flat_y, flat_x, v, u, cores, ids, shares=shares).reshape(y.shape)
+
+    def _add(self, y: Tensor, x: Tensor, rows: Rows) -> Tensor:
+        ids, shares = rows.of(x.shape[:-1], x.device)
+        flat_x, flat_y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+        now = self.tables.now
+        try:
+            return self._added(flat_y, flat_x, now, ids, shares).reshape(y.shape)
+        except ShapeError:
+            raise
+        except ArgumentError as error:
+            if now is not self.tables.now:
+                # a refit took the tables away between the two lines above
+                return self._add(y, x, rows)
+            raise ArgumentError(
+                f"{self.path}: a task of the batch has left the space, or its number was never one of the space's: "
+                f"take numbers from space.ids, and names from space.tasks"
+            ) from error
+
+    def _added(self, y: Tensor, x: Tensor, now: Triple, ids: Tensor, shares: Tensor | None) -> Tensor:
+        v, u, cores = now
+        wanted = torch.is_grad_enabled() and (y.requires_grad or x.requires_grad or self.tables.form.train)
+        hooked = self.base._forward_hooks or torch_module._global_forward_hooks
+        if self._fresh and not wanted and not hooked and y.stride(-1) == 1:
+            return shared_lora_(y, x, v, u, cores, ids, shares=shares)
+        return shared_lora(y, x, v, u, cores, ids, shares=shares)
+
+
+@torch.compiler.disable(  # type: ignore[no-untyped-call, untyped-decorator]
+    reason="a compiled graph reads no tasks context: call the compiled model with task_ids=space.ids(...), -1 for none"
+)
+def _read(layer: Served) -> Rows | None:
+    """Read the context outside of the graph."""
+    return layer.rows()
+
+
+def _to_base(_: nn.Module, state_dict: dict[str, Any], prefix: str, *__: Any) -> None:
+    """Name the tensors of a state dict as the module tree has them."""
+    for key in [key for key in state_dict if key.startswith(prefix)]:
+        state_dict[f"{prefix}base.{key[len(prefix) :]}"] = state_dict.pop(key)
+
+
+def form_of(base: nn.Module, path: str, state: State, like: Form | None = None, **given: Any) -> Form:
+    """Give the form of tables beside a module.
+
+    Args:
+        base: the module: its first tensor says where, and in which dtype if that is one that products take.
+        path: of the module, for the error.
+        state: says the dtype where the module does not.
+        like: what was chosen before: a dtype that was given, and whether loadings are trained.
+        given: ``dtype`` and ``train``, as :func:`loraspan.attach` takes them, where there is no ``like``.
+
+    Raises:
+        UnsupportedError: if the module has no tensor, or none with memory.
+    """
+    tensor = next(itertools.chain(base.parameters(), base.buffers()), None)
+    if tensor is None or tensor.is_meta:
+        raise UnsupportedError(
+            f"{path}: {'has no tensor' if tensor is None else 'lies on the meta device'}, so that where its tables "
+            f"belong is not known: load the model's weights first"
+        )
+    dtype = like.dtype if like is not None and like.given else given.get("dtype")
+    train = like.train if like is not None else bool(given.get("train"))
+    chosen = dtype is not None
+    if dtype is None:
+        dtype = tensor.dtype if tensor.dtype in DTYPES else state.collection.dtype
+    return Form(tensor.device, dtype, packed=not chosen and tensor.device.type == "cpu", given=chosen, train=train)

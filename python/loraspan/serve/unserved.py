@@ -1,0 +1,55 @@
+"""The tasks of a space that a model does not serve, and the modules that no layer may take the place of."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from torch import nn
+
+from loraspan.collection.collection import Collection
+from loraspan.errors import UnsupportedError
+from loraspan.serve.match import Modules
+
+_MAGNITUDE = ".lora_magnitude_vector"
+# an expert of a list of them
+_ROUTED = re.compile(r"(^|\.)experts\.\d+(\.|$)")
+
+
+def unserved(collection: Collection, wrong: Mapping[str, str]) -> dict[str, str]:
+    """Give the tasks that are refused, by name, each with the reason.
+
+    Args:
+        collection: with all tasks.
+        wrong: by path of a slot why the model has no module for it: its tasks are refused.
+    """
+    found: dict[str, str] = {}
+    for task in collection.tasks:
+        if task.config.get("use_dora") or any(key.endswith(_MAGNITUDE) for key in task.extras):
+            found[task.name] = "it is a DoRA task, whose magnitudes are not applied here"
+        elif task.extras:
+            found[task.name] = f"it has tensors beside its factors, such as {next(iter(task.extras))!r}"
+    for path, why in wrong.items():
+        for segment, columns in collection.columns_of(path):
+            for i in columns.tasks.tolist():
+                if (of := segment.tasks[i]) is not None:
+                    found.setdefault(of.name, f"it adapts {path!r}, and {why}")
+    return found
+
+
+def refuse_module(modules: Modules, path: str) -> None:
+    """Refuse a module whose output its parent does not ask for, or whose input has lost its rows.
+
+    Raises:
+        UnsupportedError: names it and says why.
+    """
+    parent = modules.parent(path) if path else None
+    why = None
+    if parent is None:
+        why = "is the whole model: wrap it, as in torch.nn.Sequential(model)"
+    elif isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
+        why = f"is read by {type(parent).__name__}, which takes its weight and does not call it"
+    elif _ROUTED.search(path):
+        why = "is an expert of a list, which sees the tokens that were routed to it and not which row each is of"
+    if why is not None:
+        raise UnsupportedError(f"attach: module {path!r} {why}; the model was left as it was")
