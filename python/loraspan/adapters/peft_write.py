@@ -69,7 +69,7 @@ def write(adapter: Adapter, folder: Path | str, *, dtype: torch.dtype | None = N
     """
     target = Path(folder)
     _check_target(target)
-    config, tensors = _contents(adapter, dtype)
+    config, tensors = contents(adapter, dtype)
     metadata = {"format": "pt", **_WRITER}
     if adapter.source.licence:
         metadata["license"] = adapter.source.licence
@@ -98,7 +98,8 @@ def _is_export(file: Path) -> bool:
         return False
 
 
-def _contents(adapter: Adapter, dtype: torch.dtype | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def contents(adapter: Adapter, dtype: torch.dtype | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Give the configuration and the tensors of an adapter's folder, as :func:`write` writes them."""
     if not adapter.slots:
         raise ArgumentError(f"adapter {adapter.name!r}: needs at least one slot to be written")
     check_fields(adapter.config)
