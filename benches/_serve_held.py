@@ -1,0 +1,210 @@
+"""The parts of ``benches/serve.py`` that are not a batch: memory, switching, and graphs that tasks change under."""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+import time
+import tracemalloc
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import loraspan
+from _bench import Timing
+from _gpu_cases import Goal
+from _gpu_device import summary
+from _gpu_report import Record
+from _serve_peers import missing, peft_model, vlora_model
+from _serve_space import Layers, Llama, Sizes, draw, names, slots_of, space_of, twin
+from _serve_timed import PEERS, Batch, Place
+from peers.job import anonymous_bytes
+
+OF_ADAPTERS = Goal("share", 0.03, most=True)
+OF_SWITCH = Goal("us", 50.0, most=True)
+# less than a pointer: nothing is left of a switch
+OF_KEPT = Goal("B kept", 8.0, most=True)
+# a 7B Llama: q, k, v and o of 32 layers, 4096 x 4096, in two bytes a number
+LAYERS_7B, SIZE_7B = 32, 4096
+SWITCHES = 1000
+
+
+def memory_records(size: int, slots: int, tasks: int, at: Place) -> list[Record]:
+    """Count what tables of many tasks take, and measure it on a slice: slots of one layer, from a saved space."""
+    at_two = torch.bfloat16
+    base = Layers(size, slots, at.clock.device, at_two)
+    drawn = draw(slots_of(base), tasks, at.sizes)
+    # the first calls of all of it load libraries
+    _attached(Layers(8, 1, at.clock.device, at_two), Place(at.clock, at.dtype, 1, Sizes(2, 1)), 2)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "space.span")
+        space_of(drawn, tasks, at.sizes, at_two).save(path)
+        del drawn
+        before = _held(at)
+        served = loraspan.attach(base, loraspan.open(path))
+        took = _held(at) - before
+        served.detach()
+    slot_adapter = at.sizes.lora_rank * 2 * size * 2
+    counted = counted_bytes(size, tasks, at.sizes)
+    records = []
+    for how, ours, theirs in (
+        ("counted for 7B", LAYERS_7B * 4 * counted, LAYERS_7B * 4 * tasks * slot_adapter),
+        ("measured on a slice", took, slots * tasks * slot_adapter),
+    ):
+        record: Record = {"case": f"{tasks} tasks, r {at.sizes.lora_rank}, k {at.sizes.rank}", "backend": how}
+        record |= {"status": "counted" if how[0] == "c" else "measured", "dtype": "bf16"}
+        record |= {"MB": ours / 1e6, "adapters MB": theirs / 1e6, "share": ours / theirs}
+        records.append(record | {"goals": OF_ADAPTERS.judge(ours / theirs)})
+    return records
+
+
+def counted_bytes(size: int, tasks: int, sizes: Sizes) -> int:
+    """Give the bytes of one slot's tables: both bases and every task's ends in two bytes, a weight, a line of index."""
+    return 2 * size * sizes.rank * 2 + tasks * (2 * sizes.lora_rank * sizes.rank * 2 + 4 * sizes.lora_rank + 10 * 8)
+
+
+def _attached(base: Layers, at: Place, tasks: int) -> Any:
+    return loraspan.attach(base, space_of(draw(slots_of(base), tasks, at.sizes), tasks, at.sizes))
+
+
+def _held(at: Place) -> int:
+    """Give the bytes that are held now: on a GPU, there; else the process's anonymous memory."""
+    gc.collect()
+    if at.clock.device.type == "cuda":
+        return torch.cuda.memory_allocated(at.clock.device)
+    return anonymous_bytes("self")
+
+
+def switching_records(width: int, hidden: int, layers: int, batch: Batch, at: Place) -> list[Record]:
+    """Time a change of tasks, before any row is computed, and see what it allocates."""
+    base = Llama(width, hidden, layers, at.clock.device, at.kind)
+    drawn = draw(slots_of(base), batch.resident, at.sizes)
+    known, device = names(batch.resident), at.clock.device
+    space = space_of(drawn, batch.resident, at.sizes)
+    served = loraspan.attach(twin(base), space)
+    rows = [known[i] for i in batch.ids]
+    lists = [rows, rows[1:] + rows[:1]]
+
+    def entered(tasks: Any) -> None:
+        with served.tasks(tasks):
+            pass
+
+    switches: dict[str, Callable[[int], object]] = {
+        f"tasks(), {len(rows)} names": lambda turn: entered(lists[turn % 2]),
+        "tasks(), one name": lambda turn: entered(known[turn % 2]),
+        f"space.ids(), {len(rows)} names": lambda turn: space.ids(lists[turn % 2]).to(device),
+    }
+    case: Record = {"case": f"{layers} layers of {width}, {batch.resident} tasks", "dtype": at.dtype}
+    records = []
+    for how, switch in switches.items():
+        timing = _microseconds(switch, SWITCHES)
+        record = case | {"backend": "loraspan", "how": how} | _us(timing) | _allocations(switch, at)
+        goals = "; ".join(goal.judge(float(str(record[goal.figure]))) for goal in (OF_SWITCH, OF_KEPT))
+        records.append(record | {"goals": goals})
+    for peer in PEERS:
+        if (reason := missing(peer)) is not None:
+            records.append({"backend": peer, "status": "left out", "reason": reason})
+            continue
+        told = _peft_switches if peer == "PEFT" else _vlora_switches
+        for how, timing in told(base, drawn, batch, at):
+            records.append(case | {"backend": peer, "how": how} | _us(timing))
+    return records
+
+
+def _us(timing: Timing) -> Record:
+    return {"status": "timed", "us": timing.median, "low us": timing.low, "high us": timing.high}
+
+
+def _microseconds(switch: Callable[[int], object], times: int) -> Timing:
+    took = []
+    for turn in range(times):
+        start = time.perf_counter()
+        switch(turn)
+        took.append((time.perf_counter() - start) * 1e6)
+    return summary(took[times // 10 :])
+
+
+def _allocations(switch: Callable[[int], object], at: Place) -> Record:
+    """Give the kB that Python and torch take during a switch, and the bytes that are left of each of many."""
+    tracemalloc.start()
+    switch(0)
+    switch(1)
+    gc.collect()
+    tracemalloc.reset_peak()
+    before = tracemalloc.get_traced_memory()[0]
+    switch(0)
+    peak = tracemalloc.get_traced_memory()[1] - before
+    for turn in range(SWITCHES):
+        switch(turn)
+    gc.collect()
+    kept = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (at.clock.device.type == "cuda")
+    with profile(activities=activities, profile_memory=True) as record:
+        switch(1)
+    tensors = sum(
+        max(0, event.self_cpu_memory_usage) + max(0, getattr(event, "self_device_memory_usage", 0))
+        for event in record.events()
+    )
+    return {"kB of Python": peak / 1e3, "kB of tensors": tensors / 1e3, "B kept": max(0, kept) / SWITCHES}
+
+
+def _peft_switches(base: Llama, drawn: Any, batch: Batch, at: Place) -> Sequence[tuple[str, Timing]]:
+    mixed = peft_model(twin(base), drawn, batch.tasks, at.sizes)
+    known = names(batch.resident)
+    found = [("set_adapter", _microseconds(lambda turn: mixed.set_adapter(known[turn % 2]), at.rounds + 2))]
+    took = []
+    with tempfile.TemporaryDirectory() as folder:
+        mixed.save_pretrained(folder, selected_adapters=[known[1]])
+        for turn in range(min(at.rounds, 5) + 1):
+            start = time.perf_counter()
+            mixed.load_adapter(str(Path(folder, known[1])), f"loaded {turn}", autocast_adapter_dtype=False)
+            at.clock.wait()
+            took.append((time.perf_counter() - start) * 1e6)
+            mixed.delete_adapter(f"loaded {turn}")
+    return [*found, ("load_adapter", summary(took[1:]))]
+
+
+def _vlora_switches(base: Llama, drawn: Any, batch: Batch, at: Place) -> Sequence[tuple[str, Timing]]:
+    like = next(base.parameters())
+    switched = vlora_model(twin(base), drawn, batch.tasks, at.sizes, like)
+    known = names(batch.resident)
+
+    def switch(turn: int) -> None:
+        switched.set_task(known[turn % 2])
+        at.clock.wait()
+
+    return [("set_task", _microseconds(switch, min(at.rounds, 5) + 2))]
+
+
+def graph_records(size: int, batch: Batch, at: Place) -> list[Record]:
+    """See that a captured graph serves the tasks its ids say now, and none that has left the space."""
+    if at.clock.device.type != "cuda":
+        return [{"backend": "loraspan", "status": "not run", "reason": "CUDA graphs are for a GPU"}]
+    base = Layers(size, 1, at.clock.device, at.kind)
+    xs = at.normal(1, batch.rows, size)
+    space = space_of(draw(slots_of(base), batch.resident, at.sizes), batch.resident, at.sizes)
+    served = loraspan.attach(base, space)
+    ids = space.ids([names(batch.resident)[i] for i in batch.ids]).to(xs.device)
+    out = torch.empty(batch.rows, size, dtype=at.kind, device=xs.device)
+    replay = at.clock.captured(lambda: out.copy_(served(xs, task_ids=ids)[0]))
+    assert replay is not None
+    faults = []
+    for what in ("other tasks", "another order", "the base model"):
+        ids.copy_(torch.full_like(ids, -1) if what == "the base model" else ids.roll(1))
+        replay()
+        if not torch.equal(out, served(xs, task_ids=ids)[0]):
+            faults.append(what)
+    left = int(space.ids(names(batch.resident)[:1]))
+    space.remove(names(batch.resident)[0])
+    ids.fill_(left)
+    replay()
+    if not out.isnan().all():
+        faults.append("a task that left")
+    record: Record = {"case": f"a graph of {batch}", "dtype": at.dtype, "backend": "loraspan"}
+    if faults:
+        return [record | {"status": "wrong", "reason": f"a captured graph is wrong after: {', '.join(faults)}"}]
+    return [record | {"status": "right", "reason": "it serves what its ids say, and NaN for a task that left"}]

@@ -1,0 +1,121 @@
+"""``benches/serve.py`` in small: all of it runs, a wrong answer is found, and what is missing is said."""
+
+import importlib
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+BENCHES = Path(__file__).parents[1] / "benches"
+PARTS = {"adapters", "model", "resident", "memory", "switching", "graphs"}
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """The modules of the bench; ``main`` sets the number of threads."""
+    monkeypatch.syspath_prepend(BENCHES)
+    parts = {name: importlib.import_module(f"_serve_{name}") for name in ("space", "timed", "peers", "held")}
+    threads = torch.get_num_threads()
+    yield SimpleNamespace(serve=importlib.import_module("serve"), **parts)
+    torch.set_num_threads(threads)
+
+
+def run(bench, folder, *options):
+    """Run it in this process; give the exit code and the lines."""
+    path = folder / "lines.jsonl"
+    code = bench.serve.main(["--small", "--rounds", "1", "--out", str(path), *options])
+    return code, [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def without_peers(bench, monkeypatch):
+    """Nobody else is here: what a node without them does, and faster."""
+    for module in (bench.timed, bench.held):
+        monkeypatch.setattr(module, "missing", lambda peer: f"{peer} is left out: no such module")
+
+
+def test_every_part_runs_and_every_answer_is_right(bench, tmp_path, capsys):
+    pytest.importorskip("peft", reason="the bench is a comparison with it")
+    code, lines = run(bench, tmp_path)
+    out = capsys.readouterr().out
+    assert code == 0, out
+    assert {line["operator"] for line in lines} == PARTS | {None}
+    assert {line["bench"] for line in lines} == {"serve"}
+    timed = [line for line in lines if line["status"] == "timed"]
+    for line in timed:
+        median, low, high = (
+            line[key] for key in (("ms", "low", "high") if "ms" in line else ("us", "low us", "high us"))
+        )
+        assert 0 < low <= median <= high
+    for line in timed:
+        if "ms" in line:
+            assert 0 <= line["error"] <= 1
+    ours = [line for line in timed if line["backend"] == "loraspan" and line["operator"] in ("adapters", "model")]
+    assert all(line["x PEFT"] > 0 for line in ours)
+    assert [line["x base"] > 0 for line in ours if line["operator"] == "model"] == [True] * 2
+    switches = {line["how"] for line in timed if line["operator"] == "switching"}
+    assert {"tasks(), one name", "set_adapter", "load_adapter"} <= switches
+    # tiny shapes say nothing: no goal is judged by them
+    assert not any(line.get("goals") for line in lines)
+    assert "0 of 0 goals met" in out
+
+
+def test_peers_that_are_not_there_are_left_out_and_said(bench, monkeypatch, tmp_path, capsys):
+    without_peers(bench, monkeypatch)
+    code, lines = run(bench, tmp_path, "--only", "adapters,switching")
+    assert code == 0
+    assert [line["backend"] for line in lines if line["status"] == "left out"] == ["PEFT", "vlora"] * 2
+    assert "PEFT is left out: no such module" in capsys.readouterr().out
+    assert {line["backend"] for line in lines if line["status"] == "timed"} == {
+        "loraspan",
+        "loraspan, names",
+        "gathered",
+    }
+
+
+@pytest.mark.parametrize("part", ["adapters", "model"])
+def test_a_wrong_answer_ends_with_1_and_is_not_timed(bench, monkeypatch, tmp_path, capsys, part):
+    """Two tasks of the space are swapped for each other: numbers of the same size, and the wrong ones."""
+    without_peers(bench, monkeypatch)
+    honest = bench.timed.space_of
+
+    def swapped(drawn, tasks, sizes):
+        rows = torch.arange(tasks * sizes.lora_rank)
+        rows[: 2 * sizes.lora_rank] = rows[: 2 * sizes.lora_rank].roll(sizes.lora_rank)
+        return honest({path: slot._replace(left=slot.left[rows]) for path, slot in drawn.items()}, tasks, sizes)
+
+    monkeypatch.setattr(bench.timed, "space_of", swapped)
+    code, lines = run(bench, tmp_path, "--only", part)
+    assert code == 1
+    assert {line["status"] for line in lines if line["operator"] == part} == {"wrong", "left out"}
+    assert f"NOT RIGHT: {part}" in capsys.readouterr().out
+
+
+def test_goals_are_judged_and_levels_compared(bench, tmp_path, capsys):
+    report = bench.serve.Lines({"small": False, "device": "cpu"}, tmp_path / "lines.jsonl")
+    for resident, ms in ((1, 1.0), (10, 1.2), (100, 1.3)):
+        report.add(
+            {"operator": "resident", "backend": "loraspan", "status": "timed", "way": "eager", "ms": ms}
+            | {"resident": resident, "distinct": 1}
+        )
+    (level,) = bench.serve.levels(report.records)
+    report.add({"operator": "resident", **level})
+    report.add({"operator": "model", "status": "timed", "goals": bench.timed.OF_BASE[0].judge(1.1)})
+    report.show(["resident", "model"])
+    out = capsys.readouterr().out
+    assert "1 of 2 goals met" in out
+    assert "largest over smallest 1.3, goal <= 1.25" in out
+
+
+def test_bytes_by_hand(bench):
+    sizes = bench.space.Sizes(rank=64, lora_rank=16)
+    # two bases of 4096 x 64, and for each task 2 x 16 ends of 64 in two bytes, 16 weights and 10 numbers of index
+    assert bench.held.counted_bytes(4096, 1000, sizes) == 2 * 4096 * 64 * 2 + 1000 * (4096 + 64 + 80)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_it_stops_at_once_and_says_so(bench, capsys, tmp_path):
+    assert bench.serve.main(["--device", "cuda", "--out", str(tmp_path / "lines.jsonl")]) == 2
+    assert "finds no GPU here" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
