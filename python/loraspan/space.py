@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from loraspan import store
-from loraspan.adapters import check_together, peft, read_all
+from loraspan.adapters import check_together, read_all
 from loraspan.adapters.base import Adapter
 from loraspan.collection.absorb import absorb
 from loraspan.collection.changes import Change, compare
@@ -32,7 +32,13 @@ from loraspan.collection.summary import Report, make_report, summarize
 from loraspan.collection.update import add, remove, rename, replace_tasks
 from loraspan.errors import ArgumentError, MismatchError
 from loraspan.serve.batches import ids_of_names
+from loraspan.serve.export import export
+from loraspan.serve.peft import as_peft
+from loraspan.serve.peft_swap import swap_peft
 from loraspan.serve.roster import Roster
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 # names of tasks that a note tells one by one
 _NAMED = 3
@@ -395,24 +401,74 @@ class Subspace:
         """
         return rebuild(self.collection, name, dtype=dtype)
 
-    def export(self, name: str, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
-        """Write a task as a PEFT adapter folder that PEFT loads.
+    def export(
+        self,
+        names: str | Sequence[str] | None,
+        folder: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        rank_multiple: int | None = None,
+        ranks: Sequence[int] | None = None,
+        engine: str | None = None,
+        progress: Progress | None = None,
+    ) -> dict[str, Path]:
+        """Write tasks as PEFT adapters, and give the folder of each: see :func:`loraspan.serve.export.export`.
 
         Args:
-            name: of the task.
+            names: of one task, whose folder is ``folder``; or of several, or None for all: folders in ``folder``, with
+                names that are safe whatever the tasks are called, and an index.
             folder: to be made.
             dtype: of the factors; ``None`` takes that of the original's factors.
+            rank_multiple: pad all factors of a task to one rank, a multiple of this.
+            ranks: pad them to one of these ranks.
+            engine: ``"vllm"`` pads as vLLM needs it, and refuses what it cannot take.
+            progress: called with a stage, how much of it is done, and how much there is.
 
         Raises:
             UnknownTaskError: if there is no such task.
-            FormatError: if the folder is there already and is not an adapter.
+            ArgumentError, UnsupportedError, NotFiniteError, StoreError: as that function.
         """
-        task = self.collection.task(name)
-        peft.write(self.reconstruct(name, dtype=dtype or _dtype_named(task.factor_dtype)), Path(folder))
+        return export(
+            self.collection,
+            names,
+            folder,
+            dtype=dtype,
+            rank_multiple=rank_multiple,
+            ranks=ranks,
+            engine=engine,
+            progress=progress,
+        )
+
+    def as_peft(
+        self, model: nn.Module, tasks: str | Sequence[str] | Mapping[str, str], *, rank: int | None = None
+    ) -> PeftModel:
+        """Give a ``PeftModel`` with tasks as its adapters, no file written: see :func:`loraspan.serve.peft.as_peft`.
+
+        Args:
+            model: the base model, whose layers PEFT wraps.
+            tasks: a name, for the adapter ``"default"``; several, for adapters of their names; or a dict from names of
+                adapters to those of tasks.
+            rank: make room for tasks of this rank, for :meth:`swap_peft`.
+
+        Raises:
+            UnknownTaskError: if there is no such task.
+            ArgumentError, MismatchError, UnsupportedError, BackendError: as that function.
+        """
+        return as_peft(self.collection, model, tasks, rank=rank)
+
+    def swap_peft(self, model: nn.Module, task: str, *, adapter_name: str = "default") -> None:
+        """Put a task in the place of an adapter of a live PEFT model: see :func:`loraspan.serve.peft_swap.swap_peft`.
+
+        Args:
+            model: of :meth:`as_peft`, or PEFT's own; compiled or not.
+            task: its name.
+            adapter_name: of the adapter that it replaces.
+
+        Raises:
+            UnknownTaskError: if there is no such task.
+            ArgumentError, MismatchError, ShapeError, UnsupportedError, BackendError: as that function.
+        """
+        swap_peft(self.collection, model, task, adapter_name=adapter_name)
 
     def __repr__(self) -> str:
         return f"Subspace({len(self.tasks)} tasks, {len(self.collection.slots)} slots, {self.nbytes:,} bytes)"
-
-
-def _dtype_named(name: str) -> torch.dtype:
-    return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(name, torch.float32)

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from loraspan.collection.collection import SlotSpace
 from loraspan.errors import ArgumentError, UnsupportedError
 from loraspan.serve.batches import Names, key_of, rows_of_names
-from loraspan.serve.layer import DTYPES, Served, ServedLinear, form_of
-from loraspan.serve.match import Modules, match, refuse_unmatched
+from loraspan.serve.layer import DTYPES, Served
+from loraspan.serve.layers import Layers
 from loraspan.serve.roster import Roster
 from loraspan.serve.rows import Board, Rows, check_ids, rows_of_ids
-from loraspan.serve.swap import Swap
-from loraspan.serve.tables import SlotTables, State
-from loraspan.serve.unserved import refuse_module, unserved
+from loraspan.serve.tables import State
 
 # batches of names that are remembered
 _REMEMBERED = 1024
@@ -130,17 +126,10 @@ class Attached(nn.Module):
     ) -> None:
         super().__init__()
         self.training = model.training
-        self._board, self._roster, self._paths = Board(), roster, paths
-        self._options: dict[str, Any] = {"dtype": dtype, "train": train}
+        self._board, self._roster = Board(), roster
+        self._train = train
         self._remembered: dict[Any, Rows | None] = {}
-        self._before = Modules(model)
-        matched = match(self._before, roster.state.collection.slots, paths)
-        refuse_unmatched(self._before, matched)
-        self._slots: dict[str, Mapping[str, SlotSpace]] = dict(matched.modules)
-        self._refused = unserved(roster.state.collection, {})
-        self._state = self._served_state(roster.state)
-        self._swap = Swap(self._before)
-        self._swap.put(self._layers(matched.modules))
+        self._layers = Layers(model, roster.state, self._board, paths, dtype, train)
         self.model = model
         roster.join(self)
 
@@ -206,7 +195,7 @@ class Attached(nn.Module):
         """Give the tensors that are trained, of a model attached with ``train=True``, by slot and name."""
         return {
             f"{tables.path}.{name}": leaf
-            for tables in self._all_tables()
+            for tables in self._layers.tables()
             if tables.form.train
             for name, leaf in tables.loadings.items()
         }
@@ -214,18 +203,18 @@ class Attached(nn.Module):
     @property
     def table_bytes(self) -> int:
         """Bytes of the bases and tables of all slots, spare room included."""
-        return sum(tables.nbytes for tables in self._all_tables())
+        return sum(tables.nbytes for tables in self._layers.tables())
 
     def detach(self) -> nn.Module:
         """Put the very modules back, and give the model. What is attached serves nothing from then on."""
-        self._swap.undo()
+        self._layers.undo()
         self._roster.leave(self)
         self._board.stopped = "is detached: attach again"
         return self.model
 
     def may_change(self, operator: str) -> None:
         """Raise if the space may not change now: its loadings are being trained."""
-        if self._options["train"] and self._board.stopped is None:
+        if self._train and self._board.stopped is None:
             raise ArgumentError(
                 f"{operator}: a model is attached to this space with train=True, whose loadings would not follow: "
                 f"detach it first"
@@ -234,20 +223,12 @@ class Attached(nn.Module):
     def follow(self, state: State) -> None:
         """Serve the space as it is now. Called by the space, after each change of it."""
         try:
-            known = {slot for slots in self._slots.values() for slot in slots}
-            new = {path: space for path, space in state.collection.slots.items() if path not in known}
-            matched = match(self._before, new, self._paths)
-            self._refused = unserved(state.collection, matched.wrong)
-            self._state = told = self._served_state(state)
-            self._remembered = {}
-            added = {path: {**self._slots.get(path, {}), **slots} for path, slots in matched.modules.items()}
-            self._slots.update(added)
-            self._swap.put(self._layers(added))
-            for layer in self._swap.layers.values():
-                layer.follow(told)
+            self._layers.follow(state)
         except BaseException as error:
             self._board.stopped = f"could not follow a change of the space ({error}): detach, and attach again"
             raise
+        finally:
+            self._remembered = {}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Give that of the model."""
@@ -290,44 +271,16 @@ class Attached(nn.Module):
         return remembered[key]
 
     def _number(self, name: str | None) -> int:
-        if name is not None and (reason := self._refused.get(name)) is not None:
-            raise UnsupportedError(f"tasks: task {name!r} is not served: {reason}")
+        if name is not None and (reason := self._layers.refused.get(name)) is not None:
+            raise UnsupportedError(f"tasks: not served by this model: {reason}")
         return self._roster.number(name)
 
     def _check_numbers(self, ids: Tensor) -> None:
         if not ids.is_cpu or torch.compiler.is_compiling():
             return
-        wrong = self._state.strangers(ids.numpy())
+        wrong = self._layers.state.strangers(ids.numpy())
         if wrong:
             raise ArgumentError(
                 f"attach: task_ids are numbers of tasks in the space, as space.ids gives, or -1; no task that is "
                 f"served has {self._roster.told(wrong)}"
             )
-
-    def _served_state(self, state: State) -> State:
-        numbers = {name: number for name, number in state.numbers.items() if name not in self._refused}
-        return replace(state, numbers=numbers)
-
-    def _layers(self, modules: Mapping[str, Mapping[str, SlotSpace]]) -> dict[str, Served]:
-        """Build the layers of modules with slots; nothing is put anywhere."""
-        layers = {}
-        for path, slots in modules.items():
-            refuse_module(self._before, path)
-            layers[path] = self._layer(path, slots)
-            layers[path].board = self._board
-        return layers
-
-    def _layer(self, path: str, slots: Mapping[str, SlotSpace]) -> Served:
-        base, state = self._before.by_path[path], self._state
-
-        def make(slot: str) -> SlotTables:
-            return SlotTables(slot, state, form_of(base, path, state, **self._options))
-
-        if all(space.kind == "linear" for space in slots.values()):
-            (slot,) = slots
-            return ServedLinear(base, path, make(slot))
-        kinds = sorted({space.kind for space in slots.values()})
-        raise UnsupportedError(f"attach: module {path!r} has slots of kind {', '.join(kinds)}, which is not served")
-
-    def _all_tables(self) -> list[SlotTables]:
-        return [tables for layer in self._swap.layers.values() for tables in layer.all_tables()]

@@ -126,8 +126,6 @@ class ServedLinear(Served):
 
     def __init__(self, base: nn.Module, path: str, tables: SlotTables) -> None:
         super().__init__(base, path, tables)
-        # what these give is new memory that nobody else has, unless a hook keeps it
-        self._fresh = type(base) is nn.Linear or type(base).__name__ == "Conv1D"
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the module, and add what the rows' tasks make of ``x``."""
@@ -162,8 +160,10 @@ class ServedLinear(Served):
     def _added(self, y: Tensor, x: Tensor, now: Triple, ids: Tensor, shares: Tensor | None) -> Tensor:
         v, u, cores = now
         wanted = torch.is_grad_enabled() and (y.requires_grad or x.requires_grad or self.tables.form.train)
+        # these two give new memory that nobody else has, unless a hook keeps it
+        kind = type(self.base)
         hooked = self.base._forward_hooks or torch_module._global_forward_hooks
-        if self._fresh and not wanted and not hooked and y.stride(-1) == 1:
+        if (kind is nn.Linear or kind.__name__ == "Conv1D") and not wanted and not hooked and y.stride(-1) == 1:
             return shared_lora_(y, x, v, u, cores, ids, shares=shares)
         return shared_lora(y, x, v, u, cores, ids, shares=shares)
 

@@ -11,29 +11,23 @@ from loraspan.collection.collection import Collection
 from loraspan.errors import UnsupportedError
 from loraspan.serve.match import Modules
 
-_MAGNITUDE = ".lora_magnitude_vector"
 # an expert of a list of them
 _ROUTED = re.compile(r"(^|\.)experts\.\d+(\.|$)")
 
 
-def unserved(collection: Collection, wrong: Mapping[str, str]) -> dict[str, str]:
-    """Give the tasks that are refused, by name, each with the reason.
+def without_module(collection: Collection, wrong: Mapping[str, str]) -> dict[str, str]:
+    """Give the tasks that adapt what the model does not have, by name, each with the reason.
 
     Args:
         collection: with all tasks.
-        wrong: by path of a slot why the model has no module for it: its tasks are refused.
+        wrong: by path of a slot why the model has no module for it.
     """
     found: dict[str, str] = {}
-    for task in collection.tasks:
-        if task.config.get("use_dora") or any(key.endswith(_MAGNITUDE) for key in task.extras):
-            found[task.name] = "it is a DoRA task, whose magnitudes are not applied here"
-        elif task.extras:
-            found[task.name] = f"it has tensors beside its factors, such as {next(iter(task.extras))!r}"
     for path, why in wrong.items():
         for segment, columns in collection.columns_of(path):
             for i in columns.tasks.tolist():
                 if (of := segment.tasks[i]) is not None:
-                    found.setdefault(of.name, f"it adapts {path!r}, and {why}")
+                    found.setdefault(of.name, f"task {of.name!r}: it adapts {path!r}, and {why}")
     return found
 
 
