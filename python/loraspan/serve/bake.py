@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from loraspan.collection.collection import Collection
 from loraspan.collection.rebuild import rebuild
 from loraspan.errors import MismatchError, UnsupportedError
-from loraspan.serve.bake_plan import Edit, Place, edited, plan
+from loraspan.serve.bake_plan import Edit, Place, edited, finder, plan
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -25,11 +25,19 @@ class Holder(Protocol):
         ...
 
 
-def bake(model: Model, space: Holder, task: str, *, share: bool = False) -> Model:
+def bake(
+    model: Model,
+    space: Holder,
+    task: str,
+    *,
+    paths: Callable[[str], str | None] | None = None,
+    share: bool = False,
+) -> Model:
     """Give a copy of a model with one task in its weights; the model itself stays as it is, bit for bit.
 
     ``W + dW`` is summed in float64 (float32 on MPS) from factors in float32, and rounded once to the dtype of ``W``.
-    Heads, biases and other modules that the task keeps stand in the copy in place of the base model's.
+    Heads, biases and other modules that the task keeps stand in the copy in place of the base model's; a DoRA's rows
+    get their norms.
 
     Where modules share a parameter, as an embedding and the head of a language model may, only the module that the task
     adapts is changed, as PEFT computes before it merges (its ``merge_and_unload`` changes both). The copy has a
@@ -40,6 +48,7 @@ def bake(model: Model, space: Holder, task: str, *, share: bool = False) -> Mode
         model: the base model, in floats: quantized weights are refused.
         space: what holds the task.
         task: its name.
+        paths: gives the model's path of a module for an adapter's, as for :func:`loraspan.attach`.
         share: share the memory of parameters that the task leaves alone with ``model``, which then takes no more than
             the adapted ones. Whoever writes into one of those in place (an optimizer does) writes into both models;
             moving or converting one of them is safe. False copies everything.
@@ -51,7 +60,7 @@ def bake(model: Model, space: Holder, task: str, *, share: bool = False) -> Mode
         UnknownTaskError: if there is no such task.
         MismatchError: if the model lacks a module that the task adapts, or has it under two names.
         ShapeError: if shapes differ.
-        UnsupportedError: if an adapted weight is quantized or computed, or the task is a DoRA.
+        UnsupportedError: if an adapted weight is quantized or computed.
         NotFiniteError: if a weight overflows its dtype.
 
     Example:
@@ -64,7 +73,7 @@ def bake(model: Model, space: Holder, task: str, *, share: bool = False) -> Mode
         True
     """
     adapter = rebuild(space.collection, task)
-    edits = plan(model, adapter, lambda path: path)
+    edits = plan(model, adapter, finder(model, paths))
     _check_once(model, {path for path, _ in edits})
     before = {place: _tensor(model, place) for place in edits}
     after = {place: edited(edit, before[place], ".".join(place)) for place, edit in edits.items()}
@@ -101,10 +110,11 @@ def _copy_with(model: Model, edits: Mapping[Place, Edit], after: Mapping[Place, 
     for parameter in model.parameters():
         here = places[id(parameter)]
         changed = [place for place in here if place in edits]
-        if len(changed) > 1 and any(edits[place].tied for place in changed):
+        ties = [edits[place].tied for place in changed]
+        if (len(changed) > 1 and any(ties)) or (len(here) > 1 and None in ties):
             raise UnsupportedError(
-                f"bake: the model shares {' and '.join('.'.join(place) for place in changed)}; the task trains some "
-                "tokens in one and changes the other: give the model parameters of their own there first"
+                f"bake: {' and '.join('.'.join(place) for place in here)} are one parameter in the model, and the task "
+                "changes one of them in a way that is meant for all: give the model parameters of their own there first"
             )
         if changed and (len(here) == 1 or edits[changed[0]].tied):
             memo[id(parameter)] = _parameter(after[changed[0]], parameter)

@@ -14,6 +14,7 @@ from loraspan.adapters.base import Adapter, Slot
 from loraspan.adapters.keys import BIAS, PREFIX
 from loraspan.adapters.peft_write import original_scale
 from loraspan.errors import MismatchError, NotFiniteError, ShapeError, UnsupportedError
+from loraspan.serve.match import Modules
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _MAGNITUDE = ".lora_magnitude_vector"
@@ -33,16 +34,17 @@ class Edit:
     Attributes:
         value: in place of the parameter.
         rows: indices, and the rows that stand there instead.
-        added: slots whose ``dW`` is added, each with the view of the parameter that has its shape ``[n, d]``.
+        added: slots whose ``dW`` is added, each with the view of the parameter that has its shape ``[n, d]`` and, of a
+            DoRA, the norms ``[n]`` that its rows get then.
         bias: a vector that is added.
-        tied: whether the change is meant for all modules that share the parameter.
+        tied: whether the change is meant for all modules that share the parameter; None if it cannot be told.
     """
 
     value: Tensor | None = None
     rows: tuple[Tensor, Tensor] | None = None
-    added: list[tuple[str, Slot, View]] = field(default_factory=list)
+    added: list[tuple[Slot, View, Tensor | None]] = field(default_factory=list)
     bias: Tensor | None = None
-    tied: bool = False
+    tied: bool | None = False
 
 
 def plan(model: nn.Module, adapter: Adapter, at: Callable[[str], str]) -> dict[Place, Edit]:
@@ -56,11 +58,15 @@ def plan(model: nn.Module, adapter: Adapter, at: Callable[[str], str]) -> dict[P
     Raises:
         MismatchError: if the model has no such module or parameter.
         ShapeError: if shapes differ.
-        UnsupportedError: if a base weight is quantized or computed, or the task is a DoRA.
+        UnsupportedError: if a base weight is quantized or computed.
     """
     edits: dict[Place, Edit] = {}
+    magnitudes: dict[str, Tensor] = {}
     for key, value in adapter.extras.items():
-        _put_extra(edits, model, adapter, key, value, at)
+        if key.endswith(_MAGNITUDE):
+            magnitudes[key.removeprefix(PREFIX).removesuffix(_MAGNITUDE)] = value.flatten()
+        else:
+            _put_extra(edits, model, adapter, key, value, at)
     targets = adapter.config.get("target_parameters") or []
     for path, slot in adapter.slots.items():
         place, view = _expert(model, path, targets, at) if slot.kind == "expert" else _whole(model, path, slot, at)
@@ -71,7 +77,17 @@ def plan(model: nn.Module, adapter: Adapter, at: Callable[[str], str]) -> dict[P
                 f"bake: slot {path!r} of task {adapter.name!r} has shape {list(slot.shape)}, and {'.'.join(place)} in "
                 f"the model {list(seen.shape)}: is this the task's base model?"
             )
-        edits.setdefault(place, Edit()).added.append((path, slot, view))
+        magnitude = magnitudes.pop(path, None)
+        if magnitude is not None and len(magnitude) != slot.shape[0]:
+            raise ShapeError(
+                f"bake: the magnitude of {path!r} has {len(magnitude)} entries for {slot.shape[0]} outputs"
+            )
+        edit = edits.setdefault(place, Edit())
+        if edit.added and slot.kind != "expert":
+            raise MismatchError(f"bake: {path!r} and another slot of task {adapter.name!r} are both {'.'.join(place)}")
+        edit.added.append((slot, view, magnitude))
+    if magnitudes or (adapter.config.get("use_dora") and not adapter.extras):
+        raise MismatchError(f"bake: task {adapter.name!r} is a DoRA, with magnitudes that are not those of its slots")
     return edits
 
 
@@ -86,8 +102,8 @@ def edited(edit: Edit, weight: Tensor, what: str) -> Tensor:
     out = start.detach().to(weight.dtype, copy=True)
     if edit.rows is not None:
         out[edit.rows[0].to(weight.device)] = edit.rows[1].to(weight.device, weight.dtype)
-    for _, slot, view in edit.added:
-        _add(view(out), view(start.detach() if edit.rows is None else out), slot, wide)
+    for slot, view, magnitude in edit.added:
+        _add(view(out), view(start.detach() if edit.rows is None else out), slot, magnitude, wide)
     if edit.bias is not None:
         out = (start.detach().to(wide) + edit.bias.to(weight.device, wide)).to(weight.dtype)
     if not bool(torch.isfinite(out).all()):
@@ -95,14 +111,16 @@ def edited(edit: Edit, weight: Tensor, what: str) -> Tensor:
     return out
 
 
-def _add(out: Tensor, base: Tensor, slot: Slot, wide: torch.dtype) -> None:
-    """Write ``base + dW`` to ``out``, all ``[n, d]``, some rows at a time."""
-    down = (slot.scale * slot.down.to(out.device, wide)) if slot.lora_rank else None
+def _add(out: Tensor, base: Tensor, slot: Slot, magnitude: Tensor | None, wide: torch.dtype) -> None:
+    """Write ``base + dW`` to ``out``, all ``[n, d]``, some rows at a time; with the norms of a DoRA, if it is one."""
+    down = slot.scale * slot.down.to(out.device, wide)
     rows = max(1, _CHUNK // max(out.shape[1], 1))
     for first in range(0, out.shape[0], rows):
         part = slice(first, first + rows)
-        if down is not None:
-            out[part] = (base[part].to(wide) + slot.up[part].to(out.device, wide) @ down).to(out.dtype)
+        total = base[part].to(wide) + slot.up[part].to(out.device, wide) @ down
+        if magnitude is not None:
+            total *= (magnitude[part].to(out.device, wide) / torch.linalg.vector_norm(total, dim=1))[:, None]
+        out[part] = total.to(out.dtype)
 
 
 def _whole(model: nn.Module, path: str, slot: Slot, at: Callable[[str], str]) -> tuple[Place, View]:
@@ -164,11 +182,6 @@ def _put_extra(
 ) -> None:
     """Put a tensor that lies beside the factors where PEFT would load it."""
     path = key.removeprefix(PREFIX)
-    if path.endswith(_MAGNITUDE):
-        raise UnsupportedError(
-            f"bake: task {adapter.name!r} is a DoRA (tensor {key!r}), whose weight is no sum: export it, and merge it "
-            "with PEFT's merge_and_unload"
-        )
     if path.endswith(BIAS):
         module = path.removesuffix(BIAS)
         edit, had = _edit(edits, model, adapter, key, (at(module), "bias"))
@@ -185,7 +198,11 @@ def _put_extra(
     module, _, name = plain.removeprefix(PREFIX).rpartition(".")
     edit, had = _edit(edits, model, adapter, key, (at(module.replace(".base_layer", "")), name))
     _check_shape(key, value.shape, had.shape)
-    edit.value = value
+    if ".base_layer." not in plain:
+        edit.value = value
+    elif not torch.equal(value.to(had.device, had.dtype), had):
+        # PEFT loads it into the base model itself, and so into what shares it
+        edit.value, edit.tied = value, None
 
 
 def _put_tokens(
@@ -223,6 +240,25 @@ def _edit(edits: dict[Place, Edit], model: nn.Module, adapter: Adapter, key: str
 def _check_shape(key: str, got: torch.Size, needed: torch.Size) -> None:
     if got != needed:
         raise ShapeError(f"bake: tensor {key!r} has shape {list(got)}, and its place in the model {list(needed)}")
+
+
+def finder(model: nn.Module, paths: Callable[[str], str | None] | None) -> Callable[[str], str]:
+    """Give the function that finds a module of an adapter in a model, as :func:`loraspan.attach` finds it."""
+    modules = Modules(model)
+
+    def at(path: str) -> str:
+        given = None if paths is None else paths(path)
+        if given is not None:
+            return given
+        found = modules.candidates(path)
+        if len(found) != 1:
+            known = f"it may mean {', '.join(map(repr, found[:3]))}" if found else "the model has no such module"
+            raise MismatchError(
+                f"bake: the task adapts {path!r}, and {known}: give paths=, a function from one to the other"
+            )
+        return found[0]
+
+    return at
 
 
 def _module(model: nn.Module, path: str, what: str) -> nn.Module:
