@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -15,9 +14,8 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 import loraspan.subspace
+from loraspan.adapters import peft
 from loraspan.cli import main
-from loraspan.cli.export import folder_names
-from loraspan.errors import ArgumentError
 
 
 def run(*args):
@@ -183,21 +181,39 @@ def test_an_export_replaces_only_when_told(tmp_path, store):
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize(
-    "name", ["..", ".", "", "../../etc", "/etc/passwd", "a/b", "C:\\x", "\x1b[31m", "con.txt", "x. "]
-)
-def test_a_name_is_never_a_path(name):
-    (folder,) = folder_names([name]).values()
-    assert re.fullmatch(r"[\w.+=@ -]+", folder)
-    assert folder not in {".", ".."}
-    assert not folder.startswith(".")
-    assert Path("out", folder).resolve().parent == Path("out").resolve()
+def test_names_of_any_kind_are_exported_and_listed(tmp_path):
+    names = ["SQL", "sql", "../up", "", "\x1b[31m", "x" * 5000]
+    for i in range(len(names)):
+        write_adapter(tmp_path / str(i), i)
+    read = [peft.read(tmp_path / str(i), name=name) for i, name in enumerate(names)]
+    space = loraspan.subspace.compress(read, rank=2)
+    space.save(tmp_path / "odd.span")
+
+    done = run("export", tmp_path / "odd.span", "--all", "-o", tmp_path / "out", "--rank-multiple", 4, "--json")
+
+    document = json.loads(done.stdout)
+    index = json.loads((tmp_path / "out" / "tasks.json").read_text())["tasks"]
+    assert document["index"] == str(tmp_path / "out" / "tasks.json")
+    assert [task["name"] for task in document["tasks"]] == list(index) == names
+    for task in document["tasks"]:
+        folder = Path(task["folder"])
+        assert folder.parent == tmp_path / "out"
+        assert folder.name == index[task["name"]]["folder"]
+        assert index[task["name"]]["rank"] == 4
+        assert json.loads((folder / "adapter_config.json").read_text())["r"] == 4
+    assert len({path.name.lower() for path in (tmp_path / "out").iterdir()}) == len(names) + 1
 
 
-@pytest.mark.parametrize("names", [("a/b", "a_b"), ("SQL", "sql"), ("x" * 200 + "1", "x" * 200 + "2")])
-def test_two_tasks_never_share_a_folder(names):
-    with pytest.raises(ArgumentError, match="both"):
-        folder_names(names)
+def test_an_export_for_vllm_is_padded_or_refused(tmp_path, store):
+    assert run("export", store, "sql", "-o", tmp_path / "out", "--engine", "vllm", "--dtype", "bf16").exit_code == 0
+    config = json.loads((tmp_path / "out" / "sql" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["rank_pattern"]) == (8, 8, {})
+    assert run("export", store, "legal", "-o", tmp_path / "out", "--ranks", "3,5").exit_code == 0
+    assert json.loads((tmp_path / "out" / "legal" / "adapter_config.json").read_text())["r"] == 3
+    fails(run("export", store, "chat", "-o", tmp_path / "out", "--ranks", "1"), 1, "'chat'", "2 columns", "at most 1")
+    fails(run("export", store, "chat", "-o", tmp_path / "out", "--ranks", "1,x"), 2, "1,x")
+    fails(run("export", store, "chat", "-o", tmp_path / "out", "--ranks", "8", "--rank-multiple", "8"), 2)
+    assert not (tmp_path / "out" / "chat").exists()
 
 
 def test_names_cannot_drive_the_terminal(tmp_path):

@@ -36,6 +36,7 @@ _STAGES = {
     "project": "projecting adapters",
     "summarize": "finding what is shared",
     "express": "storing tasks",
+    "export": "writing adapters",
 }
 # stages that count bytes; groups of adapters may take minutes each, so their speed is that since the beginning
 _IN_BYTES = {"summarize", "express"}
