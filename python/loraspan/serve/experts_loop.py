@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from loraspan.errors import UnsupportedError
 from loraspan.serve.extras_modules import twin
 
-# a stand-in with as many experts, hidden entries and entries between is what a module's forward is known by
-_SMALL = (3, 4, 5)
+# a stand-in with as many experts, hidden entries and entries between is what a module's forward is known by; grouped
+# products want strides of a multiple of 16 bytes
+_SMALL = (3, 8, 16)
 _IMPLEMENTATIONS = ("grouped_mm", "batched_mm")
 # a parameter; what it made of x, y [S, n]; x [S, d]; the experts and the tokens of those rows [S]; gives y
 Between = Callable[[str, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -45,6 +47,8 @@ def form_of(base: nn.Module, path: str) -> Form:
     parameters = dict(base.named_parameters(recurse=False))
     stacked = all(name in parameters and parameters[name].ndim == 3 for name in form.parameters)
     reason = "it has no stacked parameters gate_up_proj or up_proj, and down_proj" if not stacked else None
+    if reason is None and len({parameters[name].shape[0] for name in form.parameters}) > 1:
+        reason = "its parameters are of different numbers of experts"
     if reason is None and not all(parameters[name].is_floating_point() for name in form.parameters):
         reason = "its experts are quantized"
     if reason is None and getattr(base, "_is_expert_parallel", False):
@@ -65,15 +69,24 @@ def _difference(base: nn.Module, form: Form) -> str | None:
     forward = inspect.unwrap(type(base).forward)
     if len(inspect.signature(forward).parameters) != 4:
         return "its forward takes something else than tokens, their experts and the experts' weights"
+    if "forward" in base.__dict__ and not hasattr(base, "_hf_hook"):
+        return "its forward was replaced by another"
     for dtype in (torch.float32, torch.bfloat16):
-        small, batch = _stand_in(base, form, dtype)
+        small, (x, index, weights) = _stand_in(base, form, dtype)
+        ours = loop(small, form, x, index, weights, lambda _, y, *__: y)
         try:
-            theirs = forward(small, *batch)
+            theirs = forward(small, x, index, weights)
         except Exception as error:
+            # whatever it is: the module is not known
             return f"a small one of its class fails: {type(error).__name__}: {str(error)[:200]}"
-        ours = loop(small, form, *batch, lambda _, y, *__: y)
         if not (isinstance(theirs, Tensor) and theirs.dtype == ours.dtype and torch.equal(theirs, ours)):
             return "its forward is not the loop that is done here"
+        # tokens may be sent to no expert; some modules do something else with those
+        nobody = torch.where(index == 1, _SMALL[0], index)
+        ours = loop(small, form, x, nobody, weights, lambda _, y, *__: y)
+        with contextlib.suppress(Exception):
+            if not torch.equal(forward(small, x, nobody, weights), ours):
+                return "it does something of its own with tokens that it has no expert for"
     return None
 
 
@@ -108,7 +121,10 @@ def _stand_in(base: nn.Module, form: Form, dtype: torch.dtype) -> tuple[nn.Modul
             bias = torch.randn(experts, n, generator=rng).to(dtype)
             parameters[f"{name}_bias"] = nn.Parameter(bias, requires_grad=False)
     small = twin(base, parameters)
-    small.__dict__["num_experts"] = experts
+    count = getattr(base, form.parameters[0]).shape[0]
+    small.__dict__.update(
+        {name: experts for name, value in base.__dict__.items() if type(value) is int and value == count}
+    )
     x = torch.randn(6, hidden, generator=rng).to(dtype)
     # one expert is asked for by nobody in its first place, another by all
     index = torch.tensor([[0, 2], [2, 1], [0, 1], [2, 0], [2, 1], [0, 2]])
@@ -144,9 +160,11 @@ def _gate(base: nn.Module, form: Form, y: Tensor) -> Tensor:
 def loop(base: nn.Module, form: Form, x: Tensor, index: Tensor, weights: Tensor, between: Between) -> Tensor:
     """Do what the module's own forward does, and ``between`` after each product."""
     first, second = form.parameters
+    count = getattr(base, first).shape[0]
     out = torch.zeros_like(x)
     for expert in sorted(set(index.flatten().tolist())):
-        if expert >= base.num_experts:
+        if expert >= count:
+            # a token that is sent nowhere, as where experts are spread over devices
             continue
         place, tokens = torch.where((index == expert).mT)
         experts = torch.full_like(tokens, expert)
