@@ -21,9 +21,8 @@ from _bench import Timing
 from _gpu_cases import Goal
 from _gpu_device import summary
 from _gpu_report import Record
-from _serve_peers import missing, peft_model, vlora_model
-from _serve_space import SEED, Layers, Llama, Sizes, draw, names, slots_of, space_of, twin
-from _serve_timed import PEERS, Batch, Place
+from _serve_contenders import Batch, Place, whole
+from _serve_space import SEED, Layers, Sizes, draw, names, slots_of, space_of
 from peers.job import anonymous_bytes
 
 OF_ADAPTERS = Goal("share", 0.03, most=True)
@@ -83,13 +82,11 @@ def _attached_bytes(path: Path, size: int, slots: int, device: str) -> int:
     return after - before
 
 
-def switching_records(width: int, hidden: int, layers: int, batch: Batch, at: Place) -> list[Record]:
+def switching_records(shape: tuple[int, int, int], batch: Batch, at: Place) -> list[Record]:
     """Time a change of tasks, before any row is computed, and see what it allocates."""
-    base = Llama(width, hidden, layers, at.clock.device, at.kind)
-    drawn = draw(slots_of(base), batch.resident, at.sizes)
+    built = whole(*shape, batch, at)
+    served, space = built.served, built.space
     known, device = names(batch.resident), at.clock.device
-    space = space_of(drawn, batch.resident, at.sizes)
-    served = loraspan.attach(twin(base), space)
     rows, rng = [known[i] for i in batch.ids], random.Random(SEED)
     lists = [rng.sample(rows, len(rows)) for _ in range(2 * SWITCHES + 9)]
     fresh = iter(lists)
@@ -106,7 +103,7 @@ def switching_records(width: int, hidden: int, layers: int, batch: Batch, at: Pl
         f"tasks(), {len(rows)} names anew": lambda _: entered(next(fresh)),
         f"space.ids(), {len(rows)} names": lambda turn: space.ids(lists[turn]).to(device),
     }
-    case: Record = {"case": f"{layers} layers of {width}, {batch.resident} tasks", "dtype": at.dtype}
+    case: Record = {"case": f"{shape[2]} layers of {shape[0]}, {batch.resident} tasks", "dtype": at.dtype}
     records = []
     for how, switch in switches.items():
         timing = _microseconds(switch, SWITCHES)
@@ -115,14 +112,11 @@ def switching_records(width: int, hidden: int, layers: int, batch: Batch, at: Pl
         goals = (OF_SWITCH,) if how.endswith("anew") else (OF_SWITCH, OF_KEPT)
         judged = [goal.judge(float(str(record[goal.figure]))) for goal in goals]
         records.append(record | {"goals": "; ".join(judged)})
-    for peer in PEERS:
-        if (reason := missing(peer)) is not None:
-            records.append({"backend": peer, "status": "left out", "reason": reason})
-            continue
+    for peer, model in built.peers.items():
         told = _peft_switches if peer == "PEFT" else _vlora_switches
-        for how, timing in told(base, drawn, batch, at):
+        for how, timing in told(model, known, at):
             records.append(case | {"backend": peer, "how": how} | _us(timing))
-    return records
+    return [*built.left_out, *records]
 
 
 def _us(timing: Timing) -> Record:
@@ -163,9 +157,7 @@ def _allocations(switch: Callable[[int], object], at: Place) -> Record:
     return {"kB of Python": peak / 1e3, "kB of tensors": tensors / 1e3, "B kept": max(0, kept) / SWITCHES}
 
 
-def _peft_switches(base: Llama, drawn: Any, batch: Batch, at: Place) -> Sequence[tuple[str, Timing]]:
-    mixed = peft_model(twin(base), drawn, batch.tasks, at.sizes)
-    known = names(batch.resident)
+def _peft_switches(mixed: Any, known: Sequence[str], at: Place) -> Sequence[tuple[str, Timing]]:
     found = [("set_adapter", _microseconds(lambda turn: mixed.set_adapter(known[turn % 2]), at.rounds + 2))]
     took = []
     with tempfile.TemporaryDirectory() as folder:
@@ -179,11 +171,7 @@ def _peft_switches(base: Llama, drawn: Any, batch: Batch, at: Place) -> Sequence
     return [*found, ("load_adapter", summary(took[1:]))]
 
 
-def _vlora_switches(base: Llama, drawn: Any, batch: Batch, at: Place) -> Sequence[tuple[str, Timing]]:
-    like = next(base.parameters())
-    switched = vlora_model(twin(base), drawn, batch.tasks, at.sizes, like)
-    known = names(batch.resident)
-
+def _vlora_switches(switched: Any, known: Sequence[str], at: Place) -> Sequence[tuple[str, Timing]]:
     def switch(turn: int) -> None:
         switched.set_task(known[turn % 2])
         at.clock.wait()

@@ -25,9 +25,10 @@ import torch
 from _bench import table
 from _gpu_device import WallClock, clock_of, facts, missing
 from _gpu_report import Record, Report
+from _serve_contenders import Batch, Place
 from _serve_held import graph_records, memory_records, switching_records
 from _serve_space import Sizes
-from _serve_timed import OF_PEERS, Batch, Place, adapter_records, model_records, resident_records
+from _serve_timed import OF_PEERS, adapter_records, model_records, resident_records
 
 PARTS = ("adapters", "model", "resident", "memory", "switching", "graphs")
 COLUMNS = ("case", "dtype", "way", "how", "backend", "status", "ms", "low", "high", "us", "x PEFT", "x vlora", "x base")
@@ -68,7 +69,7 @@ class Lines(Report):
             print(f"NOT RIGHT: {record['operator']}, {record.get('case')}, {record.get('backend')}: {record['reason']}")
 
 
-def jobs(at: Place, small: bool) -> dict[str, list[Job]]:
+def jobs(at: Place, small: bool, compiler: str | None) -> dict[str, list[Job]]:
     """Give what is to be measured, part by part."""
     gpu = at.clock.device.type == "cuda"
     rows, sizes = (4, ((32, 2),)) if small else (64, ((1024, 8), (4096, 2)))
@@ -76,23 +77,22 @@ def jobs(at: Place, small: bool) -> dict[str, list[Job]]:
     # layers of a Llama: width, hidden, how many
     shapes = ((32, 48, 2),) if small else ((1024, 2816, 8), (4096, 11008, 2))
     many = 3 if small else 128 if gpu else 8
-    plain = Place(at.clock, at.dtype, at.rounds, at.sizes)
     found: dict[str, list[Job]] = {part: [] for part in PARTS}
     for size, count in sizes:
-        run = partial(adapter_records, size, count, all_of, plain, goals=OF_PEERS)
+        run = partial(adapter_records, size, count, all_of, at, goals=OF_PEERS)
         found["adapters"].append((f"{count} x {size} x {size}", run))
-    for width, hidden, layers in shapes:
+    for shape in shapes:
         for tokens in (1, many):
             # one compilation, of the largest layers by single tokens: what an engine decodes with
-            place = at if (width, tokens) == (shapes[-1][0], 1) else plain
-            run = partial(model_records, width, hidden, layers, tokens, all_of, place)
-            found["model"].append((f"{layers} layers of {width}, {tokens} tokens", run))
+            chosen = compiler if shape is shapes[-1] and tokens == 1 else None
+            run = partial(model_records, shape, tokens, all_of, at, chosen)
+            found["model"].append((f"{shape[2]} layers of {shape[0]}, {tokens} tokens", run))
     series = [Batch(rows, distinct, resident) for resident, distinct in (SMALL_SERIES if small else SERIES)]
-    found["resident"].append(("series", partial(resident_records, sizes[-1][0], series, plain)))
+    found["resident"].append(("series", partial(resident_records, sizes[-1][0], series, at)))
     size, tasks = (64, 20) if small else (4096, 1000)
-    found["memory"].append((f"{tasks} tasks", partial(memory_records, size, 4, tasks, plain)))
-    found["switching"].append(("switching", partial(switching_records, *shapes[0], all_of, plain)))
-    found["graphs"].append(("graphs", partial(graph_records, sizes[0][0], all_of, plain)))
+    found["memory"].append((f"{tasks} tasks", partial(memory_records, size, 4, tasks, at)))
+    found["switching"].append(("switching", partial(switching_records, shapes[0], all_of, at)))
+    found["graphs"].append(("graphs", partial(graph_records, sizes[0][0], all_of, at)))
     return found
 
 
@@ -127,13 +127,16 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _place(options: argparse.Namespace) -> Place:
-    gpu = options.device == "cuda"
-    compiler = None
-    if gpu or options.compile:
-        compiler = "aot_eager" if options.small else "inductor"
+    dtype = options.dtype or ("bf16" if options.device == "cuda" else "f32")
     rounds = options.rounds or (2 if options.small else 9)
-    sizes = Sizes(8, 4) if options.small else Sizes()
-    return Place(clock_of(options.device), options.dtype or ("bf16" if gpu else "f32"), rounds, sizes, compiler)
+    return Place(clock_of(options.device), dtype, rounds, Sizes(8, 4) if options.small else Sizes())
+
+
+def _compiler(options: argparse.Namespace) -> str | None:
+    """Give the compiler of the model that is compiled too; None for none."""
+    if options.device == "cpu" and not options.compile:
+        return None
+    return "aot_eager" if options.small else "inductor"
 
 
 def _keep_memory() -> None:
@@ -170,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     here, place = _start(options)
     report = Lines(here, options.out)
     with torch.no_grad():
-        for part, runs in jobs(place, options.small).items():
+        for part, runs in jobs(place, options.small, _compiler(options)).items():
             for case, run in runs if part in options.only else ():
                 # tiny shapes have no goals
                 more: Record = {"operator": part} | ({"goals": None} if options.small else {})

@@ -16,9 +16,11 @@ PARTS = {"adapters", "model", "resident", "memory", "switching", "graphs"}
 def bench(monkeypatch):
     """The modules of the bench; ``main`` sets the number of threads."""
     monkeypatch.syspath_prepend(BENCHES)
-    parts = {name: importlib.import_module(f"_serve_{name}") for name in ("space", "timed", "peers", "held")}
+    parts = {name: importlib.import_module(f"_serve_{name}") for name in ("contenders", "held", "space", "timed")}
     threads = torch.get_num_threads()
+    parts["contenders"].whole.cache_clear()
     yield SimpleNamespace(serve=importlib.import_module("serve"), **parts)
+    parts["contenders"].whole.cache_clear()
     torch.set_num_threads(threads)
 
 
@@ -31,8 +33,7 @@ def run(bench, folder, *options):
 
 def without_peers(bench, monkeypatch):
     """Nobody else is here: what a node without them does, and faster."""
-    for module in (bench.timed, bench.held):
-        monkeypatch.setattr(module, "missing", lambda peer: f"{peer} is left out: no such module")
+    monkeypatch.setattr(bench.contenders, "missing", lambda peer: f"{peer} is left out: no such module")
 
 
 def test_every_part_runs_and_every_answer_is_right(bench, tmp_path, capsys):
@@ -78,14 +79,14 @@ def test_peers_that_are_not_there_are_left_out_and_said(bench, monkeypatch, tmp_
 def test_a_wrong_answer_ends_with_1_and_is_not_timed(bench, monkeypatch, tmp_path, capsys, part):
     """Two tasks of the space are swapped for each other: numbers of the same size, and the wrong ones."""
     without_peers(bench, monkeypatch)
-    honest = bench.timed.space_of
+    honest = bench.contenders.space_of
 
     def swapped(drawn, tasks, sizes):
         rows = torch.arange(tasks * sizes.lora_rank)
         rows[: 2 * sizes.lora_rank] = rows[: 2 * sizes.lora_rank].roll(sizes.lora_rank)
         return honest({path: slot._replace(left=slot.left[rows]) for path, slot in drawn.items()}, tasks, sizes)
 
-    monkeypatch.setattr(bench.timed, "space_of", swapped)
+    monkeypatch.setattr(bench.contenders, "space_of", swapped)
     code, lines = run(bench, tmp_path, "--only", part)
     assert code == 1
     assert {line["status"] for line in lines if line["operator"] == part} == {"wrong", "left out"}
