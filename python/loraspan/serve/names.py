@@ -39,7 +39,7 @@ def folder_name(task: str) -> str:
     """
     if _PLAIN.fullmatch(task) and task != INDEX and task.split(".")[0] not in _RESERVED:
         return task
-    shown = re.sub(r"[^A-Za-z0-9_-]+", "_", task[:_SHOWN]).strip("_")
+    shown = re.sub(r"[^A-Za-z0-9_-]+", "_", task[:_SHOWN]).strip("_-")
     # a name from JSON may hold half of a pair, which UTF-8 has no bytes for
     digest = hashlib.sha256(task.encode("utf-8", "surrogatepass")).digest()[:_DIGEST_BYTES]
     return f"{shown or 'task'}~{base64.b32encode(digest).decode().lower()}"
