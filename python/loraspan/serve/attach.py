@@ -272,7 +272,7 @@ class Attached(nn.Module):
 
     def _number(self, name: str | None) -> int:
         if name is not None and (reason := self._layers.refused.get(name)) is not None:
-            raise UnsupportedError(f"tasks: not served by this model: {reason}")
+            raise UnsupportedError(f"tasks: this model does not serve task {name!r}: {reason}")
         return self._roster.number(name)
 
     def _check_numbers(self, ids: Tensor) -> None:

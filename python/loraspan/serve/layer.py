@@ -63,7 +63,7 @@ class Served(nn.Module):
             ArgumentError: where a checkpoint computes the layer again, and the tasks are forgotten.
         """
         if torch.compiler.is_dynamo_compiling():
-            return _read(self) if self.board.traced is None else self.board.traced
+            return self.board.traced or _outside(self)
         rows = self.board.current()
         if rows is None and torch.is_grad_enabled() and torch._C._current_graph_task_id() != -1:
             raise ArgumentError(
@@ -168,12 +168,12 @@ class ServedLinear(Served):
         return shared_lora(y, x, v, u, cores, ids, shares=shares)
 
 
-@torch.compiler.disable(  # type: ignore[no-untyped-call, untyped-decorator]
-    reason="a compiled graph reads no tasks context: call the compiled model with task_ids=space.ids(...), -1 for none"
-)
-def _read(layer: Served) -> Rows | None:
-    """Read the context outside of the graph."""
-    return layer.rows()
+def _outside(layer: Served) -> Rows | None:
+    """Read the context between two graphs."""
+    from loraspan.serve.outside import outside
+
+    rows: Rows | None = outside(layer.rows)
+    return rows
 
 
 def _to_base(_: nn.Module, state_dict: dict[str, Any], prefix: str, *__: Any) -> None:

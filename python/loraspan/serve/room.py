@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from loraspan.ops.packed import Packed
 from loraspan.ops.packed_reference import BLOCK
 
 _Integers = NDArray[np.int64]
+_Most = tuple[int, int, int, int]
 # rows of columns, and the tasks that they are of, by their rows in the index
 Parts = Sequence[tuple[_Integers, Columns]]
 # past the end of any table, and below what the kernels take for a damaged index
@@ -111,7 +113,16 @@ class Tables:
         """Say whether more columns, and an index of so many rows, fit."""
         lengths, bits = _lengths(parts), _bits_of(parts, self.form)
         fit = all(room.takes(*more) for room, *more in zip(self._rooms, lengths, bits, strict=True))
-        return fit and rows <= self.sizes[-1] and _most(parts, self) == self.cores.most
+        return fit and rows <= self.sizes[-1]
+
+    def widen(self, parts: Parts) -> None:
+        """Have ``cores`` that tasks of so many columns may be written to.
+
+        Where they take new ones, these have an index of their own: what was told of fewer columns reads the old one.
+        """
+        most = _most(parts, self)
+        if most != self.cores.most:
+            self.cores = replace(self.cores, index=self.cores.index.clone(), most=most)
 
     @torch.no_grad()
     def write(self, parts: Parts, numbers: _Integers) -> None:
@@ -126,7 +137,7 @@ class Tables:
         device = self.form.device
         self.cores.index[torch.from_numpy(numbers).to(device)] = torch.from_numpy(lines).to(device)
 
-    def _refuse_by(self, k_out: int, most: tuple[int, ...]) -> tuple[_Integers, tuple[int, ...]]:
+    def _refuse_by(self, k_out: int, most: _Most) -> tuple[_Integers, _Most]:
         """Give the row of the index that refuses, and ``most`` with it.
 
         On the CPU it points past the tables, of which the kernels tell. Elsewhere it is a column that lies in them, as
@@ -142,9 +153,10 @@ class Tables:
         weights.capacity -= 1
         weights.rows[weights.capacity] = torch.nan  # type: ignore[index]
         row[0] = weights.capacity
-        return row, tuple(max(count, int(i == form)) for i, count in enumerate(most))
+        ss, sp, ps, pp = most
+        return row, (max(ss, 1), sp, ps, pp) if form == 0 else (ss, sp, max(ps, 1), pp)
 
-    def _cores(self, index: Tensor, most: tuple[int, ...]) -> Cores:
+    def _cores(self, index: Tensor, most: _Most) -> Cores:
         weights, *ends = (room.rows for room in self._rooms)
         assert isinstance(weights, Tensor)
         weights = weights.view(-1)
@@ -154,7 +166,7 @@ class Tables:
                 leaf.requires_grad_()
         packed = [end if isinstance(end, Packed) else None for end in ends]
         return Cores(
-            index, weights, left, left_private, right, right_private, (most[0], most[1], most[2], most[3]),
+            index, weights, left, left_private, right, right_private, most,
             (packed[0], packed[1], packed[2], packed[3]),
         )  # fmt: skip
 
@@ -190,9 +202,10 @@ def _bits_of(parts: Parts, form: Form) -> list[int]:
     return [bits.copy().pop() if form.packed and len(bits) == 1 else 0 for bits in found]
 
 
-def _most(parts: Parts, like: Tables | None) -> tuple[int, ...]:
+def _most(parts: Parts, like: Tables | None) -> _Most:
     """Give the capacity for columns of a task: powers of two, unless what was there is enough."""
     old = (0,) * 4 if like is None else like.cores.most
     counts = [columns.counts.max(axis=0) for _, columns in parts]
     new = np.max(counts, axis=0, initial=0).tolist() if counts else [0] * 4
-    return tuple(a if b <= a else 1 << (b - 1).bit_length() for a, b in zip(old, new, strict=True))
+    ss, sp, ps, pp = (a if b <= a else 1 << (b - 1).bit_length() for a, b in zip(old, new, strict=True))
+    return ss, sp, ps, pp

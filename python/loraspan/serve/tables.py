@@ -63,11 +63,16 @@ class SlotTables:
             came = state.alive & ~before
             parts = list(state.columns_of(self.path, came))
             if self._tables.takes(parts, state.rows):
+                old = self.now
+                self._tables.widen(parts)
                 self._tables.write(parts, np.flatnonzero(came))
+                if self._tables.cores is not old.cores:
+                    self.now = Triple(old.v, old.u, self._tables.cores)
+                    self._retire(old, self._tables.refusal)
             else:
-                old = self._tables, self.now
+                old, refusal = self.now, self._tables.refusal
                 self._tables, self.now = self._built(state, self._tables)
-                self._retire(*old)
+                self._retire(old, refusal)
             self._state = state
             _wait(self.form.device)
 
@@ -124,8 +129,8 @@ class SlotTables:
             return basis.to(self.form.device)
         return unpack(basis).T.to(self.form.device, self.form.dtype)
 
-    def _retire(self, tables: Tables, now: Triple) -> None:
-        self._old.append((TensorWeakRef(now.cores.index), tables.refusal))
+    def _retire(self, now: Triple, refusal: Any) -> None:
+        self._old.append((TensorWeakRef(now.cores.index), refusal))
         if now.cores.index.device.type != "cpu":
             self._kept.append(now)
 

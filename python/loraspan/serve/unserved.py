@@ -27,7 +27,7 @@ def without_module(collection: Collection, wrong: Mapping[str, str]) -> dict[str
         for segment, columns in collection.columns_of(path):
             for i in columns.tasks.tolist():
                 if (of := segment.tasks[i]) is not None:
-                    found.setdefault(of.name, f"task {of.name!r}: it adapts {path!r}, and {why}")
+                    found.setdefault(of.name, f"it adapts {path!r}, and {why}")
     return found
 
 
