@@ -143,7 +143,7 @@ def _one_by_one(model: Any, tasks: Sequence[str], x: Tensor, axis: int) -> Any:
 
 
 def gathered(base: Layers, xs: Tensor, factors: Sequence[tuple[Tensor, Tensor]], at: Place) -> Contender:
-    """Give two batched products over each row's factors, ready in one table: the most that plain torch does."""
+    """Give two batched products over factors that lie stacked, row by row: what plain torch can do."""
     held = [[t.to(xs.device, at.kind).contiguous() for t in pair] for pair in factors]
     order = torch.arange(xs.shape[1], device=xs.device)
 

@@ -39,7 +39,8 @@ def peft_model(model: nn.Module, drawn: Mapping[str, Drawn], tasks: Sequence[int
     known = names(max(tasks) + 1)
     wrapped = get_peft_model(model, config, adapter_name=known[tasks[0]], autocast_adapter_dtype=False)
     for i in tasks[1:]:
-        wrapped.add_adapter(known[i], config)
+        # in its own dtype, as the first: by default these would be widened to float32
+        wrapped.add_adapter(known[i], config, autocast_adapter_dtype=False)
     with torch.no_grad():
         for path, slot in drawn.items():
             layer = wrapped.base_model.model.get_submodule(path)

@@ -147,7 +147,7 @@ class Block(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.input_layernorm, self.post_attention_layernorm = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.input_layernorm, self.post_attention_layernorm = (nn.RMSNorm(width, eps=1e-6) for _ in range(2))
         self.self_attn, self.mlp = Attention(width), Mlp(width, hidden)
 
     def forward(self, x: Tensor) -> Tensor:

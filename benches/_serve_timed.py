@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,14 @@ OF_PEERS = (Goal("x PEFT", 8.0), Goal("x vlora", 50.0))
 OF_BASE = (Goal("x base", 1.15, most=True),)
 # what others may be off, in errors that the base model itself makes
 SLACK = 4.0
+
+
+class Way(NamedTuple):
+    """One way to run: who takes turns, and what each makes of the batch."""
+
+    runs: dict[str, Candidate]
+    answers: Mapping[str, Callable[[], Any]]
+
 
 # how far who is off with an answer, as a multiple of the error it may have
 Judge = Callable[[str, Any], float]
@@ -90,57 +99,86 @@ def _timed(
     goals: Sequence[Goal],
     compiler: str | None = None,
 ) -> list[Record]:
-    """Time who is right, in turns, way by way; give their records, and those of who is not."""
+    """Time everyone, way by way; one that fails is a finding, and no reason to lose the others."""
     records: list[Record] = []
     theirs: dict[str, float] = {}
-    for way, all_runs, answers in _ways(found, at, compiler):
-        excess = {who: judge(who, run()) for who, run in answers.items()}
-        runs = {who: run for who, run in all_runs.items() if excess.get(who, 0.0) <= 1}
-        for who in all_runs.keys() - runs.keys():
-            reason = f"{excess[who]:.3g} times the error it may have"
-            records.append(name | {"backend": who, "way": way, "status": "wrong", "reason": reason})
-        if "loraspan" not in runs:
+    for way, make in _ways(found, at, compiler).items():
+        try:
+            records += _timed_way(name | {"way": way}, found, make(), judge, at, goals, theirs)
+        except Exception as error:
+            traceback.print_exc()
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            records.append(name | {"way": way, "backend": "loraspan", "status": "failed", "reason": reason})
+        if not any(record["status"] == "timed" for record in records):
             break
-        timings = {
-            who: Timing(*(took / found[who].part for took in timing))
-            for who, timing in take_turns(at.clock, runs, at.rounds).items()
-        }
-        # those that cannot be captured stay what they are
-        theirs |= {peer: timings[peer].median for peer in PEERS if peer in timings}
-        for who, timing in timings.items():
-            record = name | {"backend": who, "way": way, "status": "timed", "error": excess.get(who)}
-            record |= {"ms": timing.median, "low": timing.low, "high": timing.high}
-            if "base" in timings:
-                record["x base"] = timing.median / timings["base"].median
-            if who == "loraspan":
-                record |= {f"x {peer}": took / timing.median for peer, took in theirs.items()}
-                judged = [goal.judge(float(str(record[goal.figure]))) for goal in goals if goal.figure in record]
-                record["goals"] = "; ".join(judged) or None
-            records.append(record)
     return records
 
 
-Way = tuple[str, dict[str, Candidate], Mapping[str, Callable[[], Any]]]
+def _timed_way(
+    name: Record,
+    found: Mapping[str, Contender],
+    way: Way,
+    judge: Judge,
+    at: Place,
+    goals: Sequence[Goal],
+    theirs: dict[str, float],
+) -> list[Record]:
+    """Time who is right, in turns; give their records, and those of who is not."""
+    excess = {who: judge(who, run()) for who, run in way.answers.items()}
+    runs = {who: run for who, run in way.runs.items() if excess.get(who, 0.0) <= 1}
+    records: list[Record] = [
+        name | {"backend": who, "status": "wrong", "reason": f"{excess[who]:.3g} times the error it may have"}
+        for who in way.runs
+        if who not in runs
+    ]
+    if "loraspan" not in runs:
+        return records
+    timings = {
+        who: Timing(*(took / found[who].part for took in timing))
+        for who, timing in take_turns(at.clock, runs, at.rounds).items()
+    }
+    # those that cannot be captured stay what they are
+    theirs |= {peer: timings[peer].median for peer in PEERS if peer in timings}
+    for who, timing in timings.items():
+        record = name | {"backend": who, "status": "timed", "error": excess.get(who)}
+        record |= {"ms": timing.median, "low": timing.low, "high": timing.high}
+        if "base" in timings:
+            record["x base"] = timing.median / timings["base"].median
+        if who == "loraspan":
+            record |= {f"x {peer}": took / timing.median for peer, took in theirs.items()}
+            judged = [goal.judge(float(str(record[goal.figure]))) for goal in goals if goal.figure in record]
+            record["goals"] = "; ".join(judged) or None
+        records.append(record)
+    return records
 
 
-def _ways(found: Mapping[str, Contender], at: Place, compiler: str | None) -> Iterator[Way]:
-    """Give who runs as it is; on a GPU inside CUDA graphs, as engines run; compiled; and both; with what to check."""
+def _ways(found: Mapping[str, Contender], at: Place, compiler: str | None) -> dict[str, Callable[[], Way]]:
+    """Give who runs as it is; on a GPU inside CUDA graphs, as engines run; compiled; and both."""
+    taken = {who: one.run for who, one in found.items() if one.captured}
+    compiled: dict[str, Callable[[], Any]] = {}
 
     def turns(runs: Mapping[str, Callable[[], Any]]) -> dict[str, Candidate]:
         return {who: lambda _, run=run: run() for who, run in runs.items()}
 
-    def graphs(runs: Mapping[str, Callable[[], Any]]) -> dict[str, Candidate]:
+    def eager() -> Way:
+        plain = {who: one.run for who, one in found.items()}
+        return Way(turns(plain), plain)
+
+    def graphs(runs: Mapping[str, Callable[[], Any]]) -> Way:
         # a replay hands nothing back: the part ``graphs`` looks into one
         replays = {who: at.clock.captured(run) for who, run in runs.items()}
-        return turns({who: replay for who, replay in replays.items() if replay is not None})
+        return Way(turns({who: replay for who, replay in replays.items() if replay is not None}), {})
 
-    plain = {who: one.run for who, one in found.items()}
-    yield "eager", turns(plain), plain
-    taken = {who: one.run for who, one in found.items() if one.captured}
-    if replays := graphs(taken):
-        yield "graph", replays, {}
+    def whole() -> Way:
+        compiled.update({who: torch.compile(run, fullgraph=True, backend=compiler) for who, run in taken.items()})
+        return Way(turns(compiled), compiled)
+
+    gpu = at.clock.device.type == "cuda"
+    ways: dict[str, Callable[[], Way]] = {"eager": eager}
+    if gpu:
+        ways["graph"] = lambda: graphs(taken)
     if compiler is not None:
-        compiled = {who: torch.compile(run, fullgraph=True, backend=compiler) for who, run in taken.items()}
-        yield "compiled", turns(compiled), compiled
-        if replays := graphs(compiled):
-            yield "compiled graph", replays, {}
+        ways["compiled"] = whole
+    if compiler is not None and gpu:
+        ways["compiled graph"] = lambda: graphs(compiled)
+    return ways

@@ -103,7 +103,7 @@ def peft_layer(data: Data, case: Case) -> Any:
     config = LoraConfig(r=R, lora_alpha=R, target_modules=["0"])
     wrapped = get_peft_model(model, config, adapter_name="task0", autocast_adapter_dtype=False)
     for i in range(1, case.distinct):
-        wrapped.add_adapter(f"task{i}", config)
+        wrapped.add_adapter(f"task{i}", config, autocast_adapter_dtype=False)
     layer = wrapped.base_model.model[0].eval()
     with torch.no_grad():
         for i in range(case.distinct):
