@@ -47,8 +47,9 @@ class ServedExperts(Served):
     The loop over experts is done here as the module itself does it; of the implementations that transformers may put in
     its place, ``grouped_mm`` and ``batched_mm`` run as they are, and tasks enter between their products. That a module
     works this way is not taken from its name: when it is attached, a small stand-in of its class has to give the bits
-    of the loop here. Rows without a task have the bits that the module gives. Each product has the sums and the error
-    of :func:`loraspan.ops.shared_lora`.
+    of the loop here. Tokens without a task have the bits that the module gives for the same routing. (In a whole model
+    the rows of a batch meet here: a task may route its row's tokens elsewhere, and a product over another number of
+    tokens may be rounded otherwise.) Each product has the sums and the error of :func:`loraspan.ops.shared_lora`.
 
     Compiled whole, or captured in a CUDA graph, shapes cannot follow the routing: ``grouped_mm`` and ``batched_mm``
     then ask every expert's tables about every row, whose task is none where it is another's.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from loraspan.serve.extras_modules import twin
 
 # a stand-in with as many experts, hidden entries and entries between is what a module's forward is known by; grouped
 # products want strides of a multiple of 16 bytes
-_SMALL = (3, 8, 16)
+_SMALL = (4, 8, 16)
 _IMPLEMENTATIONS = ("grouped_mm", "batched_mm")
 # a parameter; what it made of x, y [S, n]; x [S, d]; the experts and the tokens of those rows [S]; gives y
 Between = Callable[[str, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -29,12 +30,14 @@ class Form(NamedTuple):
         parameters: the first and the second product's, ``[E, n, d]``.
         is_transposed: whether they are ``[E, d, n]``.
         has_bias: whether each has another, ``<name>_bias [E, n]``.
+        sums: the dtype that a token's experts are added in: that of its state or of its weights, or float32.
         implementations: those of transformers that are known to be this too.
     """
 
     parameters: tuple[str, str]
     is_transposed: bool
     has_bias: bool
+    sums: str = "states"
     implementations: tuple[str, ...] = ()
 
 
@@ -54,7 +57,9 @@ def form_of(base: nn.Module, path: str) -> Form:
     if reason is None and getattr(base, "_is_expert_parallel", False):
         reason = "it has a part of its experts here, and their numbers are others"
     if reason is None:
-        reason = _difference(base, form)
+        reasons = {sums: _difference(base, form._replace(sums=sums)) for sums in ("states", "weights", "float32")}
+        form = form._replace(sums=next((sums for sums, why in reasons.items() if why is None), "states"))
+        reason = reasons[form.sums]
     if reason is not None:
         raise UnsupportedError(
             f"attach: module {path!r} is a {type(base).__name__}, and experts like that are not known here: {reason}. "
@@ -71,8 +76,9 @@ def _difference(base: nn.Module, form: Form) -> str | None:
         return "its forward takes something else than tokens, their experts and the experts' weights"
     if "forward" in base.__dict__ and not hasattr(base, "_hf_hook"):
         return "its forward was replaced by another"
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype, weights_dtype in itertools.product((torch.float32, torch.bfloat16), repeat=2):
         small, (x, index, weights) = _stand_in(base, form, dtype)
+        weights = weights.to(weights_dtype)
         ours = loop(small, form, x, index, weights, lambda _, y, *__: y)
         try:
             theirs = forward(small, x, index, weights)
@@ -82,7 +88,7 @@ def _difference(base: nn.Module, form: Form) -> str | None:
         if not (isinstance(theirs, Tensor) and theirs.dtype == ours.dtype and torch.equal(theirs, ours)):
             return "its forward is not the loop that is done here"
         # tokens may be sent to no expert; some modules do something else with those
-        nobody = torch.where(index == 1, _SMALL[0], index)
+        nobody = torch.where(index == 3, _SMALL[0], index)
         ours = loop(small, form, x, nobody, weights, lambda _, y, *__: y)
         with contextlib.suppress(Exception):
             if not torch.equal(forward(small, x, nobody, weights), ours):
@@ -126,9 +132,9 @@ def _stand_in(base: nn.Module, form: Form, dtype: torch.dtype) -> tuple[nn.Modul
         {name: experts for name, value in base.__dict__.items() if type(value) is int and value == count}
     )
     x = torch.randn(6, hidden, generator=rng).to(dtype)
-    # one expert is asked for by nobody in its first place, another by all
-    index = torch.tensor([[0, 2], [2, 1], [0, 1], [2, 0], [2, 1], [0, 2]])
-    return small, (x, index, torch.rand(6, 2, generator=rng).to(dtype))
+    # three experts a token, as a sum of two is rounded once however it is done; one of them in every place, one in none
+    index = torch.tensor([[0, 2, 3], [2, 3, 0], [3, 0, 2], [2, 0, 3], [0, 3, 2], [3, 2, 0]])
+    return small, (x, index, torch.rand(6, 3, generator=rng).to(dtype))
 
 
 def implementation_of(base: nn.Module) -> str:
@@ -161,7 +167,8 @@ def loop(base: nn.Module, form: Form, x: Tensor, index: Tensor, weights: Tensor,
     """Do what the module's own forward does, and ``between`` after each product."""
     first, second = form.parameters
     count = getattr(base, first).shape[0]
-    out = torch.zeros_like(x)
+    dtype = {"states": x.dtype, "weights": weights.dtype, "float32": torch.float32}[form.sums]
+    out = torch.zeros_like(x, dtype=dtype)
     for expert in sorted(set(index.flatten().tolist())):
         if expert >= count:
             # a token that is sent nowhere, as where experts are spread over devices
@@ -171,8 +178,8 @@ def loop(base: nn.Module, form: Form, x: Tensor, index: Tensor, weights: Tensor,
         state = x[tokens]
         state = _gate(base, form, between(first, _linear(base, form, first, expert, state), state, experts, tokens))
         state = between(second, _linear(base, form, second, expert, state), state, experts, tokens)
-        out.index_add_(0, tokens, (state * weights[tokens, place, None]).to(out.dtype))
-    return out
+        out.index_add_(0, tokens, (state * weights[tokens, place, None]).to(dtype))
+    return out.to(x.dtype)
 
 
 class _Hooked:
