@@ -1,6 +1,5 @@
 """A small model that needs no library, a space of tasks for it, and what it makes of a row with a task, in float64."""
 
-import numpy as np
 import planted
 import torch
 from torch import nn
@@ -61,9 +60,7 @@ def expected(space, x, tasks):
             weight = model.get_submodule(path).weight
             for name, share in shares.items():
                 if path in space.collection.task(name).scales:
-                    weight.data += share * torch.from_numpy(
-                        np.asarray(planted.stored_delta(space.collection, path, name))
-                    )
+                    weight.data += share * torch.from_numpy(planted.stored_delta(space.collection, path, name))
         rows.append(model(row[None])[0])
     return torch.stack(rows).detach()
 

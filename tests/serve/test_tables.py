@@ -1,5 +1,8 @@
 """Tasks that come, leave, are renamed and refitted while a model serves them."""
 
+import gc
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -22,7 +25,7 @@ def tables_of(served, layer=0):
     return served.model.layers[layer].q_proj.tables
 
 
-def check(space, served, rows=3):
+def check(space, served):
     """Every task of the space is served, and rows without one have the base model's bits."""
     names = [*space.tasks, None]
     x = serving.batch(len(names))
@@ -70,7 +73,7 @@ def test_tables_that_are_full_make_way_for_larger_ones_that_the_old_ones_outlive
     assert len(old) in (2, 3, 4)
     sizes = [triple.cores.left_private.shape[0] for triple in old]
     assert sizes == sorted(sizes)
-    assert all(b >= 2 * a or b == a for a, b in zip(sizes, sizes[1:], strict=False))
+    assert all(b >= 2 * a or b == a for a, b in itertools.pairwise(sizes))
     # what reads the old ones still has the tasks that they knew, and loses those that leave
     x, y = torch.randn(1, serving.D), torch.zeros(1, serving.N)
     first, kept, gone = old[0], space.ids("task 0"), space.ids("task 1")
@@ -206,7 +209,7 @@ def test_models_that_nobody_holds_are_forgotten():
     space, served = attached()
     assert len(space.roster._followers) == 1
     del served
-    __import__("gc").collect()
+    gc.collect()
     assert not space.roster._followers
 
 

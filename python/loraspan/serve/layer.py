@@ -130,15 +130,21 @@ class ServedLinear(Served):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the module, and add what the rows' tasks make of ``x``."""
         y = self.base(x, *args, **kwargs)
-        rows = self.rows()
+        if not torch.compiler.is_dynamo_compiling():
+            return self._eager(y, x)
+        rows = self.board.traced
         if rows is None:
-            return y
-        if not torch.compiler.is_compiling():
-            return self._add(y, x, rows)
+            from loraspan.serve.outside import outside
+
+            return outside(self._eager, y, x)
         ids, shares = rows.of(x.shape[:-1], x.device)
         v, u, cores = self.tables.now
         flat_x, flat_y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
         return shared_lora(flat_y, flat_x, v, u, cores, ids, shares=shares).reshape(y.shape)
+
+    def _eager(self, y: Tensor, x: Tensor) -> Tensor:
+        rows = self.rows()
+        return y if rows is None else self._add(y, x, rows)
 
     def _add(self, y: Tensor, x: Tensor, rows: Rows) -> Tensor:
         ids, shares = rows.of(x.shape[:-1], x.device)
