@@ -39,10 +39,19 @@ def folder_name(task: str) -> str:
     """
     if _PLAIN.fullmatch(task) and task != INDEX and task.split(".")[0] not in _RESERVED:
         return task
-    shown = re.sub(r"[^A-Za-z0-9_-]+", "_", task[:_SHOWN]).strip("_-")
     # a name from JSON may hold half of a pair, which UTF-8 has no bytes for
     digest = hashlib.sha256(task.encode("utf-8", "surrogatepass")).digest()[:_DIGEST_BYTES]
-    return f"{shown or 'task'}~{base64.b32encode(digest).decode().lower()}"
+    return f"{plain_part(task)}~{base64.b32encode(digest).decode().lower()}"
+
+
+def plain_part(task: str) -> str:
+    """Give what of the beginning of a name may stand in that of a folder, for whoever reads it.
+
+    Example:
+        >>> plain_part("../Legal (new)"), plain_part("..")
+        ('Legal_new', 'task')
+    """
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", task[:_SHOWN]).strip("_-") or "task"
 
 
 def folder_names(tasks: Iterable[str]) -> dict[str, str]:
