@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from loraspan.errors import ArgumentError, UnsupportedError
-from loraspan.serve.batches import Names, key_of, rows_of_names
+from loraspan.serve.batches import Names, key_of, plain_numbers, rows_of_names, rows_of_numbers
 from loraspan.serve.layer import DTYPES, Served
 from loraspan.serve.layers import Layers
 from loraspan.serve.roster import Roster
@@ -261,9 +261,11 @@ class Attached(nn.Module):
             self._check_numbers(names)
             return rows_of_ids(names, None)
         # taken before the state is looked at: a change of the space puts a new one in its place
-        remembered, key = self._remembered, key_of(names, per)
+        remembered = self._remembered
+        numbers = plain_numbers(names, self._layers.state.numbers) if per == "row" else None
+        key = numbers or key_of(names, per)
         if key not in remembered:
-            rows = rows_of_names(names, per, self._number)
+            rows = rows_of_numbers(numbers) if numbers else rows_of_names(names, per, self._number)
             if len(remembered) >= _REMEMBERED:
                 remembered.clear()
             remembered[key] = rows

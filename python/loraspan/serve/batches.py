@@ -32,6 +32,31 @@ def _key(names: object) -> Hashable:
     return names
 
 
+def plain_numbers(names: object, numbers: Mapping[str, int]) -> tuple[int, ...] | None:
+    """Give the numbers of a list of names that are all known, None for anything else: a look for each is all it takes.
+
+    Args:
+        names: anything.
+        numbers: of the tasks that are served.
+
+    Example:
+        >>> plain_numbers(["b", None], {"a": 0, "b": 1}), plain_numbers(["c"], {"a": 0}), plain_numbers("a", {"a": 0})
+        ((1, -1), None, None)
+    """
+    if not isinstance(names, (list, tuple)):
+        return None
+    try:
+        return tuple([-1 if name is None else numbers[name] for name in names])
+    except (KeyError, TypeError):
+        # unknown, or a mixture, which has no hash
+        return None
+
+
+def rows_of_numbers(numbers: tuple[int, ...]) -> Rows | None:
+    """Give the tasks of a batch with a number per row, None if there is none in it."""
+    return Rows(torch.tensor(numbers)) if max(numbers) >= 0 else None
+
+
 def rows_of_names(names: Names, per: str, number: Number) -> Rows | None:
     """Give the tasks of a batch, None if there is none in it.
 
@@ -81,7 +106,9 @@ def ids_of_names(names: object, number: Number) -> Tensor:
     lines = names if nested else [names]
     if not isinstance(lines, (list, tuple)) or not all(isinstance(line, (list, tuple)) for line in lines):
         raise ArgumentError(f"ids: needs a name, a list of names, or a list of lists of one length; got {names!r}")
-    if len({len(line) for line in lines}) != 1 or any(isinstance(name, Mapping) for line in lines for name in line):
+    if len({len(line) for line in lines}) != 1 or any(
+        not isinstance(name, str) and isinstance(name, Mapping) for line in lines for name in line
+    ):
         raise ArgumentError(
             f"ids: lists need one length, and a mixture is numbers on another axis, beside task_shares; got {names!r}"
         )
