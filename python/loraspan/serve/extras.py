@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -57,12 +57,13 @@ def plan(state: State, modules: Modules, paths: Paths | None = None) -> Plan:
             if path not in places:
                 places[path] = _find(modules, path, paths)
         for path, parameters in parts.modules.items():
+            brought = {parameter: task.extras[keys[0].name] for parameter, keys in parameters.items()}
+            forms = tuple((parameter, value.shape, value.dtype) for parameter, value in brought.items())
             for parameter, keys in parameters.items():
                 if reason is None:
-                    value = task.extras[keys[0].name]
-                    what = (path, parameter, value.shape, value.dtype)
+                    what = (path, parameter, forms)
                     if what not in known:
-                        known[what] = _refusal(modules, places[path], parameter, keys[0], value)
+                        known[what] = _refusal(modules, places[path], parameter, keys[0], brought)
                     reason = known[what] or _clash(modules, places[path], parameter, keys, task)
         if reason is not None:
             refused[task.name] = reason
@@ -77,7 +78,9 @@ def _find(modules: Modules, path: str, paths: Paths | None) -> str | None:
     return found[0] if len(found) == 1 and found[0] in modules.by_path else None
 
 
-def _refusal(modules: Modules, where: str | None, parameter: str, key: Key, value: Tensor) -> str | None:
+def _refusal(
+    modules: Modules, where: str | None, parameter: str, key: Key, brought: Mapping[str, Tensor]
+) -> str | None:
     """Say why a parameter of this form cannot be served, whatever its values, if so."""
     if where is None:
         return f"the model has no module for its tensor {key.name!r}"
@@ -85,7 +88,7 @@ def _refusal(modules: Modules, where: str | None, parameter: str, key: Key, valu
         refuse_module(modules, where)
     except UnsupportedError as error:
         return f"its tensor {key.name!r} has no place: {error}"
-    why = refusal(modules.by_path[where], parameter, value)
+    why = refusal(modules.by_path[where], parameter, brought)
     return None if why is None else f"its tensor {key.name!r} does not fit module {where!r}: {why}"
 
 

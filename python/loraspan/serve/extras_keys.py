@@ -15,8 +15,8 @@ _REFUSED = {
 }
 # PEFT's copy of what the module was before (with bias="all"); a model with the adapter does not use it
 _UNUSED = ".original_module."
-# wrappers of PEFT around a module, which are not in the model
-_WRAPPERS = (".base_layer.", ".modules_to_save.")
+# wrappers of PEFT around a module, which are not in the model; within the second, PEFT leaves an adapter's name
+_BASE, _SAVED = ".base_layer.", ".modules_to_save."
 
 
 class Key(NamedTuple):
@@ -58,12 +58,20 @@ def parts_of(names: tuple[str, ...]) -> Parts:
         if rest.endswith(BIAS):
             path, parameter = rest.removesuffix(BIAS), LORA_BIAS
         else:
-            for wrapper in _WRAPPERS:
-                rest = rest.replace(wrapper, ".")
-            path, _, parameter = rest.rpartition(".")
-        key = Key(name, _WRAPPERS[0] in name)
+            path, _, parameter = _unwrapped(rest, names).rpartition(".")
+        key = Key(name, _BASE in name)
         modules.setdefault(path, {}).setdefault(parameter, []).append(key)
     return Parts(modules, None)
+
+
+def _unwrapped(rest: str, names: tuple[str, ...]) -> str:
+    """Give the name of a parameter in the model: another name of one that is there too, if that can be."""
+    rest = rest.replace(_BASE, ".")
+    if _SAVED not in rest:
+        return rest
+    outer, _, inner = rest.partition(_SAVED)
+    plain, named = f"{outer}.{inner}", f"{outer}.{inner.partition('.')[2]}"
+    return named if PREFIX + named in names and PREFIX + plain not in names else plain
 
 
 def lora_path(key: Key) -> str:

@@ -36,11 +36,14 @@ def same(value: Tensor, base: Tensor) -> bool:
     return value.shape == base.shape and torch.equal(value.to(base.device, base.dtype), base)
 
 
-def refusal(module: nn.Module, parameter: str, value: Tensor) -> str | None:
-    """Say why a module cannot have this for a parameter, if so."""
-    own = tensors_of(module).get(parameter)
+def refusal(module: nn.Module, parameter: str, brought: Mapping[str, Tensor]) -> str | None:
+    """Say why a module cannot have a parameter of those that are brought for it, if so."""
+    own, value = tensors_of(module).get(parameter), brought[parameter]
+    is_head = type(module).forward is nn.Linear.forward and module.weight is not None
+    # a head may have another number of labels
+    labels = (brought if "weight" in brought else tensors_of(module))["weight"].shape[0] if is_head else None
     if parameter in (LORA_BIAS, "bias") and feature_axis(module) is not None and (own is not None or "." in parameter):
-        length = None if own is None else own.shape[0]
+        length = labels if labels is not None or own is None else own.shape[0]
         if value.ndim != 1 or not value.is_floating_point() or length not in (None, value.shape[0]):
             return f"{parameter!r} needs a vector of floats{f' [{length}]' if length else ''}; got {list(value.shape)}"
         return None
@@ -48,9 +51,8 @@ def refusal(module: nn.Module, parameter: str, value: Tensor) -> str | None:
         return f"a {type(module).__name__} here has no {parameter!r} that is known"
     if not (own.is_floating_point() and value.is_floating_point()):
         return f"{parameter!r} is {own.dtype} in the model and {value.dtype} in the file, and needs floats"
-    # a head may have another number of labels
-    labels = type(module).forward is nn.Linear.forward and own.shape[1:] == value.shape[1:] and own.ndim == value.ndim
-    if own.shape != value.shape and not labels:
+    more = is_head and own.shape[1:] == value.shape[1:] and ("bias" in brought or "bias" not in tensors_of(module))
+    if own.shape != value.shape and not more:
         return f"{parameter!r} is {list(own.shape)} in the model and {list(value.shape)} in the file"
     return None
 
