@@ -122,13 +122,15 @@ def clock_of(device: str) -> Clock:
     return WallClock() if device == "cpu" else EventClock()
 
 
-def take_turns(clock: Clock, candidates: Mapping[str, Candidate], rounds: int) -> dict[str, Timing]:
+def take_turns(
+    clock: Clock, candidates: Mapping[str, Candidate], rounds: int, warm_up: int = WARM_UP
+) -> dict[str, Timing]:
     """Time every candidate once a round, so that all meet the same disturbances; milliseconds."""
     found: dict[str, list[float]] = {name: [] for name in candidates}
-    for turn in range(WARM_UP + rounds):
+    for turn in range(warm_up + rounds):
         for name, run in candidates.items():
             took = clock.timed(lambda run=run, turn=turn: run(turn))  # type: ignore[misc]
-            if turn >= WARM_UP:
+            if turn >= warm_up:
                 found[name].append(took)
     return {name: summary(values) for name, values in found.items()}
 

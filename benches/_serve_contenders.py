@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 import loraspan
 from _gpu_device import DTYPES, Clock
 from _gpu_report import Record
-from _serve_peers import missing, peft_model, vlora_model
+from _serve_peers import missing, peft_model, told, vlora_model
 from _serve_space import SEED, Drawn, Layers, Llama, Sizes, draw, names, slots_of, space_of, twin
 
 PEERS = ("PEFT", "vlora")
@@ -98,11 +99,17 @@ def build(base: nn.Module, batch: Batch, at: Place, peers: Sequence[str]) -> Bui
     made: dict[str, Any] = {}
     left_out: list[Record] = []
     for peer in peers:
-        if (reason := missing(peer)) is not None:
+        reason = missing(peer)
+        if reason is None:
+            make = peft_model if peer == "PEFT" else partial(vlora_model, like=next(base.parameters()))
+            try:
+                made[peer] = make(twin(base), drawn, batch.tasks, at.sizes)
+            except Exception as error:
+                # another version than these were written for
+                traceback.print_exc()
+                reason = told(error)
+        if reason is not None:
             left_out.append({"backend": peer, "status": "left out", "reason": reason})
-            continue
-        make = peft_model if peer == "PEFT" else partial(vlora_model, like=next(base.parameters()))
-        made[peer] = make(twin(base), drawn, batch.tasks, at.sizes)
     return Built(base, drawn, space, loraspan.attach(twin(base), space), made, tuple(left_out))
 
 

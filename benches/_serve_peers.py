@@ -27,8 +27,13 @@ def missing(peer: str) -> str | None:
         importlib.import_module(PACKAGES[peer])
     except Exception as error:
         # a half of a package, or one for another torch: the figures of the others are wanted all the same
-        return f"{peer} is left out: {type(error).__name__}: {error}".splitlines()[0]
+        return told(error)
     return None
+
+
+def told(error: Exception) -> str:
+    """Give an error in a line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def peft_model(model: nn.Module, drawn: Mapping[str, Drawn], tasks: Sequence[int], sizes: Sizes) -> Any:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from _bench import Timing
 from _gpu_cases import ROUNDOFF, U32, Goal, excess_of, worst_of
-from _gpu_device import Candidate, take_turns
+from _gpu_device import WARM_UP, Candidate, take_turns
 from _gpu_report import Record
 from _serve_contenders import FEW, PEERS, Batch, Contender, Place, build, contenders, gathered, whole
+from _serve_peers import told
 from _serve_space import Layers, exact
 
 OF_PEERS = (Goal("x PEFT", 8.0), Goal("x vlora", 50.0))
@@ -107,8 +108,7 @@ def _timed(
             records += _timed_way(name | {"way": way}, found, make(), judge, at, goals, theirs)
         except Exception as error:
             traceback.print_exc()
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            records.append(name | {"way": way, "backend": "loraspan", "status": "failed", "reason": reason})
+            records.append(name | {"way": way, "backend": "loraspan", "status": "failed", "reason": told(error)})
         if not any(record["status"] == "timed" for record in records):
             break
     return records
@@ -124,18 +124,26 @@ def _timed_way(
     theirs: dict[str, float],
 ) -> list[Record]:
     """Time who is right, in turns; give their records, and those of who is not."""
-    excess = {who: judge(who, run()) for who, run in way.answers.items()}
-    runs = {who: run for who, run in way.runs.items() if excess.get(who, 0.0) <= 1}
-    records: list[Record] = [
-        name | {"backend": who, "status": "wrong", "reason": f"{excess[who]:.3g} times the error it may have"}
-        for who in way.runs
-        if who not in runs
-    ]
+    excess: dict[str, float] = {}
+    records: list[Record] = []
+    for who, run in way.answers.items():
+        try:
+            excess[who] = judge(who, run())
+        except Exception as error:
+            traceback.print_exc()
+            records.append(name | {"backend": who, "status": "failed", "reason": told(error)})
+            continue
+        if not excess[who] <= 1:
+            reason = f"{excess[who]:.3g} times the error it may have"
+            records.append(name | {"backend": who, "status": "wrong", "reason": reason})
+    wrong = {record["backend"] for record in records}
+    runs = {who: run for who, run in way.runs.items() if who not in wrong}
     if "loraspan" not in runs:
         return records
+    warm_up = WARM_UP if at.clock.device.type == "cuda" else 1
     timings = {
         who: Timing(*(took / found[who].part for took in timing))
-        for who, timing in take_turns(at.clock, runs, at.rounds).items()
+        for who, timing in take_turns(at.clock, runs, at.rounds, warm_up).items()
     }
     # those that cannot be captured stay what they are
     theirs |= {peer: timings[peer].median for peer in PEERS if peer in timings}

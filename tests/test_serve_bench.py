@@ -33,7 +33,7 @@ def run(bench, folder, *options):
 
 def without_peers(bench, monkeypatch):
     """Nobody else is here: what a node without them does, and faster."""
-    monkeypatch.setattr(bench.contenders, "missing", lambda peer: f"{peer} is left out: no such module")
+    monkeypatch.setattr(bench.contenders, "missing", lambda _: "there is no such module")
 
 
 def test_every_part_runs_and_every_answer_is_right(bench, tmp_path, capsys):
@@ -67,7 +67,7 @@ def test_peers_that_are_not_there_are_left_out_and_said(bench, monkeypatch, tmp_
     code, lines = run(bench, tmp_path, "--only", "adapters,switching")
     assert code == 0
     assert [line["backend"] for line in lines if line["status"] == "left out"] == ["PEFT", "vlora"] * 2
-    assert "PEFT is left out: no such module" in capsys.readouterr().out
+    assert "PEFT, left out, there is no such module" in capsys.readouterr().out
     assert {line["backend"] for line in lines if line["status"] == "timed"} == {
         "loraspan",
         "loraspan, names",
@@ -91,6 +91,41 @@ def test_a_wrong_answer_ends_with_1_and_is_not_timed(bench, monkeypatch, tmp_pat
     assert code == 1
     assert {line["status"] for line in lines if line["operator"] == part} == {"wrong", "left out"}
     assert f"NOT RIGHT: {part}" in capsys.readouterr().out
+
+
+def test_a_peer_that_fails_is_said_and_the_others_are_timed(bench, monkeypatch, tmp_path):
+    def fails(*_, **__):
+        raise RuntimeError("no such option")
+
+    monkeypatch.setattr(bench.contenders, "missing", lambda _: None)
+    monkeypatch.setattr(bench.contenders, "peft_model", lambda *_: fails)
+    monkeypatch.setattr(bench.contenders, "vlora_model", fails)
+    code, lines = run(bench, tmp_path, "--only", "adapters")
+    assert code == 1
+    told = {line["backend"]: (line["status"], line["reason"]) for line in lines if "reason" in line}
+    assert told == {
+        "PEFT": ("failed", "RuntimeError: no such option"),
+        "vlora": ("left out", "RuntimeError: no such option"),
+    }
+    assert {line["backend"] for line in lines if line["status"] == "timed"} == {
+        "loraspan",
+        "loraspan, names",
+        "gathered",
+    }
+
+
+def test_a_part_of_a_batch_is_taken_times_all_of_it(bench):
+    """Everything takes a millisecond here: who did a quarter of the batch in that needs four."""
+    device = torch.device("cpu")
+    clock = SimpleNamespace(device=device, timed=lambda run: (run(), 1.0)[1])
+    at = bench.contenders.Place(clock, "f32", 2, bench.space.Sizes())
+    found = {who: bench.contenders.Contender(lambda: 0) for who in ("loraspan", "PEFT", "base")}
+    found["vlora"] = bench.contenders.Contender(lambda: 0, part=0.25)
+    records = bench.timed._timed({}, found, lambda *_: 0.0, at, bench.timed.OF_PEERS)
+    of = {record["backend"]: record for record in records}
+    assert {who: record["ms"] for who, record in of.items()} == {"loraspan": 1, "PEFT": 1, "base": 1, "vlora": 4}
+    assert (of["loraspan"]["x PEFT"], of["loraspan"]["x vlora"], of["vlora"]["x base"]) == (1, 4, 4)
+    assert of["loraspan"]["goals"] == "x PEFT 1, goal >= 8: missed; x vlora 4, goal >= 50: missed"
 
 
 def test_goals_are_judged_and_levels_compared(bench, tmp_path, capsys):
