@@ -31,7 +31,10 @@ def dense(served, path):
 
 
 def test_gradients_reach_weights_and_loadings_as_through_dense_dw(device):
-    space, x = serving.team(), serving.batch(4, torch.float64).to(device).requires_grad_()
+    # wide enough that cores are factored, and columns of all four ends there
+    space = loraspan.compress(serving.adapters(noise=0.1)[:3], rank=12)
+    space.add(serving.adapters(noise=0.1)[3], max_error=0.01)
+    x = serving.batch(4, torch.float64).to(device).requires_grad_()
     served = loraspan.attach(serving.Tower().double().to(device), space, train=True)
     leaves = served.loadings()
     assert {name.rpartition(".")[2] for name in leaves} == {"weights", "left", "right"}
@@ -48,11 +51,9 @@ def test_gradients_reach_weights_and_loadings_as_through_dense_dw(device):
     out = x
     for i, layer in enumerate(served.model.layers):
         changes = dict(zip(space.tasks, dense(served, f"layers.{i}.q_proj"), strict=True))
+        none = torch.zeros(serving.TOKENS, serving.N, dtype=x.dtype, device=device)
         added = [
-            sum(
-                (share * row @ changes[name].T for name, share in shares_of(names).items()),
-                0 * row @ changes["task 0"].T,
-            )
+            sum((share * row @ changes[name].T for name, share in shares_of(names).items()), none)
             for row, names in zip(out, NAMES, strict=True)
         ]
         out = out + layer.back(torch.tanh(layer.q_proj.base(out) + torch.stack(added)))

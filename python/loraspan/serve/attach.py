@@ -41,9 +41,9 @@ def attach(
 
     Modules that the tasks adapt are replaced, in the model, by layers that run them and add what the row's task makes
     of their input. The modules themselves are not touched, nor copied: they may be of any dtype, quantized, on several
-    devices, or layers that PEFT put there, whose own adapters then go on working and are part of what is served as
-    the base model. Tasks that come to the space, leave it or are refitted are followed; a model holds as much memory as
-    the coefficients of all tasks.
+    devices. Where PEFT has put a LoRA layer, it is the base of that layer which is replaced, and PEFT's own adapters go
+    on working, as part of what is the base model here. Tasks that come to the space, leave it or are refitted are
+    followed. It takes the memory of the coefficients of all tasks, and no more.
 
     Args:
         model: any module whose modules lie where the adapters' did: with the same paths, or paths that end alike, as in

@@ -59,6 +59,19 @@ class Modules:
                 return [path]
         return []
 
+    def below_peft(self, path: str) -> str:
+        """Give the path of what a layer of PEFT's calls its base, where there is one.
+
+        That is what is replaced: PEFT finds its own layers by their paths when it saves or merges.
+        """
+        while _is_peft(self.by_path[path]) and f"{path}.base_layer" in self.by_path:
+            path = f"{path}.base_layer"
+        return path
+
+
+def _is_peft(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("peft.")
+
 
 @dataclass
 class Matched:
@@ -93,15 +106,16 @@ def match(
             found.wrong[path] = "the model has no such module"
         elif len(names) > 1:
             found.wrong[path] = f"may mean {_listed(names)}"
-        elif wrong := _clash(modules.by_path[names[0]], space):
-            found.wrong[path] = f"{wrong} at {names[0]!r}"
         else:
-            module = modules.by_path[names[0]]
-            if space.kind != "expert" and id(module) in taken:
-                found.wrong[path] = f"is module {names[0]!r}, as is slot {taken[id(module)]!r}"
-                continue
-            taken[id(module)] = path
-            found.modules.setdefault(names[0], {})[path] = space
+            name = modules.below_peft(names[0])
+            module = modules.by_path[name]
+            if wrong := _clash(module, space):
+                found.wrong[path] = f"{wrong} at {name!r}"
+            elif space.kind != "expert" and id(module) in taken:
+                found.wrong[path] = f"is module {name!r}, as is slot {taken[id(module)]!r}"
+            else:
+                taken[id(module)] = path
+                found.modules.setdefault(name, {})[path] = space
     return found
 
 

@@ -31,6 +31,12 @@ def without_module(collection: Collection, wrong: Mapping[str, str]) -> dict[str
     return found
 
 
+def _adds(layer: nn.Module) -> bool:
+    """Say whether a layer of PEFT's gives what its base gives and something more: a LoRA without variants does."""
+    lora = type(layer).__module__.startswith("peft.tuners.lora.") and type(layer).__name__ != "ParamWrapper"
+    return lora and not getattr(layer, "lora_variant", None)
+
+
 def refuse_module(modules: Modules, path: str) -> None:
     """Refuse a module whose output its parent does not ask for, or whose input has lost its rows.
 
@@ -43,6 +49,8 @@ def refuse_module(modules: Modules, path: str) -> None:
         why = "is the whole model: wrap it, as in torch.nn.Sequential(model)"
     elif isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
         why = f"is read by {type(parent).__name__}, which takes its weight and does not call it"
+    elif type(parent).__module__.startswith("peft.") and not _adds(parent):
+        why = f"belongs to a {type(parent).__name__} of PEFT, which may do more than add: merge and unload it first"
     elif _ROUTED.search(path):
         why = "is an expert of a list, which sees the tokens that were routed to it and not which row each is of"
     if why is not None:
