@@ -136,6 +136,10 @@ def test_compiles_whole_and_once():
     eager = served(models.TOKENS, **mixed)
     assert_close(compiled(models.TOKENS, **mixed), eager)
     assert (eager - base).norm() > 0.05 * base.norm()
+    # compiled without task_ids, each layer is served between two graphs
+    pieces = torch.compile(served, backend="eager")
+    with served.tasks(["sql", "legal"]):
+        assert_close(pieces(models.TOKENS), served(models.TOKENS))
     # a task that left is nobody else's, and no number where no error is raised
     space.remove("legal")
     with pytest.raises(ArgumentError):

@@ -157,7 +157,10 @@ def _added(y: Tensor, batch: _Batch, v: Tensor | Packed, u: Tensor | Packed, sca
         sums = y
     else:
         factor = scale.to(wide) if isinstance(scale, Tensor) else scale
-        sums = torch.where((batch.ids >= 0).any(1)[:, None, None], narrow(y.to(wide) + factor * added, y.dtype), y)
+        sums = y.to(wide) + factor * added
+        # the one rounding of float64 that narrow does has no gradient
+        sums = sums.to(y.dtype) if sums.requires_grad else narrow(sums, y.dtype)
+        sums = torch.where((batch.ids >= 0).any(1)[:, None, None], sums, y)
     return torch.where(batch.wrong[:, None, None], torch.nan, sums)
 
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from loraspan.collection.collection import Task
 from loraspan.errors import ArgumentError
-from loraspan.ops.rounding import narrow
 from loraspan.serve.extras_keys import LORA_BIAS, lora_path, parts_of
 from loraspan.serve.extras_modules import feature_axis, same, tensors_of
 from loraspan.serve.extras_run import Call, all_at_once, task_by_task, wide_of
@@ -89,7 +88,11 @@ class ServedExtras(Served):
         if not torch.compiler.is_dynamo_compiling():
             return self._run(args, kwargs)
         rows = self.board.traced
-        return _outside(self, args, kwargs) if rows is None else self._in_graph(Call(args, kwargs, rows))
+        if rows is not None:
+            return self._in_graph(Call(args, kwargs, rows))
+        from loraspan.serve.outside import outside
+
+        return outside(self._run, args, kwargs)
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         rows = self.rows()
@@ -126,7 +129,7 @@ class ServedExtras(Served):
         ones = [1] * (flat.ndim - 2)
         bias = bias.reshape(-1, *ones, bias.shape[-1]) if last else bias.reshape(*bias.shape, *ones)
         there, gone = there.reshape(-1, 1, *ones), gone.reshape(-1, 1, *ones)
-        out = torch.where(there, narrow(flat.to(wide) + bias, y.dtype), flat)
+        out = torch.where(there, (flat.to(wide) + bias).to(y.dtype), flat)
         return torch.where(gone, torch.nan, out).reshape(y.shape)
 
     def refuse_gone(self, places: Tensor, ids: Tensor) -> None:
@@ -158,11 +161,3 @@ class ServedExtras(Served):
         if before != {name: (held.device, held.dtype) for name, held in tensors_of(self.base).items()}:
             self._restart(self._state)
         return self
-
-
-@torch.compiler.disable(  # type: ignore[no-untyped-call, untyped-decorator]
-    reason="a compiled graph reads no tasks context: call the compiled model with task_ids=space.ids(...), -1 for none"
-)
-def _outside(layer: ServedExtras, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Serve what is compiled without ``task_ids``: outside of the graph."""
-    return layer._run(args, kwargs)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from loraspan.errors import ArgumentError, UnsupportedError
-from loraspan.ops.rounding import narrow
 from loraspan.serve.extras_modules import gather_of, twin
 from loraspan.serve.extras_tables import GONE, NONE, Held
 from loraspan.serve.rows import Rows
@@ -167,7 +166,7 @@ def _mixed(layer: ServedExtras, held: Held, batch: _Batch, x: Tensor) -> Tensor:
             share = (batch.shares * here).sum(1)[rows].to(wide)
             out[rows] += share.reshape(-1, *[1] * (y.ndim - 1)) * (part.to(wide) - y[rows].to(wide))
     changed = (batch.places >= 0).any(1).reshape(-1, *[1] * (y.ndim - 1))
-    return torch.where(changed, narrow(out, y.dtype), y)
+    return torch.where(changed, out.to(y.dtype), y)
 
 
 def all_at_once(layer: ServedExtras, held: Held, call: Call, y: Tensor) -> Tensor:
@@ -212,7 +211,7 @@ def all_at_once(layer: ServedExtras, held: Held, call: Call, y: Tensor) -> Tenso
             change = shares[:, column, None, None].to(wide) * (part.to(wide) - shown.to(wide))
             out = torch.where(here, out.to(wide) + change, out.to(wide))
     if shares is not None and out.shape == shown.shape:
-        out = torch.where((places >= 0).any(1)[:, None, None], narrow(out, y.dtype), shown)
+        out = torch.where((places >= 0).any(1)[:, None, None], out.to(y.dtype), shown)
     gone = (places == GONE).reshape(count, -1).any(1)[:, None, None]
     return torch.where(gone, torch.nan, out).reshape(*y.shape[:-1], out.shape[-1])
 
