@@ -27,12 +27,18 @@ struct Dots {
 template <typename Policy>
 struct RowsOnTheRight {
   struct Shared {};
+  // rows to a tile of float32 that some products are spared a second one by
+  static constexpr int kWidest = 80;
 
   __device__ RowsOnTheRight(const Dots&, const Row* rows, Shared&, std::int64_t) : table{rows} {}
 
   __device__ __forceinline__ void stage_at(typename Policy::Right& tile, const Dots& job, std::int64_t first,
                                            std::int64_t, std::int64_t column, std::int64_t end) const {
-    stage(tile, TableOfRows{table + job.right}, first, job.right_rows, column, end, Reading(job.right_reading));
+    const TableOfRows right{table + job.right};
+    if constexpr (Policy::kAside)
+      stage_aside(tile, right, first, job.right_rows, column, end);
+    else
+      stage(tile, right, first, job.right_rows, column, end, Reading(job.right_reading));
   }
 
   const Row* table;
@@ -44,14 +50,42 @@ struct DotsShared {
   typename RightSide<Policy>::Shared beside;
 };
 
+// Writes what lies below the diagonal of a symmetric C [rows, rows] above it, by way of shared memory: an entry of
+// each of many rows at a time, as the threads hold them, would cost memory 32 bytes for 8.
+template <typename Policy, typename Memory, int kTotals>
+__device__ void mirror(Memory& memory, double* out, std::int64_t rows, int top, int side, Policy& sums,
+                       const double (&total)[kTotals]) {
+  constexpr int kAtOnce = 16, kStride = Policy::kRows + 2;
+  struct Turned {
+    double value[kAtOnce][kStride];
+  };
+  static_assert(sizeof(Turned) <= sizeof(Memory), "columns of a tile fit where its sides were");
+  Turned& turned = reinterpret_cast<Turned&>(memory);
+#pragma unroll 1
+  for (int first = 0; first < Policy::kCols; first += kAtOnce) {
+    __syncthreads();
+    sums.each([&](int r, int c, int i, auto sum) {
+      if (c >= first && c < first + kAtOnce)
+        turned.value[c - first][r] = Policy::kFlush ? total[i] : static_cast<double>(sum);
+    });
+    __syncthreads();
+    for (int i = threadIdx.x; i < kAtOnce * Policy::kRows; i += kThreads) {
+      const int c = i / Policy::kRows, r = i % Policy::kRows;
+      const std::int64_t row = std::int64_t{top} + r, col = std::int64_t{side} + first + c;
+      if (row < rows && col < row) out[col * rows + row] = turned.value[c][r];
+    }
+  }
+}
+
 // Grid: (tiles of C) x (slabs) of every job, slabs outermost: blocks that run together read the same columns.
 template <typename Policy, template <typename> class RightSide>
 __global__ __launch_bounds__(kThreads, 2) void dots_kernel(const Dots* jobs, std::int64_t count, const Row* rows) {
   const Dots& job = job_of(jobs, count, &Dots::first_block, blockIdx.x);
-  const std::int64_t high = (job.left_rows + Policy::kRows - 1) / Policy::kRows;
-  const std::int64_t wide = (job.right_rows + Policy::kCols - 1) / Policy::kCols;
-  const std::int64_t block = blockIdx.x - job.first_block, slab = block / (high * wide);
-  const std::int64_t top = block / wide % high * Policy::kRows, side = block % wide * Policy::kCols;
+  // 32 bits, for these live as long as the sums, which take nearly all registers
+  const int high = static_cast<int>((job.left_rows + Policy::kRows - 1) / Policy::kRows);
+  const int wide = static_cast<int>((job.right_rows + Policy::kCols - 1) / Policy::kCols);
+  const int block = static_cast<int>(blockIdx.x - job.first_block), slab = block / wide / high;
+  const int top = block / wide % high * Policy::kRows, side = block % wide * Policy::kCols;
   // above the diagonal: the tile below it writes this one
   if (job.symmetric && side >= top + Policy::kRows) return;
 
@@ -62,33 +96,38 @@ __global__ __launch_bounds__(kThreads, 2) void dots_kernel(const Dots* jobs, std
   const std::int64_t end = begin + job.slab < job.columns ? begin + job.slab : job.columns;
 
   Policy sums;
+  int summed = 0;
   double total[Policy::kFlush ? Policy::kSums : 1] = {};
   step_through<Policy::kDepth>(
       memory.pairs, begin, end,
       [&](auto& pair, std::int64_t column) {
-        stage(pair.left, left, top, job.left_rows, column, end, Reading(job.left_reading));
+        if constexpr (Policy::kAside)
+          stage_aside(pair.left, left, top, job.left_rows, column, end);
+        else
+          stage(pair.left, left, top, job.left_rows, column, end, Reading(job.left_reading));
         right.stage_at(pair.right, job, side, begin, column, end);
       },
       [&](auto& pair, std::int64_t column) {
         sums.multiply(pair.left, pair.right);
         if constexpr (Policy::kFlush != 0) {
-          const std::int64_t done = column + Policy::kDepth;
-          if ((done - begin) % Policy::kFlush == 0 || done >= end)
+          summed += Policy::kDepth;
+          if (summed == Policy::kFlush || column + Policy::kDepth >= end) {
             sums.each([&](int, int, int i, float& sum) {
               total[i] += sum;
               sum = 0;
             });
+            summed = 0;
+          }
         }
       });
 
-  double* out = job.partial + slab * job.left_rows * job.right_rows;
+  double* out = job.partial + std::int64_t{slab} * job.left_rows * job.right_rows;
   sums.each([&](int r, int c, int i, auto sum) {
-    const std::int64_t row = top + r, col = side + c;
+    const std::int64_t row = std::int64_t{top} + r, col = std::int64_t{side} + c;
     if (row >= job.left_rows || col >= job.right_rows || (job.symmetric && col > row)) return;
-    const double value = Policy::kFlush ? total[i] : static_cast<double>(sum);
-    out[row * job.right_rows + col] = value;
-    if (job.symmetric) out[col * job.right_rows + row] = value;
+    out[row * job.right_rows + col] = Policy::kFlush ? total[i] : static_cast<double>(sum);
   });
+  if (job.symmetric) mirror(memory.pairs, out, job.left_rows, top, side, sums, total);
 }
 
 // Adds the slabs of every entry in their order. Moves 8 (slabs + 1) M N bytes; with M = N = 1600 and 8 slabs, 184 MB,
@@ -99,18 +138,28 @@ static __global__ void add_slabs(const Dots* jobs, std::int64_t count) {
   const std::int64_t i = (blockIdx.x - job.first_sum) * kThreads + threadIdx.x;
   if (i >= size) return;
   double total = job.partial[i];
+  // loads of several slabs on their way at once; they are added in their order all the same
+#pragma unroll 8
   for (std::int64_t slab = 1; slab < job.slabs; ++slab) total += job.partial[slab * size + i];
   job.out[i] = total;
 }
 
+// Tensor cores for more than 64 rows, all read by 16 bytes. 96 columns end within 120 units of roundoff, of 128 that
+// are allowed; fewer flushes are worth much, since to make a float64 of a float32 takes as long as many products.
+template <bool kBrain, int kDepth>
+using Tall = Tensor<kBrain, 2, kDepth, 96>;
+
 // Launches the products of one kind (the codes of python/loraspan/_cuda/dots.py) and the sums of their slabs.
-template <template <typename> class RightSide>
+template <template <typename> class RightSide, int kDepth>
 int launch_dots(std::int64_t path, const Dots* jobs, std::int64_t count, std::int64_t blocks, std::int64_t sums,
                 const Row* rows, void* stream) {
   const auto kernel = path == 0   ? dots_kernel<Tensor<false>, RightSide>
                       : path == 1 ? dots_kernel<Tensor<true>, RightSide>
                       : path == 2 ? dots_kernel<Plain<float>, RightSide>
-                                  : dots_kernel<Plain<double>, RightSide>;
+                      : path == 3 ? dots_kernel<Plain<double>, RightSide>
+                      : path == 4 ? dots_kernel<Tall<false, kDepth>, RightSide>
+                      : path == 5 ? dots_kernel<Tall<true, kDepth>, RightSide>
+                                  : dots_kernel<Plain<float, RightSide<Plain<float>>::kWidest>, RightSide>;
   const int error = launch(kernel, blocks, kThreads, stream, jobs, count, rows);
   return error ? error : launch(add_slabs, sums, kThreads, stream, jobs, count);
 }

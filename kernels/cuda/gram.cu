@@ -4,14 +4,13 @@
 // second: it reads b R d bytes and writes 8 R^2, and does R^2 d / 2 products, one triangle. So the floor is
 //     max((b R d + 8 R^2) / B, R^2 d / (2 F)),
 // and products decide from R = 2 b F / B rows on. Half precision, R = 1600, d = 4096, B = 3.35e12, F = 4.9e14 (H100):
-// 13 + 20 MB in 10 us, 5.2e9 products in 11 us. Each tile of 64 x 64 reads its 128 rows from cache, 325 tiles of 1 MB;
-// at 5.5e12 bytes a second 62 us, so a fifth of the floor is to be expected, and half of it up to a few hundred rows,
-// where X comes from memory about once. Larger tiles do not fit: every sum takes three registers, one in float32 and
-// two in float64. float32 has F = 3.3e13 and no tensor cores: 160 us, of which 0.6 is to be expected, shared memory
-// being half as busy as the multipliers.
+// 13 + 20 MB in 10 us, 5.2e9 products in 11 us. Tiles of 128 x 64 read 192 rows from shared memory for as many products
+// as take half of that time, and their sums, float64 every 96 columns, take as long again to convert: a quarter to a
+// third of the floor is to be expected. Larger tiles do not fit: every sum takes three registers, one in float32 and
+// two in float64. float32 has F = 3.3e13 and no tensor cores: 160 us, of which 0.5 was measured.
 #include "dots.cuh"
 
 extern "C" int loraspan_cuda_gram(std::int64_t path, const loraspan::Dots* jobs, std::int64_t count,
                                   std::int64_t blocks, std::int64_t sums, const loraspan::Row* rows, void* stream) {
-  return loraspan::launch_dots<loraspan::RowsOnTheRight>(path, jobs, count, blocks, sums, rows, stream);
+  return loraspan::launch_dots<loraspan::RowsOnTheRight, 32>(path, jobs, count, blocks, sums, rows, stream);
 }

@@ -133,6 +133,24 @@ __device__ void stage(Tile<Entry, kRows, kDepth>& tile, const Source& source, st
   }
 }
 
+// The same for rows that are all read by kEights and are of the tile's entries: nothing goes through registers.
+template <typename Entry, int kRows, int kDepth, typename Source>
+__device__ __forceinline__ void stage_aside(Tile<Entry, kRows, kDepth>& tile, const Source& source, std::int64_t first,
+                                            std::int64_t rows, std::int64_t column, std::int64_t end) {
+  const int high = rows - first < kRows ? static_cast<int>(rows - first) : kRows;
+  const int wide = end - column < kDepth ? static_cast<int>(end - column) : kDepth;
+  constexpr int kEntries = 16 / static_cast<int>(sizeof(Entry)), kAcross = kDepth / kEntries;
+#pragma unroll 1
+  for (int unit = threadIdx.x; unit < kRows * kAcross; unit += kThreads) {
+    const int r = unit / kAcross, c = unit % kAcross * kEntries;
+    Quad* to = reinterpret_cast<Quad*>(&tile.entry[r][c]);
+    if (r < high && c < wide)
+      copy_aside(to, static_cast<const Entry*>(source(first + r).data) + column + c);
+    else
+      *to = Quad{};
+  }
+}
+
 // Both sides of one step, twice over: one pair is filled while the other is multiplied.
 template <typename Left, typename Right>
 struct Pairs {

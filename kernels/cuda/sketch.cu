@@ -38,12 +38,12 @@ __device__ __forceinline__ void draw(std::uint64_t seed, std::uint64_t j, std::u
 // +1 or -1 as an entry of a tile.
 template <typename Policy>
 struct Sign;
-template <typename T>
-struct Sign<Plain<T>> {
+template <typename T, int kWide>
+struct Sign<Plain<T, kWide>> {
   __device__ __forceinline__ static T of(std::uint32_t bit) { return bit ? T{-1} : T{1}; }
 };
-template <bool kBrain>
-struct Sign<Tensor<kBrain>> {
+template <bool kBrain, int kHigh, int kDeep, int kFlush>
+struct Sign<Tensor<kBrain, kHigh, kDeep, kFlush>> {
   __device__ __forceinline__ static std::uint16_t of(std::uint32_t bit) {
     return static_cast<std::uint16_t>((kBrain ? 0x3f80u : 0x3c00u) | bit << 15);
   }
@@ -53,6 +53,7 @@ struct Sign<Tensor<kBrain>> {
 template <typename Policy>
 struct SignsOnTheRight {
   using Shared = SignWords;
+  static constexpr int kWidest = 64;
 
   __device__ SignsOnTheRight(const Dots&, const Row*, Shared& memory, std::int64_t) : words{memory} {}
 
@@ -65,11 +66,17 @@ struct SignsOnTheRight {
            static_cast<std::uint64_t>(first), words.word[threadIdx.x]);
       __syncthreads();
     }
-    // signs past the last column meet the zeros of the left side
-#pragma unroll 2
-    for (int i = threadIdx.x; i < Policy::kCols * Policy::kDepth; i += kThreads) {
-      const int c = i / Policy::kDepth, k = i % Policy::kDepth;
-      tile.entry[c][k] = Sign<Policy>::of(words.word[offset + k][c / 32] >> c % 32 & 1u);
+    // signs past the last column meet the zeros of the left side; a thread makes 8 rows of a column of Omega
+    using Entry = typename Policy::Entry;
+#pragma unroll
+    for (int unit = threadIdx.x; unit < Policy::kCols * Policy::kDepth / 8; unit += kThreads) {
+      const int c = unit % Policy::kCols, k = unit / Policy::kCols * 8;
+      Eight<Entry> made;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) made.entry[i] = Sign<Policy>::of(words.word[offset + k + i][c / 32] >> c % 32 & 1u);
+      Quad* to = reinterpret_cast<Quad*>(&tile.entry[c][k]);
+#pragma unroll
+      for (int i = 0; i < static_cast<int>(sizeof(Entry)) / 2; ++i) to[i] = made.quad[i];
     }
   }
 
@@ -80,5 +87,5 @@ struct SignsOnTheRight {
 
 extern "C" int loraspan_cuda_sketch(std::int64_t path, const loraspan::Dots* jobs, std::int64_t count,
                                     std::int64_t blocks, std::int64_t sums, const loraspan::Row* rows, void* stream) {
-  return loraspan::launch_dots<loraspan::SignsOnTheRight>(path, jobs, count, blocks, sums, rows, stream);
+  return loraspan::launch_dots<loraspan::SignsOnTheRight, 32>(path, jobs, count, blocks, sums, rows, stream);
 }

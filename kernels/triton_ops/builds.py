@@ -88,8 +88,9 @@ _SHARED_LORA = (
 def builds(architecture: str) -> Iterator[Build]:
     """Give all of them, with the configurations of an architecture."""
     yield from (_products(architecture, *case) for case in _PRODUCTS)
-    types = dict.fromkeys(("units", "jobs"), "*i64") | dict.fromkeys(("partial", "out"), "*fp64")
-    yield Build("add", products.add_kernel, types, products.ADD_TILE, False, False)
+    types = dict.fromkeys(("units", "jobs"), "*i64")
+    for many, tile in products.ADD_TILES.items():
+        yield Build(f"add {'many' if many else 'few'}", products.add_kernel, types, tile, False, False)
     yield from (_transposed(*case) for case in _TRANSPOSED)
     for case in _RECONSTRUCT:
         yield from _reconstruct(*case)
@@ -105,7 +106,7 @@ def _products(architecture: str, left: tuple[str, str], right: tuple[str, str], 
     compute = compute_type([left[0]] if right[0] == "signs" else [left[0], right[0]], wide)
     singly = "any" in (left[1], right[1])
     tile = products.tile_of(compute, singly, rows, architecture)
-    types = dict.fromkeys(("units", "jobs", "rows"), "*i64") | {"partial": "*fp64"}
+    types = dict.fromkeys(("units", "jobs", "rows"), "*i64")
     types |= dict.fromkeys(("total", "seed_low", "seed_high"), "i64")
     return Build(
         _name("products", left, right) + f" {rows} {compute.name}",

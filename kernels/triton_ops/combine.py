@@ -31,10 +31,9 @@ def run(
     """Give V on the data's device, and the products in float64 on the CPU."""
     if not pairs:
         return []
-    x, w = pairs[0]
-    device, wide = x.device or w.device, precision == "f64"
+    device, wide = pairs[0][0].device or torch.device("cpu"), precision == "f64"
     made = [
-        _basis(x.columns, w.shape[1], dtype, x.device or w.device, products_wanted) if place is None else place
+        _basis(x.columns, w.shape[1], dtype, device, products_wanted) if place is None else place
         for (x, w), place in zip(pairs, places, strict=True)
     ]
     blocks, spans = block_table([x for x, _ in pairs])

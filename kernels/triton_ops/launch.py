@@ -70,7 +70,8 @@ def compute_type(kinds: Sequence[str], wide: bool) -> tl.dtype:
 def upload(arrays: Sequence[NDArray[np.int64]], device: torch.device) -> list[torch.Tensor]:
     """Give int64 arrays on ``device``, flat, by one copy; each begins at a multiple of 16 bytes."""
     sizes = [array.size + array.size % 2 for array in arrays]
-    host = np.zeros(sum(sizes), dtype=np.int64)
+    memory = torch.zeros(sum(sizes), dtype=torch.int64, pin_memory=device.type == "cuda")
+    host = memory.numpy()
     for array, start in zip(arrays, np.cumsum([0, *sizes]), strict=False):
         host[start : start + array.size] = array.ravel()
-    return list(torch.split(torch.from_numpy(host).to(device), sizes))
+    return list(torch.split(memory.to(device, non_blocking=True), sizes))

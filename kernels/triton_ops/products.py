@@ -29,13 +29,19 @@ import triton
 import triton.language as tl
 from numpy.typing import NDArray
 
+from loraspan.ops.places import fetched
 from loraspan.triton_ops.launch import INTERPRETING, architecture_of, compute_type, on, upload
 from loraspan.triton_ops.philox import signs
 from loraspan.triton_ops.rows import Rows, Table, row_ends, row_tile, vector
 
 # columns per float32 sum: the bound of the operators
 _CHUNK = tl.constexpr(128)
-ADD_TILE = {"BLOCK_L": 16, "BLOCK_R": 64}
+# of the second launch, by whether there are many slabs: entries, and slabs that are loaded together
+ADD_TILES = {
+    True: {"BLOCK_L": 64 if INTERPRETING else 4, "BLOCK_R": 64, "SLABS": 8},
+    False: {"BLOCK_L": 64 if INTERPRETING else 16, "BLOCK_R": 64, "SLABS": 1},
+}
+_MANY = 4
 # programs that a job makes, at the least, where its columns allow it: twice the multiprocessors of a large card
 _WANTED = 264
 _LEAST_SLAB = 512
@@ -131,7 +137,7 @@ def run(table: Table, jobs: Sequence[Job], wide: bool, device: torch.device, see
     out = torch.empty(sum(one.size for one in plans), dtype=torch.float64, device=device)
     if out.numel():
         _launch(table, jobs, plans, out, seed)
-    parts = torch.split(out.cpu(), [one.size for one in plans])
+    parts = torch.split(fetched(out), [one.size for one in plans])
     return [flat.view(one.shape) for flat, one in zip(parts, plans, strict=True)]
 
 
@@ -140,21 +146,31 @@ def _launch(table: Table, jobs: Sequence[Job], plans: Sequence[Plan], out: torch
     for i, one in enumerate(plans):
         if one.size and one.counts[2]:
             groups.setdefault(one.variant, []).append(i)
-    starts = np.cumsum([0, *(one.size * one.counts[2] for one in plans)])
+    direct = [one.counts[2] == 1 and not job.symmetric for job, one in zip(jobs, plans, strict=True)]
+    spaces = [0 if own else one.size * one.counts[2] for own, one in zip(direct, plans, strict=True)]
+    starts = np.cumsum([0, *spaces])
+    partial = torch.empty(int(starts[-1]), dtype=torch.float64, device=out.device)
+    places = [out.data_ptr() + 8 * int(at) for at in np.cumsum([0, *(one.size for one in plans)])]
+    sums = [
+        to if own else partial.data_ptr() + 8 * int(at) for own, at, to in zip(direct, starts, places, strict=False)
+    ]
     fields = [
-        (*_ends(job, one), one.slab, at, to, one.counts[2], job.symmetric)
-        for job, one, at, to in zip(jobs, plans, starts, np.cumsum([0, *(one.size for one in plans)]), strict=False)
+        (*_ends(job, one), one.slab, own, to, one.counts[2], job.symmetric)
+        for job, one, own, to in zip(jobs, plans, sums, places, strict=False)
     ]
     units = [np.concatenate([_units(i, jobs[i], plans[i]) for i in members]) for members in groups.values()]
-    adds = np.concatenate([_add_units(i, one.shape) for i, one in enumerate(plans)])
-    job_table, adds_there, *units_there = upload([np.asarray(fields, dtype=np.int64), adds, *units], out.device)
-    rows, partial = table.on(out.device), torch.empty(int(starts[-1]), dtype=torch.float64, device=out.device)
+    adds = {many: [_add_units(i, plans[i], many) for i in _added(plans, direct, many)] for many in ADD_TILES}
+    last = [np.concatenate([np.empty((0, 3), dtype=np.int64), *own]) for own in adds.values()]
+    job_table, *units_there = upload([np.asarray(fields, dtype=np.int64), *units, *last], out.device)
+    rows = table.on(out.device)
     with on(out.device):
-        for variant, own, there in zip(groups, units, units_there, strict=True):
+        for variant, own, there in zip(groups, units, units_there, strict=False):
             products_kernel[(len(own),)](
-                there, job_table, rows, table.total, partial, seed & 0xFFFFFFFF, seed >> 32, **options(variant)
+                there, job_table, rows, table.total, seed & 0xFFFFFFFF, seed >> 32, **options(variant)
             )
-        add_kernel[(len(adds),)](adds_there, job_table, partial, out, **ADD_TILE)
+        for many, own, there in zip(adds, last, units_there[len(units) :], strict=True):
+            if len(own):
+                add_kernel[(len(own),)](there, job_table, **ADD_TILES[many])
 
 
 def options(variant: tuple[str, str, str, str, tl.dtype, Tile]) -> dict[str, object]:
@@ -181,16 +197,21 @@ def _pattern(left: int, right: int, splits: int, lower: Tile | None) -> NDArray[
     return np.stack([np.zeros_like(s), i, j, s], axis=1)[keep]
 
 
-def _add_units(i: int, shape: tuple[int, int]) -> NDArray[np.int64]:
-    down, across = (-(-size // block) for size, block in zip(shape, ADD_TILE.values(), strict=True))
-    units = _pattern(down, across, 1, None)[:, :3].copy()
+def _added(plans: Sequence[Plan], direct: Sequence[bool], many: bool) -> list[int]:
+    """Say which answers the second launch makes: of many slabs, or of few."""
+    return [i for i, one in enumerate(plans) if not direct[i] and (one.counts[2] >= _MANY) == many]
+
+
+def _add_units(i: int, one: Plan, many: bool) -> NDArray[np.int64]:
+    tile = ADD_TILES[many]
+    units = _pattern(-(-one.shape[0] // tile["BLOCK_L"]), -(-one.shape[1] // tile["BLOCK_R"]), 1, None)[:, :3].copy()
     units[:, 0] = i
     return units
 
 
 @triton.jit(do_not_specialize=["total", "seed_low", "seed_high"])
 def products_kernel(
-    units, jobs, rows, total, partial, seed_low, seed_high,
+    units, jobs, rows, total, seed_low, seed_high,
     KIND_L: tl.constexpr, FORM_L: tl.constexpr, KIND_R: tl.constexpr, FORM_R: tl.constexpr, TYPE: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
@@ -254,16 +275,19 @@ def products_kernel(
                     part = tl.dot(x, tl.trans(y), part, input_precision="ieee")
             acc += part.to(tl.float64)
 
-    at = partial + tl.load(job + 6) + (split * left + i[:, None]) * right + j[None, :]
+    base = tl.load(job + 6).to(tl.pointer_type(tl.float64))
     inside = (i < left)[:, None] & (j < right)[None, :]
     # of a symmetric answer the lower half
     beyond = tl.where(tl.load(job + 9) == 0, right, 0)
+    at = base + (split * left + i[:, None]) * right + j[None, :]
     tl.store(at, acc, mask=inside & (i[:, None] + beyond >= j[None, :]))
 
 
 @triton.jit
-def add_kernel(units, jobs, partial, out, BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr):
-    """Add the slabs of a tile of a job in order; the upper half of a symmetric answer is the lower one."""
+def add_kernel(
+    units, jobs, BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr, SLABS: tl.constexpr
+):  # fmt: skip
+    """Add the slabs of a tile of a job in a fixed order; the upper half of a symmetric answer is the lower one."""
     unit = units + tl.program_id(0).to(tl.int64) * 3
     job = jobs + tl.load(unit) * 10
     i = (tl.load(unit + 1) * BLOCK_L + tl.arange(0, BLOCK_L))[:, None]
@@ -271,8 +295,11 @@ def add_kernel(units, jobs, partial, out, BLOCK_L: tl.constexpr, BLOCK_R: tl.con
     left, right, splits = tl.load(job + 1), tl.load(job + 3), tl.load(job + 8)
     inside = (i < left) & (j < right)
     upper = i + tl.where(tl.load(job + 9) == 0, right, 0) < j
-    source = partial + tl.load(job + 6) + tl.where(upper, j * right + i, i * right + j)
+    source = tl.load(job + 6).to(tl.pointer_type(tl.float64)) + tl.where(upper, j * right + i, i * right + j)
     acc = tl.zeros((BLOCK_L, BLOCK_R), tl.float64)
-    for split in range(splits):
-        acc += tl.load(source + split * left * right, mask=inside, other=0.0)
-    tl.store(out + tl.load(job + 7) + i * right + j, acc, mask=inside)
+    # [SLABS, BLOCK_L, BLOCK_R] at once: a load at a time would wait for memory once a slab
+    turn = tl.arange(0, SLABS)[:, None, None]
+    for split in range(0, splits, SLABS):
+        at = source[None, :, :] + (split + turn) * (left * right)
+        acc += tl.sum(tl.load(at, mask=inside[None, :, :] & (split + turn < splits), other=0.0), axis=0)
+    tl.store(tl.load(job + 7).to(tl.pointer_type(tl.float64)) + i * right + j, acc, mask=inside)

@@ -33,9 +33,9 @@ def run(pairs: Sequence[tuple[RowBlocks, int]], seed: int, precision: str) -> li
 
 def run_power(pairs: Sequence[tuple[RowBlocks, Tensor]], precision: str) -> list[Tensor]:
     """Give a float64 ``[R, l]`` on the CPU per pair."""
-    if not pairs:
-        return []
-    x, q = pairs[0]
+    if not any(x.shape[0] for x, _ in pairs):
+        return [torch.zeros(q.shape, dtype=torch.float64) for _, q in pairs]
+    x, q = next((x, q) for x, q in pairs if x.device is not None)
     device, wide = x.device or q.device, precision == "f64"
     dtype = torch.float64 if wide else torch.float32
     # rows of 16-byte multiples, so that the products may load them so

@@ -64,7 +64,12 @@ def check_combine():
 
 
 def check_sketch():
-    for rows, d, width, kind in [([3], 300, 130, "f16"), ([9], 1100, 65, "f32"), ([66], 70, 7, "bf16")]:
+    for rows, d, width, kind in [
+        ([3], 300, 130, "f16"),
+        ([9], 1100, 65, "f32"),
+        ([66], 70, 7, "bf16"),
+        ([66], 136, 7, "bf16"),
+    ]:
         x = blocks(4, rows, d, kind)
         stacked = oracles.stack(x)
         for precision in ("f32", "f64"):
@@ -103,6 +108,20 @@ def check_reconstruct():
             bound = oracles.reconstruct_bound(b, l, scale, out_dtype, F64 if F64 in (dtype, out_dtype) else F32)
             oracles.assert_within(found, oracles.reconstruct(b, l, scale), bound)
         assert torch.isnan(out._base).sum() == out._base.numel() - out.numel()
+    # vectors that are whole runs of 16 bytes: pieces on one basis, upright and not, past what one launch takes; a batch
+    for dtype, m, k, n in [(F16, 40, 72, 5), (BF16, 17, 24, 18), (F32, 36, 40, 4)]:
+        basis, members = normal(20, m, k, dtype=dtype), [normal(21 + i, n, k, dtype=dtype).T for i in range(3)]
+        places = [("row-major", "column-major")[i % 2] for i in range(104)]
+        outs = [stored(torch.full((m, n), float("nan"), dtype=dtype), place) for place in places]
+        reconstruct_many([Piece(basis, members[i % 3], out, 0.3 + i) for i, out in enumerate(outs)], **CUDA)
+        whole = torch.empty(2, m, n, dtype=dtype)
+        cuda_reconstruct.run([Piece(torch.stack([basis, -basis]), torch.stack(members[:2]), whole, 0.3)])
+        cases = [(outs[i], basis, members[i % 3], 0.3 + i) for i in (0, 102, 103)]
+        cases += [(whole[0], basis, members[0], 0.3), (whole[1], -basis, members[1], 0.3)]
+        for found, b, l, scale in cases:
+            b, l = oracles.to_numpy(b), oracles.to_numpy(l)
+            bound = oracles.reconstruct_bound(b, l, scale, dtype, F32)
+            oracles.assert_within(found, oracles.reconstruct(b, l, scale), bound)
 
 
 def check_shared_lora():

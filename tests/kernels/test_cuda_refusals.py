@@ -6,7 +6,7 @@ import torch
 from loraspan import _native
 from loraspan._cuda import library, rows
 from loraspan.errors import BackendError
-from loraspan.ops import RowBlocks, gram, reconstruct
+from loraspan.ops import RowBlocks, combine_many, gram, gram_many, power, reconstruct, sketch
 
 
 class Emulated:
@@ -29,6 +29,40 @@ def test_tensors_elsewhere_are_refused(monkeypatch):
     basis = torch.ones(2, 2, device="meta")
     with pytest.raises(BackendError, match=r"^reconstruct: .* it reads CPU memory, and a tensor is on meta$"):
         reconstruct(basis, basis, backend="cuda")
+
+
+class Recorded:
+    """A library for a GPU that is not there: it notes what it is asked to launch, and launches nothing."""
+
+    emulated = False
+
+    def __init__(self):
+        self.launched = []
+
+    def refuses(self):
+        return None
+
+    def call(self, operator, *_):
+        self.launched.append(operator)
+
+
+def test_matrices_without_blocks_launch_nothing(monkeypatch):
+    """They lie on no device: a kernel would be given addresses of the CPU."""
+    found = Recorded()
+    monkeypatch.setattr(library, "library", lambda: found)
+    x, w, cuda = RowBlocks([], columns=5), torch.empty(0, 3, dtype=torch.float64), {"backend": "cuda"}
+    assert [g.shape for g in gram_many([x, x], **cuda)] == [(0, 0)] * 2
+    assert sketch(x, 4, **cuda).shape == (0, 4)
+    assert power(x, w, **cuda).shape == (0, 3)
+    place = torch.full((5, 3), float("nan"))
+    for out in (None, place):
+        for products in (True, False):
+            [one] = combine_many([(x, w)], products=products, out=[out], **cuda)
+            assert out is None or one.v is out
+            assert torch.equal(one.v, torch.zeros(5, 3))
+            assert one.xv.shape == (0, 3)
+            assert torch.equal(one.vtv, torch.zeros(3, 3, dtype=torch.float64))
+    assert found.launched == []
 
 
 # blocks of float16: shape, as stored, and how they are to be read

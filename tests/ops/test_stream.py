@@ -4,6 +4,7 @@ On a machine with a GPU the GPU is used; elsewhere shadows stand in for it (test
 late as they may be (tests/lazy_cuda.py).
 """
 
+import contextlib
 import itertools
 import threading
 
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 import lazy_cuda
 import oracles
 from lazy_cuda import REAL
-from loraspan.ops import RowBlocks, combine_many, gram_many, power_many, sketch_many, stream
+from loraspan.ops import RowBlocks, combine_many, gram_many, places, power_many, sketch_many, stream
 from loraspan.ops.packing import Packing, groups
 from loraspan.ops.slots import CudaSlots, ahead
 from loraspan.ops.stream import in_chunks
@@ -154,7 +155,7 @@ def test_copies_wait_for_work_and_work_for_copies(cuda):
 def test_two_buffers_of_the_stated_size(cuda, monkeypatch):
     monkeypatch.setattr(stream, "DEVICE_BYTES", 1 << 16)
     made = []
-    monkeypatch.setattr(stream, "CudaSlots", lambda size, device: made.append(CudaSlots(size, device)) or made[0])
+    monkeypatch.setattr(stream, "CudaSlots", lambda *of: made.append(CudaSlots(*of)) or made[0])
     for _ in in_chunks([RowBlocks([normal(3, 16, 5000, dtype=F32)]).on(cuda.place)], wide=False):
         pass
     assert sum(memory.numel() for memory in made[0].there) == 1 << 16
@@ -190,16 +191,55 @@ def test_the_next_is_sent_while_one_is_in_use():
     assert places.log.index(("done", 0)) < places.log.index(("send", 0, 2))
 
 
-def test_an_error_of_the_sending_thread_comes_through():
+def test_an_error_of_sending_comes_through():
     chunks = ahead([0, 1, 2, 3, 4], Places())
     with pytest.raises(OSError, match="the file is gone"):
         list(chunks)
     assert list(chunks) == []
 
 
-def test_leaving_early_ends_the_thread():
+def test_no_thread_but_that_of_the_caller_is_used():
+    """Copies of another thread would have a team of cores of their own, in the way of the caller's."""
     before = threading.active_count()
-    chunks = ahead([0, 1, 2], Places())
-    next(chunks)
-    chunks.close()
-    assert threading.active_count() == before
+    for _ in ahead([0, 1, 2], Places()):
+        assert threading.active_count() == before
+
+
+@pytest.mark.skipif(REAL, reason="on a GPU nobody counts copies")
+def test_what_is_held_goes_there_once(cuda, monkeypatch):
+    xs = [normal(70 + i, 9, 600, dtype=F32) for i in range(2)]
+    sent = [RowBlocks([x]).on(cuda.place) for x in xs]
+    apart = gram_many(sent), sketch_many([(x, 5) for x in sent], seed=3)
+    copies = cuda.copies
+    with stream.held(sent), stream.held(sent[:1]):
+        together = gram_many(sent), sketch_many([(x, 5) for x in sent], seed=3)
+        v = combine_many([(x, normal(80, 9, 4)) for x in sent], products=False)[1].v
+        assert v.device == CPU
+    assert cuda.copies == copies + 1
+    assert all(x.held is None for x in sent)
+    for ones, others in zip(apart, together, strict=True):
+        assert all(map(torch.equal, ones, others))
+    monkeypatch.setattr(stream, "DEVICE_BYTES", 2 * 2 * 9 * 600 * 4 - 2)
+    with stream.held(sent):
+        assert all(x.held is None for x in sent)
+
+
+@pytest.mark.usefixtures("cuda")
+def test_nothing_stays_held_after_an_error(cuda):
+    sent = RowBlocks([normal(71, 9, 600, dtype=F32)]).on(cuda.place)
+    leave = contextlib.ExitStack()
+    leave.enter_context(stream.held([sent]))
+    assert sent.held is not None
+    assert not leave.__exit__(OSError, OSError("gone"), None)
+    assert sent.held is None
+
+
+@pytest.mark.parametrize("shape", [(3,), (300, 5), (5, 300), (2, 7, 11)])
+def test_what_comes_back_through_small_buffers_is_the_same(cuda, monkeypatch, shape):
+    monkeypatch.setattr(places, "_PLAIN_BYTES", 0)
+    monkeypatch.setattr(places, "_STAGE_BYTES", 24 * 16)
+    x = normal(72, *shape)
+    for given_ in (x, x.mT if x.ndim > 1 else x):
+        found = places.fetched(cuda.put(given_))
+        assert torch.equal(found, given_)
+        assert found.device == CPU

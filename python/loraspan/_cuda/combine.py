@@ -15,9 +15,10 @@ from loraspan._cuda import dots, library, rows
 from loraspan.ops.blocks import RowBlocks, block_table
 from loraspan.ops.combine import Combined
 
-# columns of X to a tile, in float32 and in float64; columns of W
-_TILES = {"f32": 128, "f64": 64}
-_RANK = 64
+# columns of X in a tile: the larger where that leaves enough blocks for a large card; columns of W in 16s
+_HEIGHTS = {"f32": (128, 64), "f64": (64,)}
+_WIDTHS = {"f32": (2, 3, 4, 5, 6), "f64": (2, 4)}
+_BLOCKS = 264
 
 
 class Factors(NamedTuple):
@@ -39,22 +40,46 @@ def gather(matrices: Sequence[RowBlocks]) -> Factors:
     return Factors(list(matrices), sides, rows.of_blocks(blocks), rows.home(matrices))
 
 
-def form(factors: Factors, table: Tensor, weights: Sequence[Tensor], places: Sequence[Tensor], precision: str) -> None:
-    """Write ``X^T W`` of each matrix to its place ``[d, k]``, of any strides."""
+def form(
+    factors: Factors, table: NDArray[np.int64], weights: Sequence[Tensor], places: Sequence[Tensor], precision: str
+) -> Tensor:
+    """Write ``X^T W`` of each matrix to its place ``[d, k]``, of any strides; give ``table`` on the device."""
     device = factors.device
-    flat = library.upload(torch.cat([w.detach().cpu().reshape(-1) for w in weights]), device)
-    tile, jobs, first, offset = _TILES[precision], [], 0, 0
-    for x, side, w, v in zip(factors.matrices, factors.sides, weights, places, strict=True):
-        address = flat.data_ptr() + 8 * offset
-        fields = _native.matrix_fields(v)
-        jobs.append((first, *side, x.columns, w.shape[1], address, *fields))
-        first += -(-x.columns // tile) * -(-w.shape[1] // _RANK)
-        offset += w.numel()
+    flat, starts = _flat(weights, torch.float32 if precision == "f32" else torch.float64, device)
+    # every tile adds the same products in the same order, so company may choose it
+    widest = max(w.shape[1] for w in weights)
+    width = min(_WIDTHS[precision], key=lambda width: (-(-widest // (16 * width)) * width, -width))
+    across = [-(-w.shape[1] // (16 * width)) for w in weights]
+    for height in _HEIGHTS[precision]:
+        tiles = [-(-x.columns // height) * count for x, count in zip(factors.matrices, across, strict=True)]
+        if sum(tiles) >= _BLOCKS:
+            break
+    jobs, first = [], 0
+    for x, side, w, v, start, count in zip(
+        factors.matrices, factors.sides, weights, places, starts, tiles, strict=True
+    ):
+        address = flat.data_ptr() + flat.element_size() * start
+        how = rows.ALONG_COLUMNS if w.shape[1] % 8 else rows.EIGHTS
+        jobs.append((first, *side, x.columns, w.shape[1], address, how, *_native.matrix_fields(v)))
+        first += count
+    there, own = library.upload([table, _native.table(jobs, 12)], device)
     if first:
-        on_device = library.upload(_native.table(jobs, 11), device)
         with library.stream_of(device) as stream:
-            wide = int(precision == "f64")
-            library.opened().call("combine", wide, on_device.data_ptr(), len(jobs), first, table.data_ptr(), stream)
+            kind = int(precision == "f64"), height // 16, width
+            library.opened().call("combine", *kind, own.data_ptr(), len(jobs), first, there.data_ptr(), stream)
+    return there
+
+
+def _flat(weights: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, list[int]]:
+    """Give all weights on the device in the dtype of the sums, rounded once, and where each begins: at 16 bytes."""
+    starts = [0]
+    for w in weights:
+        starts.append(starts[-1] + -(-w.numel() // 4) * 4)
+    there = all(w.device == device for w in weights)
+    flat = torch.empty(starts[-1], dtype=dtype, device=device if there else "cpu", pin_memory=not there)
+    for w, start in zip(weights, starts, strict=False):
+        flat[start : start + w.numel()].view(w.shape).copy_(w.detach())
+    return flat.to(device, non_blocking=True), starts[:-1]
 
 
 def columns_of(places: Sequence[Tensor]) -> NDArray[np.int64]:
@@ -71,16 +96,15 @@ def run(
     places: Sequence[Tensor | None],
 ) -> list[Combined]:
     """Give each basis on the device, and its products, float64 on the CPU."""
+    if not pairs:
+        return []
     factors, weights = gather([x for x, _ in pairs]), [w for _, w in pairs]
     made = [
         _basis(x.columns, w.shape[1], dtype, factors.device, products) if place is None else place
         for (x, w), place in zip(pairs, places, strict=True)
     ]
-    if not pairs:
-        return []
     of_v = columns_of(made)
-    table = library.upload(np.concatenate([factors.table, rows.of_blocks(of_v)]), factors.device)
-    form(factors, table, weights, made, precision)
+    table = form(factors, np.concatenate([factors.table, rows.of_blocks(of_v)]), weights, made, precision)
     wanted, first = [], len(factors.table)
     for i, (x, side) in enumerate(zip(factors.matrices, factors.sides, strict=True)):
         own = of_v[i : i + 1]

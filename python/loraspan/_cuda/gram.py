@@ -22,7 +22,7 @@ def run(matrices: Sequence[RowBlocks], precision: str) -> list[Tensor]:
         side = dots.Side(first, x.shape[0], rows.reading(x.table, x.columns))
         products.append(dots.Product(side, side, x.columns, dots.path(precision, rows.kind(x.table)), True))
         first += x.shape[0]
-    return dots.launch("gram", dots.as_table(products), library.upload(rows.of_blocks(blocks), device), device)
+    return dots.launch("gram", dots.as_table(products), rows.of_blocks(blocks), device)
 
 
 def run_batch(batch: Tensor, precision: str) -> Tensor:
@@ -36,8 +36,7 @@ def run_batch(batch: Tensor, precision: str) -> Tensor:
     products[:, 2] = products[:, 5] = rows.reading(blocks, columns)
     products[:, [1, 4]], products[:, 6], products[:, 7] = height, columns, 1
     products[:, 8] = dots.path(precision, _native.DTYPE_CODES[batch.dtype])
-    table = library.upload(rows.of_blocks(blocks), batch.device)
-    found = dots.launch("gram", products, table, batch.device)
+    found = dots.launch("gram", products, rows.of_blocks(blocks), batch.device)
     return torch.stack(found) if found else torch.empty(0, height, height, dtype=torch.float64)
 
 

@@ -62,6 +62,6 @@ def devices(matrices: Sequence[RowBlocks]) -> list[torch.device]:
 
 
 def home(matrices: Sequence[RowBlocks]) -> torch.device:
-    """Give the device to work on."""
+    """Give the device to work on; the CPU, on which no kernel runs, where no matrix has a block."""
     found = devices(matrices)
     return found[0] if found else torch.device("cpu")

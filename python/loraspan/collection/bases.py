@@ -15,6 +15,7 @@ from loraspan.ops import combine
 from loraspan.ops.dense import eigh
 from loraspan.ops.packed import Packed, pack, unpack
 from loraspan.ops.packed_products import packed_products
+from loraspan.ops.places import fetched
 
 # How far from orthonormal a stored basis may be, beyond what its dtype's rounding does: it is mended above this.
 _ORTHOGONALITY = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -64,7 +65,7 @@ def make_basis(stack: Stack, w: Tensor, width: Width) -> Basis:
         packed = pack(v.cpu().T, width)
         seen = packed_products(stack.x, packed.to(v.device), precision="f64")
         return Basis(packed, stack.pad(seen.rows), seen.basis)
-    return Basis(v.cpu(), stack.pad(xv), gram)
+    return Basis(fetched(v), stack.pad(xv), gram)
 
 
 def empty_basis(stack: Stack, length: int, dtype: torch.dtype) -> Basis:

@@ -111,7 +111,8 @@ def read_factors(adapters: Sequence[Adapter], place: torch.device | None = None)
         _check_shapes(path, [adapters[i] for i in indices])
     flat = [(i, path) for path, indices in members.items() for i in indices]
     factors = [adapters[i].slots[path].down for i, path in flat] + [adapters[i].slots[path].up.T for i, path in flat]
-    grams = gram_many([RowBlocks([factor]).on(place) for factor in factors], precision="f64")
+    # where they lie: few rows each, so that sending them costs more than their products
+    grams = gram_many([RowBlocks([factor]) for factor in factors], precision="f64")
     by_path: dict[str, list[tuple[Tensor, Tensor]]] = {path: [] for path in members}
     for (_, path), down, up in zip(flat, grams[: len(flat)], grams[len(flat) :], strict=True):
         by_path[path].append((up, down))

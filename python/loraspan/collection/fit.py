@@ -24,6 +24,7 @@ from loraspan.collection.stack import Stack
 from loraspan.collection.summary import summarize
 from loraspan.collection.within import Fitted, fit_within
 from loraspan.errors import ArgumentError, MismatchError
+from loraspan.ops.stream import held
 
 Progress = Callable[[str, int, int], None]
 
@@ -214,11 +215,13 @@ def fit_shared(slot: SlotFactors, squares: Tensor, goal: Goal, widths: Widths) -
     sides = slot.stacks(weights)
     fine = slot.is_double or (goal.energy is not None and goal.energy > _FINE_ENERGY)
     precision = "f64" if fine else "f32"
-    ranges, cores, ranks = _choose_ranks(slot, sides, goal, precision)
-    turns = refine_jointly(cores * weights[:, None, None], *ranks, goal.refine)
-    out, inn = (
-        make_basis(side, found.w @ turn, widths.basis) for side, found, turn in zip(sides, ranges, turns, strict=True)
-    )
+    with held([side.x for side in sides]):
+        ranges, cores, ranks = _choose_ranks(slot, sides, goal, precision)
+        turns = refine_jointly(cores * weights[:, None, None], *ranks, goal.refine)
+        out, inn = (
+            make_basis(side, found.w @ turn, widths.basis)
+            for side, found, turn in zip(sides, ranges, turns, strict=True)
+        )
     shared = shared_cores(out, inn, slot.scales, slot.squares, widths.loadings)
     columns = assemble(slot.members, [shared.part], slot.shape, (out.rank, inn.rank), widths.dtype)
     return SlotSpace(out.v, inn.v, slot.kind, slot.kernel), columns, shared.squares

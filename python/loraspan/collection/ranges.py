@@ -11,6 +11,7 @@ from loraspan.linalg.eig import top_eigenpairs
 from loraspan.linalg.roots import gram_root, orthonormalize
 from loraspan.ops import gram, power, sketch
 from loraspan.ops.dense import eigh
+from loraspan.ops.stream import held
 
 # Energies below this share of the largest are rounding: a Gram squares the condition number (float32 sums flushed to
 # float64 resolve 3e-4 sigma_1, float64 sums 1e-8 sigma_1).
@@ -47,6 +48,11 @@ def find_range(stack: Stack, width: int, *, precision: str, seed: int) -> Range:
     Source:
         Halko, Martinsson, Tropp, *Finding structure with randomness*, 2011, algorithms 4.4 and 5.3.
     """
+    with held([stack.x]):
+        return _find_range(stack, width, precision, seed)
+
+
+def _find_range(stack: Stack, width: int, precision: str, seed: int) -> Range:
     rows = stack.x.shape[0]
     if (rows + 1) / 2 <= 5 * width * _SKETCH_COST and stack.vectors.total > rows:
         return _by_rows(stack, width, precision)

@@ -16,15 +16,18 @@ from loraspan.linalg.svd import SVD
 from loraspan.linalg.svd_by_gram import gram_ranges
 from loraspan.linalg.svd_by_sketch import svd_by_sketch
 from loraspan.linalg.svd_range import Goal, Job, nothing, project, project_vectors
-from loraspan.ops import RowBlocks, squares
+from loraspan.ops import RowBlocks, squares, stream
 from loraspan.ops.places import carried, find_device, off_metal
+from loraspan.ops.stream import held
 
 # Up to so many rows the Gram is taken whatever the counts say: it is exact, and small work costs more in calls.
 _GRAM_ROWS = 256
 # An eigendecomposition of R rows takes as long as this many operations of a pass, times R^3.
 _EIGH_COST = 60
-# Matrices are taken in groups of about so many bytes, which share the cost of the calls and bound their memory.
+# Matrices are taken in groups of about so many bytes, which share the cost of the calls and bound their memory. On a
+# GPU calls cost more; what is sent to one goes once if it is no more than a chunk.
 _GROUP_BYTES = 64 << 20
+_GROUP_BYTES_ON_GPU = 1 << 30
 
 Matrix = Tensor | RowBlocks
 
@@ -239,7 +242,8 @@ class _Solver:
             elif self._takes_gram(job):
                 by_rows.setdefault(job.x.shape[0], []).append(i)
             else:
-                found[i] = svd_by_sketch(job, self.oversample, self.power_iterations, self.seed, self.backend)
+                with held([job.x]):
+                    found[i] = svd_by_sketch(job, self.oversample, self.power_iterations, self.seed, self.backend)
         for members in by_rows.values():
             for group in _groups(jobs, members):
                 found.update(zip(group, self._by_gram([jobs[i] for i in group]), strict=True))
@@ -257,6 +261,10 @@ class _Solver:
         return by_gram < by_sketch
 
     def _by_gram(self, jobs: Sequence[Job]) -> list[SVD]:
+        with held([job.x for job in jobs]):
+            return self._by_gram_there(jobs)
+
+    def _by_gram_there(self, jobs: Sequence[Job]) -> list[SVD]:
         ranges = gram_ranges(jobs, self.backend)
         found: list[SVD | None] = [None] * len(jobs)
         alike: dict[tuple[int, str, bool], list[int]] = {}
@@ -274,15 +282,20 @@ class _Solver:
 
 
 def _groups(jobs: Sequence[Job], members: Sequence[int]) -> Iterator[list[int]]:
-    """Cut ``members`` into runs of about ``_GROUP_BYTES``, at least one of them in each."""
+    """Cut ``members`` into runs of about as many bytes as suits where they are computed with, at least one in each."""
     group: list[int] = []
-    held = 0
+    bytes_of_group = 0
     for i in members:
-        size = sum(b.numel() * b.element_size() for b in jobs[i].x.blocks)
-        if group and held + size > _GROUP_BYTES:
+        x = jobs[i].x
+        size = sum(b.numel() * b.element_size() for b in x.blocks)
+        place = x.target or x.device
+        limit = _GROUP_BYTES
+        if place is not None and place.type == "cuda":
+            limit = _GROUP_BYTES_ON_GPU if x.target is None else stream.DEVICE_BYTES // 2
+        if group and bytes_of_group + size > limit:
             yield group
-            group, held = [], 0
+            group, bytes_of_group = [], 0
         group.append(i)
-        held += size
+        bytes_of_group += size
     if group:
         yield group

@@ -61,11 +61,14 @@ def _range_of(
     if width >= columns:
         x = torch.cat([carried(block, CPU, torch.float64) for block in job.x.blocks])
         return _present(orthonormalize(x * scale, backend=backend))
-    y = sketch(job.x, width, seed=seed, precision=precision, backend=backend) * scale
+    place = job.x.target or job.x.device
+    # blocks as tall as X stay where products with X are taken; Metal has no float64
+    here = place if place is not None and place.type == "cuda" else CPU
+    y = sketch(job.x, width, seed=seed, precision=precision, backend=backend).to(here) * scale
     for _ in range(power_iterations):
         q = orthonormalize(y, backend=backend)
         # scaled on both sides, so that float32 holds whatever lies between
-        y = power(job.x, q * scale, precision=precision, backend=backend) * scale
+        y = power(job.x, q * scale, precision=precision, backend=backend).to(here) * scale
     if power_iterations:
         y = _along_vectors(q, y, backend)
     return _present(orthonormalize(y, backend=backend))
@@ -82,5 +85,6 @@ def _along_vectors(q: Tensor, y: Tensor, backend: str | None) -> Tensor:
     Their lengths then are graded, and orthonormalizing them loses no small one among large ones.
     """
     backend = backend_at(q.device, backend)
-    cross = reconstruct(q.T, y, backend=backend)
-    return reconstruct(y, eigh((cross + cross.T) / 2, backend=backend).vectors, backend=backend)
+    cross = reconstruct(q.T, y, backend=backend).cpu()
+    vectors = eigh((cross + cross.T) / 2, backend=backend_at(CPU, backend)).vectors
+    return reconstruct(y, vectors.to(y.device), backend=backend)

@@ -111,11 +111,11 @@ def project(jobs: Sequence[Job], ranges: Sequence[Range], backend: str | None) -
     grams = torch.stack([image.vtv for image in images])
     bases, root = _orthonormal([image.v for image in images], grams, precision, backend)
     inner = svd(root.r.mT, backend=backend)
-    small = backend_at(CPU, backend)
-    left = reconstruct(torch.stack([r.w for r in ranges]), inner.u, backend=small)
-    right = reconstruct(root.inverse, inner.v, backend=small)
+    w = torch.stack([r.w for r in ranges])
+    left = reconstruct(w, inner.u.to(w.device), backend=backend_at(w.device, backend))
+    right = reconstruct(root.inverse, inner.v, backend=backend_at(CPU, backend))
     signs = column_signs(left).unsqueeze(-2)
-    left, right = left * signs, (right * signs).to(dtype)
+    left, right = left * signs, (right * signs.to(right.device)).to(dtype)
     s = inner.s / torch.tensor([r.scale for r in ranges], dtype=torch.float64).unsqueeze(1)
     writes, found = _Writes(), []
     for i, (job, keep, rest) in enumerate(zip(jobs, *_kept(jobs, ranges, s), strict=True)):

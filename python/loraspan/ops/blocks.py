@@ -31,6 +31,7 @@ class RowBlocks:
     Attributes:
         device: where the blocks lie; None where there are none.
         target: the device that computes with them, if that is another one; see :meth:`on`.
+        held: the same on that device, while it is kept there; see :func:`loraspan.ops.stream.held`.
         first: which column of a larger matrix column 0 is; :func:`loraspan.ops.sketch` draws its rows from there on.
         plain: whether they can be computed with where they lie, whatever the precision.
 
@@ -45,6 +46,7 @@ class RowBlocks:
     """
 
     target: torch.device | None = None
+    held: RowBlocks | None = None
     first = 0
     plain = True
 
@@ -97,7 +99,7 @@ class RowBlocks:
         if device is None or self.device is None or device == (self.target or self.device):
             return self
         other = copy.copy(self)
-        other.target = None if device == self.device else device
+        other.target, other.held = None if device == self.device else device, None
         other.plain = other.target is None and device.type != "mps"
         return other
 
@@ -123,7 +125,16 @@ class RowBlocks:
 def wide_columns(x: RowBlocks, piece: slice, dtype: torch.dtype) -> Tensor:
     """Give the columns ``piece`` of all rows as one matrix of ``dtype`` (references only)."""
     blocks = [b[:, piece].to(dtype) for b in x.blocks]
+    if len(blocks) == 1:
+        return blocks[0]
     return torch.cat(blocks) if blocks else torch.empty(0, len(range(x.columns)[piece]), dtype=dtype)
+
+
+def panels(x: RowBlocks, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+    """Give all columns as matrices of ``dtype`` of at most 64 MB, with their first column; blocks under each other."""
+    width = max(1, _PANEL_BYTES // max(1, x.shape[0] * dtype.itemsize * SUM_COLUMNS)) * SUM_COLUMNS
+    for start in range(0, x.columns, width):
+        yield start, wide_columns(x, slice(start, start + width), dtype)
 
 
 def sum_chunks(x: RowBlocks, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
@@ -131,9 +142,7 @@ def sum_chunks(x: RowBlocks, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]
 
     Blocks are put under each other some thousand columns at a time: on a device every call counts.
     """
-    width = max(1, _PANEL_BYTES // max(1, x.shape[0] * dtype.itemsize * SUM_COLUMNS)) * SUM_COLUMNS
-    for start in range(0, x.columns, width):
-        panel = wide_columns(x, slice(start, start + width), dtype)
+    for start, panel in panels(x, dtype):
         for at in range(0, panel.shape[1], SUM_COLUMNS):
             yield start + at, panel[:, at : at + SUM_COLUMNS].contiguous()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -122,8 +122,34 @@ def combine_many(
                 f"got {list(place.shape)} of {place.dtype} on {place.device}"
             )
     if all(x.plain for x, _ in pairs):
-        return choose("combine", BACKENDS, backend, pairs).run(pairs, dtype, precision, products, places)
+        chosen = choose("combine", BACKENDS, backend, pairs)
+        if chosen.name in _device.ORDER["combine"]:
+            return _beside_nothing(chosen.run, pairs, dtype, precision, products, places)
+        return chosen.run(pairs, dtype, precision, products, places)
     return _in_chunks(pairs, dtype, precision, products, places, backend)
+
+
+def _beside_nothing(
+    run: Callable[..., list[Combined]],
+    pairs: Sequence[tuple[RowBlocks, Tensor]],
+    dtype: torch.dtype,
+    precision: str,
+    products: bool,
+    places: Sequence[Tensor | None],
+) -> list[Combined]:
+    """Run kernels of a GPU on what lies there: a matrix of no blocks lies nowhere, and its V is zeros beside W."""
+    some = [i for i, (x, _) in enumerate(pairs) if x.device is not None]
+    found: list[Combined | None] = [None] * len(pairs)
+    if some or not pairs:
+        made = run([pairs[i] for i in some], dtype, precision, products, [places[i] for i in some])
+        for i, one in zip(some, made, strict=True):
+            found[i] = one
+    for i, ((x, w), place) in enumerate(zip(pairs, places, strict=True)):
+        if x.device is None:
+            v = torch.empty(x.columns, w.shape[1], dtype=dtype, device=w.device) if place is None else place
+            xv, vtv = (torch.zeros(size, w.shape[1], dtype=torch.float64) for size in (0, w.shape[1]))
+            found[i] = Combined(v.zero_(), xv, vtv)
+    return [one for one in found if one is not None]
 
 
 def _in_chunks(

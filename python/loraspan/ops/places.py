@@ -11,6 +11,8 @@ from loraspan.ops.blocks import CPU
 _TYPES = ("cpu", "cuda", "mps")
 # Partial sums that wait on a device to be brought over together.
 _WAITING_BYTES = 32 << 20
+# Up to so many bytes a plain copy to the CPU is as fast as one through pinned memory, which goes so many at a time.
+_PLAIN_BYTES, _STAGE_BYTES = 1 << 20, 8 << 20
 
 
 def find_device(caller: str, device: str | torch.device | None) -> torch.device | None:
@@ -60,8 +62,37 @@ def off_metal(tensor: Tensor) -> Tensor:
 def carried(tensor: Tensor, device: torch.device | None, dtype: torch.dtype) -> Tensor:
     """Give ``tensor`` on another device and in another dtype, in two steps, so that no float64 comes near Metal."""
     if device is None or device.type == "cpu":
-        return tensor.to("cpu").to(dtype)
+        return fetched(tensor).to(dtype)
     return tensor.to(dtype).to(device)
+
+
+def fetched(tensor: Tensor) -> Tensor:
+    """Give ``tensor`` on the CPU, its rows or its columns in a row as they were.
+
+    What CUDA copies to memory that is not pinned goes through a buffer of the driver's at a few GB/s, and at one where
+    the memory is new. So it comes through two pinned buffers, from which all cores write it to where it stays.
+    """
+    size = tensor.element_size()
+    if not tensor.is_cuda or tensor.numel() * size <= _PLAIN_BYTES:
+        return tensor.cpu()
+    if tensor.ndim == 2 and not tensor.is_contiguous() and tensor.mT.is_contiguous():
+        return fetched(tensor.mT).mT
+    out = torch.empty(tensor.shape, dtype=tensor.dtype)
+    step = _STAGE_BYTES // size
+    pieces = (torch.split(each.reshape(-1), step) for each in (tensor, out))
+    parts = list(zip(*pieces, strict=True))
+    stages = [torch.empty_like(part, pin_memory=True) for _, part in parts[:2]]
+    stream, landed = torch.cuda.current_stream(tensor.device), []
+    for i in range(len(parts) + 1):
+        if i < len(parts):
+            source, _ = parts[i]
+            stages[i % 2][: source.numel()].copy_(source, non_blocking=True)
+            landed.append(stream.record_event())
+        if i:
+            landed[i - 1].synchronize()
+            _, target = parts[i - 1]
+            target.copy_(stages[(i - 1) % 2][: target.numel()])
+    return out
 
 
 def backend_at(device: torch.device | None, backend: str | None) -> str | None:
@@ -90,7 +121,7 @@ class Partials:
         """Add all that waits."""
         if not self._waiting:
             return
-        together = torch.cat([part.flatten() for _, part in self._waiting]).cpu().to(torch.float64)
+        together = fetched(torch.cat([part.flatten() for _, part in self._waiting])).to(torch.float64)
         sizes = [part.numel() for _, part in self._waiting]
         for (total, _), part in zip(self._waiting, torch.split(together, sizes), strict=True):
             total += part.view(total.shape)

@@ -3,8 +3,9 @@
 ``RowBlocks.on(device)`` asks for it. Two chunks are on the device at a time, of ``DEVICE_BYTES`` together: a matrix
 whose column takes ``c`` bytes goes there ``DEVICE_BYTES / 2 / c`` columns at a time, a multiple of 128 where that is at
 least 128, and small matrices travel together. What an operator returns is a sum over chunks, added in float64 on the
-CPU, or comes chunk by chunk; it lies where the blocks do. On CUDA a thread packs the next chunk into pinned memory and
-copies it on a stream of its own while the device works.
+CPU, or comes chunk by chunk; it lies where the blocks do. On CUDA the next chunk is packed into pinned memory and
+copied on a stream of its own while the device works. What several operators read in turn is sent once for all of them:
+see :func:`held`.
 
 Metal has no float64: what is asked for in it is computed on the CPU, wherever the blocks lie.
 """
@@ -12,11 +13,12 @@ Metal has no float64: what is asked for in it is computed on the CPU, wherever t
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
 from loraspan.ops.blocks import CPU, RowBlocks
-from loraspan.ops.packing import Chunk, Packing, groups
+from loraspan.ops.packing import Chunk, Packing, Span, groups
 from loraspan.ops.slots import CudaSlots, ahead
 
 # Bytes of entries on a device at any time: of the chunk at work and of the one on its way.
@@ -40,6 +42,33 @@ def in_chunks(matrices: Sequence[RowBlocks], *, wide: bool) -> Iterator[list[Chu
             yield from _sent([(i, matrices[i]) for i in members], place)
 
 
+@contextmanager
+def held(matrices: Sequence[RowBlocks]) -> Iterator[None]:
+    """Keep matrices where they are sent to, for all calls within: on CUDA, if together they take no more than a chunk.
+
+    Others go there chunk by chunk in every call, as ever.
+    """
+    sent = [x for x in matrices if x.target is not None and x.target.type == "cuda" and x.held is None]
+    if not sent or len({x.target for x in sent}) > 1 or sum(map(_bytes, sent)) > DEVICE_BYTES // 2:
+        yield
+        return
+    assert sent[0].target is not None
+    cargo = Packing([(Span(i, 0, x.columns), x) for i, x in enumerate(sent)], sent[0].target)
+    slots = CudaSlots(cargo.size, sent[0].target, 1)
+    slots.send(0, cargo)
+    try:
+        for x, chunk in zip(sent, slots.take(0, cargo), strict=True):
+            x.held = chunk.x
+        yield
+    finally:
+        for x in sent:
+            x.held = None
+
+
+def _bytes(x: RowBlocks) -> int:
+    return sum(b.numel() * b.element_size() for b in x.blocks)
+
+
 def _place(x: RowBlocks, wide: bool) -> torch.device | None:
     """Say where a matrix is computed with; None is where it lies."""
     place = x.target or x.device
@@ -49,13 +78,19 @@ def _place(x: RowBlocks, wide: bool) -> torch.device | None:
 
 
 def _sent(matrices: Sequence[tuple[int, RowBlocks]], device: torch.device) -> Iterator[list[Chunk]]:
+    there = [Chunk(i, 0, x.held) for i, x in matrices if x.held is not None]
+    if there:
+        yield there
+    matrices = [(i, x) for i, x in matrices if x.held is None]
+    if not matrices:
+        return
     by_member = dict(matrices)
     cargo = [
         Packing([(span, by_member[span.member]) for span in group], device)
         for group in groups(matrices, DEVICE_BYTES // 2)
     ]
     if device.type == "cuda":
-        yield from ahead(cargo, CudaSlots(max(packing.size for packing in cargo), device))
+        yield from ahead(cargo, CudaSlots(max(packing.size for packing in cargo), device, min(2, len(cargo))))
         return
     for packing in cargo:
         memory = packing.pack(torch.empty(packing.size, dtype=torch.uint8))
