@@ -161,7 +161,7 @@ def _timed_way(
 
 
 def _ways(found: Mapping[str, Contender], at: Place, compiler: str | None) -> dict[str, Callable[[], Way]]:
-    """Give who runs as it is; on a GPU inside CUDA graphs, as engines run; compiled; and both."""
+    """Give who runs as it is; inside CUDA graphs, as engines run, where there are any; compiled; and both."""
     taken = {who: one.run for who, one in found.items() if one.captured}
     compiled: dict[str, Callable[[], Any]] = {}
 
@@ -181,12 +181,7 @@ def _ways(found: Mapping[str, Contender], at: Place, compiler: str | None) -> di
         compiled.update({who: torch.compile(run, fullgraph=True, backend=compiler) for who, run in taken.items()})
         return Way(turns(compiled), compiled)
 
-    gpu = at.clock.device.type == "cuda"
-    ways: dict[str, Callable[[], Way]] = {"eager": eager}
-    if gpu:
-        ways["graph"] = lambda: graphs(taken)
+    ways: dict[str, Callable[[], Way]] = {"eager": eager, "graph": lambda: graphs(taken)}
     if compiler is not None:
-        ways["compiled"] = whole
-    if compiler is not None and gpu:
-        ways["compiled graph"] = lambda: graphs(compiled)
+        ways |= {"compiled": whole, "compiled graph": lambda: graphs(compiled)}
     return ways

@@ -19,7 +19,8 @@ def bench(monkeypatch):
     parts = {name: importlib.import_module(f"_serve_{name}") for name in ("contenders", "held", "space", "timed")}
     threads = torch.get_num_threads()
     parts["contenders"].whole.cache_clear()
-    yield SimpleNamespace(serve=importlib.import_module("serve"), **parts)
+    device = importlib.import_module("_gpu_device")
+    yield SimpleNamespace(serve=importlib.import_module("serve"), device=device, **parts)
     parts["contenders"].whole.cache_clear()
     torch.set_num_threads(threads)
 
@@ -114,10 +115,26 @@ def test_a_peer_that_fails_is_said_and_the_others_are_timed(bench, monkeypatch, 
     }
 
 
+def test_every_way_to_run(bench, monkeypatch, tmp_path):
+    """Where a clock captures graphs, as one of a GPU does: here a replay is the call itself."""
+    without_peers(bench, monkeypatch)
+    captured = []
+    monkeypatch.setattr(bench.device.WallClock, "captured", lambda _, run: captured.append(run) or run)
+    code, lines = run(bench, tmp_path, "--only", "model", "--compile")
+    assert code == 0
+    ways = [(line["tokens"], line["way"], line["backend"]) for line in lines if line["status"] == "timed"]
+    names = [(tokens, "eager", "loraspan, names") for tokens in (1, 3)]
+    every = [(1, way) for way in ("eager", "graph", "compiled", "compiled graph")] + [(3, "eager"), (3, "graph")]
+    assert sorted(ways) == sorted(names + [(*way, who) for way in every for who in ("loraspan", "base")])
+    assert len(captured) == 6
+    # what a graph replays has been judged when it was a call
+    assert all((line["error"] is None) == line["way"].endswith("graph") for line in lines if line["status"] == "timed")
+
+
 def test_a_part_of_a_batch_is_taken_times_all_of_it(bench):
     """Everything takes a millisecond here: who did a quarter of the batch in that needs four."""
     device = torch.device("cpu")
-    clock = SimpleNamespace(device=device, timed=lambda run: (run(), 1.0)[1])
+    clock = SimpleNamespace(device=device, timed=lambda run: (run(), 1.0)[1], captured=lambda _: None)
     at = bench.contenders.Place(clock, "f32", 2, bench.space.Sizes())
     found = {who: bench.contenders.Contender(lambda: 0) for who in ("loraspan", "PEFT", "base")}
     found["vlora"] = bench.contenders.Contender(lambda: 0, part=0.25)
