@@ -138,10 +138,12 @@ def test_moves_with_the_model(tmp_path):
 
 EXTRAS = {
     "dora": ({"head.lora_magnitude_vector": (6,)}, "DoRA"),
+    "dora-without": ({}, "DoRA"),
     "tokens": ({"head.token_adapter.trainable_tokens_delta": (2, 6)}, "trained tokens"),
     "no-module": ({"tail.weight": (3, 6)}, "no module for its tensor 'base_model.model.tail.weight'"),
     "no-parameter": ({"head.gain": (3,)}, "has no 'gain'"),
     "shape": ({"head.weight": (3, 7)}, r"is \[3, 6\] in the model and \[3, 7\] in the file"),
+    "labels": ({"head.weight": (4, 6)}, r"is \[3, 6\] in the model and \[4, 6\] in the file"),
     "bias": ({"body.bias": (7,)}, r"needs a vector of floats \[6\]; got \[7\]"),
     "no-factors": ({"head.lora_B.bias": (3,)}, "has no factors beside it"),
     "two-names": ({"head.bias": (3,), "head.modules_to_save.bias": (3,)}, "are one parameter, and differ"),
@@ -152,7 +154,7 @@ EXTRAS = {
 def test_what_no_rule_covers_is_refused_by_name(case):
     shapes, message = EXTRAS[case]
     extras = {f"base_model.model.{key}": normal(i, *shape, dtype=F32) for i, (key, shape) in enumerate(shapes.items())}
-    wrong = dataclasses.replace(headed("wrong", 3, 1), extras=extras)
+    wrong = dataclasses.replace(headed("wrong", 3, 1), extras=extras, config={"use_dora": case == "dora-without"})
     space = loraspan.compress([headed("fine", 3), wrong], max_error=1e-6, dtype=F32)
     served = loraspan.attach(Heads(), space)
     with served.tasks(["fine", None, None, None]):

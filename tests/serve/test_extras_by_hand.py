@@ -11,6 +11,7 @@ import oracles
 from adapters import models
 from loraspan.adapters import Slot
 from loraspan.errors import ArgumentError
+from loraspan.serve.extras_modules import gather_of
 from loraspan.serve.extras_run import Call
 from loraspan.serve.rows import Rows
 from matrices import normal
@@ -112,6 +113,31 @@ def test_per_token():
     assert_close(actual[0, [0, 2]], by_hand(model, space, "of 3", x)[0, [0, 2]])
     assert oracles.same_bits(actual[1, ::2], served(x)[1, ::2])
     assert_close(actual[1, 1], by_hand(model, space, "of 3", x)[1, 1])
+
+
+@pytest.mark.parametrize("names", [("weight",), ("weight", "bias")])
+@pytest.mark.parametrize("module", [nn.Linear(5, 3), nn.Linear(5, 3, bias=False), nn.LayerNorm(5)], ids=str)
+def test_a_graph_gathers_what_is_brought(module, names):
+    """What a task does not bring is the module's own."""
+    names = [name for name in names if getattr(module, name) is not None]
+    brought = {name: normal(i, 4, *getattr(module, name).shape, dtype=F32) for i, name in enumerate(names)}
+    x = normal(6, 4, 2, 5, dtype=F32)
+    actual = gather_of(module)(module, brought, x)
+    for row in range(4):
+        theirs = torch.func.functional_call(module, {name: value[row] for name, value in brought.items()}, x[row])
+        assert_close(actual[row], theirs)
+
+
+def test_a_bias_takes_the_place_of_the_one_that_is_there_now():
+    space = loraspan.compress([of_small("sql", 10)], max_error=1e-6, dtype=F32)
+    model = Small().requires_grad_(False)
+    served = loraspan.attach(model, space)
+    with served.tasks([None, "sql"]):
+        before = served(models.TOKENS)
+        model.conv.base.bias += 1
+        after = served(models.TOKENS)
+    assert_close(after[1], before[1])
+    assert (after[0] - before[0]).norm() > 0.1 * before[0].norm()
 
 
 def test_compiles_whole_and_once():

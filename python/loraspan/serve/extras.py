@@ -52,7 +52,7 @@ def plan(state: State, modules: Modules, paths: Paths | None = None) -> Plan:
     known: dict[tuple[Any, ...], str | None] = {}
     for task in state.collection.tasks:
         parts = parts_of(tuple(task.extras))
-        reason = parts.refused
+        reason = parts.refused or ("it is a DoRA, of which the magnitudes are gone" if _is_dora(task) else None)
         for path in parts.modules:
             if path not in places:
                 places[path] = _find(modules, path, paths)
@@ -70,6 +70,10 @@ def plan(state: State, modules: Modules, paths: Paths | None = None) -> Plan:
             continue
         found |= {where: path for path in parts.modules if (where := places[path]) is not None}
     return Plan(found, refused)
+
+
+def _is_dora(task: Task) -> bool:
+    return bool(task.config.get("use_dora"))
 
 
 def _find(modules: Modules, path: str, paths: Paths | None) -> str | None:

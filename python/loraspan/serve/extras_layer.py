@@ -69,19 +69,20 @@ class ServedExtras(Served):
         own = {name: tensor.detach() for name, tensor in tensors_of(self.base).items()}
         device = self._added.now.rows.device
         values: dict[str, Tensor] = {}
-        sums: list[Tensor] = []
+        # what is added to the output, and how much of the module's own bias is taken away for that
+        bias, less = torch.zeros((), dtype=torch.float64), 0.0
         for parameter, keys in brought.items():
             value = task.extras[keys[0].name]
             if parameter == LORA_BIAS:
-                sums.append(task.scales[lora_path(keys[0])] * value.to(torch.float64))
+                bias = bias + task.scales[lora_path(keys[0])] * value.to("cpu", torch.float64)
             elif not (keys[0].in_base and same(value, own[parameter])):
                 values[parameter] = value.to(device, own[parameter].dtype)
         if list(values) == ["bias"] and feature_axis(self.base) is not None:
-            sums.append(values.pop("bias").cpu().to(torch.float64) - own["bias"].cpu().to(torch.float64))
-        elif list(values) == ["weight"] and "bias" in own and values["weight"].shape[0] == own["bias"].shape[0]:
-            # one stack for all heads of a shape
-            values["bias"] = own["bias"]
-        return values, {"bias": sum(sums[1:], sums[0]).to(device, torch.float32)} if sums else {}
+            bias, less = bias + values.pop("bias").to("cpu", torch.float64), 1.0
+        wide = torch.float64 if torch.float64 in [tensor.dtype for tensor in own.values()] else torch.float32
+        if not bias.ndim:
+            return values, {}
+        return values, {"bias": bias.to(device, wide), "less": torch.tensor(less, dtype=wide, device=device)}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module."""
@@ -121,7 +122,10 @@ class ServedExtras(Served):
         (stack,) = held.stacks
         wide, there = wide_of(y), places >= 0
         # [N, (m,) n]
-        bias = stack["bias"][places.clamp(min=0)].to(wide) * (there if shares is None else there * shares)[..., None]
+        bias, own = stack["bias"][places.clamp(min=0)].to(wide), tensors_of(self.base).get("bias")
+        if own is not None:
+            bias = bias - stack["less"][places.clamp(min=0)].to(wide)[..., None] * own.to(wide)
+        bias = bias * (there if shares is None else there * shares)[..., None]
         gone = places == GONE
         if ids.ndim == 2:
             bias, there, gone = bias.sum(1), there.any(1), gone.any(1)

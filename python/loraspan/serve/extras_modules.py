@@ -41,7 +41,8 @@ def refusal(module: nn.Module, parameter: str, brought: Mapping[str, Tensor]) ->
     own, value = tensors_of(module).get(parameter), brought[parameter]
     is_head = type(module).forward is nn.Linear.forward and module.weight is not None
     # a head may have another number of labels
-    labels = (brought if "weight" in brought else tensors_of(module))["weight"].shape[0] if is_head else None
+    head = brought if "weight" in brought and parameter == "bias" else tensors_of(module)
+    labels = head["weight"].shape[0] if is_head else None
     if parameter in (LORA_BIAS, "bias") and feature_axis(module) is not None and (own is not None or "." in parameter):
         length = labels if labels is not None or own is None else own.shape[0]
         if value.ndim != 1 or not value.is_floating_point() or length not in (None, value.shape[0]):
@@ -86,19 +87,22 @@ def gather_of(module: nn.Module) -> Gather | None:
     return None
 
 
-def _linear(_: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    weight, bias = parameters["weight"], parameters.get("bias")
+def _linear(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    assert isinstance(module, nn.Linear)
+    weight, bias = parameters["weight"], parameters.get("bias", module.bias)
     y = torch.bmm(x.flatten(1, -2), weight.mT)
     if bias is not None:
-        y = y + bias[:, None]
+        y = y + (bias[:, None] if "bias" in parameters else bias)
     return y.reshape(*x.shape[:-1], weight.shape[1])
 
 
 def _layer_norm(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
     assert isinstance(module, nn.LayerNorm)
     ones = (len(x), *[1] * (x.ndim - 2), x.shape[-1])
-    y = nn.functional.layer_norm(x, module.normalized_shape, eps=module.eps) * parameters["weight"].reshape(ones)
-    return y + parameters["bias"].reshape(ones) if "bias" in parameters else y
+    own = {name: tensor.reshape(ones) for name, tensor in parameters.items()}
+    y = nn.functional.layer_norm(x, module.normalized_shape, eps=module.eps) * own.get("weight", module.weight)
+    bias = own.get("bias", module.bias)
+    return y if bias is None else y + bias
 
 
 def _embedding(_: nn.Module, parameters: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
