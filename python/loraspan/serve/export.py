@@ -98,8 +98,8 @@ def _write_all(
     progress: Progress | None,
 ) -> dict[str, Path]:
     index = read_index(root)
+    folder_names([*index, *folders])
     written: dict[str, Path] = {}
-    before = len(index)
     try:
         for name, below in folders.items():
             adapter = fit.rebuild(collection, name, dtype)
@@ -110,7 +110,7 @@ def _write_all(
             if progress is not None:
                 progress("export", len(written), len(folders))
     finally:
-        if written or before != len(index):
+        if written:
             write_index(root, index)
     return written
 
