@@ -223,6 +223,8 @@ def test_a_model_is_attached_once_and_a_served_layer_not_copied():
         ([{"task 0": float("nan")}], {}, ArgumentError, "finite weights"),
         ([["task 0"], ["task 1", None]], {"per": "token"}, ArgumentError, "of one length"),
         ("task 0", {"per": "batch"}, ArgumentError, "per is 'row' or 'token'"),
+        ({"task 0", "task 1"}, {}, ArgumentError, "or lists; got {'task"),
+        ([{"task 0": [1.0]}], {}, ArgumentError, "finite weights"),
     ],
 )
 def test_names_that_are_none_are_refused(names, options, error, message):
@@ -273,6 +275,36 @@ def test_what_others_hold_of_the_base_output_is_left_alone(how):
     assert not torch.equal(y, base)
     assert torch.equal(x, kept)
     assert all(torch.equal(each, base) for each in seen)
+
+
+class Eighths(nn.Module):
+    """A linear layer in integers: what a quantized base looks like."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.out_features, self.in_features = linear.weight.shape
+        self.register_buffer("codes", (linear.weight * 8).round().to(torch.int8))
+        self.bias = linear.bias
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.codes.to(x.dtype) / 8, self.bias)
+
+
+def test_a_quantized_base_is_served_in_the_dtype_that_is_stored():
+    space, x = serving.team(), serving.batch(2)
+    model, plain = serving.Tower(), serving.Tower()
+    for tower in (model, plain):
+        for layer in tower.layers:
+            quantized = Eighths(layer.q_proj)
+            layer.q_proj = quantized
+            if tower is plain:
+                layer.q_proj = nn.Linear(serving.D, serving.N)
+                layer.q_proj.weight.data, layer.q_proj.bias = quantized.codes / 8, quantized.bias
+    served, same = loraspan.attach(model, space), loraspan.attach(plain, space)
+    with served.tasks(["task 0", "task 3"]), same.tasks(["task 0", "task 3"]):
+        assert oracles.same_bits(served(x), same(x))
+    tables = model.layers[0].q_proj.tables
+    assert tables.now.v.dtype == space.collection.dtype == torch.float32
 
 
 def test_switching_takes_microseconds_and_makes_nothing_anew():

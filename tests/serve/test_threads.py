@@ -11,6 +11,7 @@ import loraspan
 import oracles
 import serving
 from loraspan.errors import ArgumentError
+from loraspan.serve import layer
 
 REST = serving.adapters(noise=0.1)
 
@@ -23,8 +24,8 @@ class Meeting(serving.Tower):
         self.wait = wait
 
     def forward(self, x):
-        for layer in self.layers:
-            x = layer(x)
+        for block in self.layers:
+            x = block(x)
             self.wait()
         return x
 
@@ -59,9 +60,9 @@ def test_coroutines_do_not_see_each_others_tasks():
     async def ask(name):
         with served.tasks(name):
             y = x
-            for layer in served.model.layers:
+            for block in served.model.layers:
                 await asyncio.sleep(0)
-                y = layer(y)
+                y = block(y)
         return y
 
     async def ask_all():
@@ -128,6 +129,21 @@ def test_a_space_may_change_while_others_are_served():
     thread.join()
     assert not wrong
     assert done[0]
+
+
+def test_a_refit_between_two_lines_is_seen_and_the_new_tables_taken(monkeypatch):
+    space, x = serving.team(), serving.batch(2)
+    served, honest = loraspan.attach(serving.Tower(), space), layer.shared_lora_
+
+    def late(*args, **options):
+        monkeypatch.setattr(layer, "shared_lora_", honest)
+        space.refit(rank=5)
+        return honest(*args, **options)
+
+    monkeypatch.setattr(layer, "shared_lora_", late)
+    with torch.no_grad(), served.tasks(["task 0", None]):
+        y = served(x)
+    serving.close(y, serving.expected(space, x, ["task 0", None]))
 
 
 def test_layers_that_are_computed_again_in_backward_know_their_tasks_or_refuse():

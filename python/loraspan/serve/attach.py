@@ -248,9 +248,11 @@ class Attached(nn.Module):
 
     def _traced(self, rows: Rows, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run within a graph that is being compiled, which has to be whole: between two of them threads could meet."""
+        from loraspan.serve.outside import whole
+
         self._board.traced = rows
         try:
-            with torch._dynamo.error_on_graph_break(True):
+            with whole():
                 return self.model(*args, **kwargs)
         finally:
             self._board.traced = None

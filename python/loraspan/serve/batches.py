@@ -19,16 +19,21 @@ Number: TypeAlias = Callable[[str | None], int]
 
 
 def key_of(names: Names, per: str) -> Hashable:
-    """Give what tells a batch of names from others."""
+    """Give what tells a batch of names from others.
+
+    Raises:
+        ArgumentError: if the names have another form.
+    """
     return per, _key(names)
 
 
 def _key(names: object) -> Hashable:
     if isinstance(names, Mapping):
-        return Mapping, *names.items()
+        return Mapping, *((task, _key(share)) for task, share in names.items())
     if isinstance(names, (list, tuple)):
         return tuple(map(_key, names))
-    assert isinstance(names, Hashable)
+    if not isinstance(names, Hashable):
+        raise ArgumentError(f"tasks: needs names of tasks, None, dicts of names and weights, or lists; got {names!r}")
     return names
 
 

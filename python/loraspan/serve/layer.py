@@ -42,7 +42,6 @@ class Served(nn.Module):
         self.base, self.path, self.tables = base, path, tables
         self.board = Board()
         self.train(base.training)
-        self.register_load_state_dict_pre_hook(_to_base)  # type: ignore[no-untyped-call]
 
     def follow(self, state: State) -> None:
         """Serve another state."""
@@ -75,6 +74,11 @@ class Served(nn.Module):
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Give that of the module."""
         return self.base.state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            state_dict[f"{prefix}base.{key[len(prefix) :]}"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -182,34 +186,29 @@ def _outside(layer: Served) -> Rows | None:
     return rows
 
 
-def _to_base(_: nn.Module, state_dict: dict[str, Any], prefix: str, *__: Any) -> None:
-    """Name the tensors of a state dict as the module tree has them."""
-    for key in [key for key in state_dict if key.startswith(prefix)]:
-        state_dict[f"{prefix}base.{key[len(prefix) :]}"] = state_dict.pop(key)
-
-
 def form_of(base: nn.Module, path: str, state: State, like: Form | None = None, **given: Any) -> Form:
     """Give the form of tables beside a module.
 
     Args:
-        base: the module: its first tensor says where, and in which dtype if that is one that products take.
+        base: the module: its first tensor says where, and in which dtype if that is one that products take. Quantized
+            weights that torch keeps out of sight are the CPU's.
         path: of the module, for the error.
         state: says the dtype where the module does not.
         like: what was chosen before: a dtype that was given, and whether loadings are trained.
         given: ``dtype`` and ``train``, as :func:`loraspan.attach` takes them, where there is no ``like``.
 
     Raises:
-        UnsupportedError: if the module has no tensor, or none with memory.
+        UnsupportedError: if its tensors have no memory.
     """
     tensor = next(itertools.chain(base.parameters(), base.buffers()), None)
-    if tensor is None or tensor.is_meta:
+    if tensor is not None and tensor.is_meta:
         raise UnsupportedError(
-            f"{path}: {'has no tensor' if tensor is None else 'lies on the meta device'}, so that where its tables "
-            f"belong is not known: load the model's weights first"
+            f"{path}: lies on the meta device, so that where its tables belong is not known: load its weights first"
         )
+    device = torch.device("cpu") if tensor is None else tensor.device
     dtype = like.dtype if like is not None and like.given else given.get("dtype")
     train = like.train if like is not None else bool(given.get("train"))
     chosen = dtype is not None
     if dtype is None:
-        dtype = tensor.dtype if tensor.dtype in DTYPES else state.collection.dtype
-    return Form(tensor.device, dtype, packed=not chosen and tensor.device.type == "cpu", given=chosen, train=train)
+        dtype = tensor.dtype if tensor is not None and tensor.dtype in DTYPES else state.collection.dtype
+    return Form(device, dtype, packed=not (chosen or train) and device.type == "cpu", given=chosen, train=train)
