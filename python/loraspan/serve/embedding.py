@@ -137,11 +137,15 @@ def _astray(known: Tensor, cores: Cores) -> Tensor:
     """Say which tasks have columns outside the tables ``[G, m]``: such is a task that is gone."""
     ss, sp, ps, pp, dense = known[..., 5:].unbind(-1)
     kept = torch.where(dense > 0, 0, ss)
-    lengths = torch.stack([ss + sp + ps + pp, ss + sp, ps + pp, kept + ps, sp + pp], dim=-1)
-    heights = known.new_tensor([cores.weights.shape[0], *(table.shape[0] for table in cores.ends)])
-    starts, counts = known[..., :5], known[..., 5:9]
-    outside = (starts < 0) | (starts + lengths > heights)
-    return outside.any(-1) | (counts < 0).any(-1) | (counts > known.new_tensor(cores.most)).any(-1)
+    lengths = (ss + sp + ps + pp, ss + sp, ps + pp, kept + ps, sp + pp)
+    heights = (cores.weights.shape[0], *(table.shape[0] for table in cores.ends))
+    outside = torch.zeros_like(ss, dtype=torch.bool)
+    # numbers and not a tensor of them, which a captured graph could not have sent to a GPU
+    for start, length, height in zip(known[..., :5].unbind(-1), lengths, heights, strict=True):
+        outside |= (start < 0) | (start + length > height)
+    for count, most in zip((ss, sp, ps, pp), cores.most, strict=True):
+        outside |= (count < 0) | (count > most)
+    return outside
 
 
 def _added(y: Tensor, batch: _Batch, v: Tensor | Packed, u: Tensor | Packed, scale: float | Tensor) -> Tensor:

@@ -42,31 +42,45 @@ class Form(NamedTuple):
 
 
 def form_of(base: nn.Module, path: str) -> Form:
-    """Find out what a module of experts does, or refuse it."""
+    """Find out what a module of experts does.
+
+    Raises:
+        UnsupportedError: if it is none that is known, naming it and saying why.
+    """
     gated = "gate_up_proj" if getattr(base, "has_gate", True) else "up_proj"
-    form = Form(
-        (gated, "down_proj"), bool(getattr(base, "is_transposed", False)), bool(getattr(base, "has_bias", False))
-    )
-    parameters = dict(base.named_parameters(recurse=False))
-    stacked = all(name in parameters and parameters[name].ndim == 3 for name in form.parameters)
-    reason = "it has no stacked parameters gate_up_proj or up_proj, and down_proj" if not stacked else None
-    if reason is None and len({parameters[name].shape[0] for name in form.parameters}) > 1:
-        reason = "its parameters are of different numbers of experts"
-    if reason is None and not all(parameters[name].is_floating_point() for name in form.parameters):
-        reason = "its experts are quantized"
-    if reason is None and getattr(base, "_is_expert_parallel", False):
-        reason = "it has a part of its experts here, and their numbers are others"
+    is_transposed, has_bias = (bool(getattr(base, name, False)) for name in ("is_transposed", "has_bias"))
+    form = Form((gated, "down_proj"), is_transposed, has_bias)
+    reason = _lack(base, form)
     if reason is None:
-        reasons = {sums: _difference(base, form._replace(sums=sums)) for sums in ("states", "weights", "float32")}
-        form = form._replace(sums=next((sums for sums, why in reasons.items() if why is None), "states"))
-        reason = reasons[form.sums]
+        with torch.device("cpu"):
+            for sums in ("states", "weights", "float32"):
+                form = form._replace(sums=sums)
+                reason = _difference(base, form)
+                if reason is None:
+                    break
     if reason is not None:
         raise UnsupportedError(
             f"attach: module {path!r} is a {type(base).__name__}, and experts like that are not known here: {reason}. "
             "Export the tasks, or attach a space without slots of experts"
         )
-    known = tuple(name for name in _IMPLEMENTATIONS if hasattr(base, "is_concatenated") and _is_known(base, form, name))
-    return form._replace(implementations=known)
+    if not hasattr(base, "is_concatenated"):
+        return form
+    with torch.device("cpu"):
+        return form._replace(implementations=tuple(name for name in _IMPLEMENTATIONS if _is_known(base, form, name)))
+
+
+def _lack(base: nn.Module, form: Form) -> str | None:
+    """Say what a module lacks to have experts of a form."""
+    parameters = dict(base.named_parameters(recurse=False))
+    if not all(name in parameters and parameters[name].ndim == 3 for name in form.parameters):
+        return "it has no stacked parameters gate_up_proj or up_proj, and down_proj"
+    if len({parameters[name].shape[0] for name in form.parameters}) > 1:
+        return "its parameters are of different numbers of experts"
+    if not all(parameters[name].is_floating_point() for name in form.parameters):
+        return "its experts are quantized"
+    if getattr(base, "_is_expert_parallel", False):
+        return "it has a part of its experts here, and their numbers are others"
+    return None
 
 
 def _difference(base: nn.Module, form: Form) -> str | None:
