@@ -170,6 +170,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"serve.py: {reason}", file=sys.stderr)
         return 2
     _keep_memory()
+    # a node without a network: nobody is to wait for one
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     here, place = _start(options)
     report = Lines(here, options.out)
     with torch.no_grad():
