@@ -19,8 +19,11 @@ def bench(monkeypatch):
     parts = {name: importlib.import_module(f"_serve_{name}") for name in ("contenders", "held", "space", "timed")}
     threads = torch.get_num_threads()
     parts["contenders"].whole.cache_clear()
-    device = importlib.import_module("_gpu_device")
-    yield SimpleNamespace(serve=importlib.import_module("serve"), device=device, **parts)
+    device, serve = (importlib.import_module(name) for name in ("_gpu_device", "serve"))
+    # neither is to outlast a test: what this process keeps, and whom it may ask
+    monkeypatch.setattr(serve, "_keep_memory", lambda: None)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    yield SimpleNamespace(serve=serve, device=device, **parts)
     parts["contenders"].whole.cache_clear()
     torch.set_num_threads(threads)
 
