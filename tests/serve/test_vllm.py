@@ -160,6 +160,7 @@ def test_numbers_fit_in_32_bits_and_differ(settings, monkeypatch):
     numbers = [crowded.resolve(BASE, name).number for name in (*TASKS, *TASKS)]
     assert sorted(numbers[:3]) == [1, 2, 3]
     assert numbers[:3] == numbers[3:]
+    assert [vllm.TaskFolders(settings)._number(f"{content:064x}") for content in (0, 2 << 192, 3 << 192)] == [1, 3, 1]
 
 
 @pytest.mark.parametrize("name", ["../../etc", "/etc/passwd", "x" * 10_000, "\ud800", "a\nb", "SQL", "..", "~"])
