@@ -39,6 +39,8 @@ def same(value: Tensor, base: Tensor) -> bool:
 def refusal(module: nn.Module, parameter: str, brought: Mapping[str, Tensor]) -> str | None:
     """Say why a module cannot have a parameter of those that are brought for it, if so."""
     own, value = tensors_of(module).get(parameter), brought[parameter]
+    if "down_proj" in module._parameters:
+        return f"a {type(module).__name__} holds stacked experts, of which a task has factors and nothing of its own"
     is_head = type(module).forward is nn.Linear.forward and module.weight is not None
     # a head may have another number of labels
     head = brought if "weight" in brought and parameter == "bias" else tensors_of(module)
