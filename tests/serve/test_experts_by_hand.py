@@ -1,5 +1,7 @@
 """Experts of nobody's library: the commonest form is served, what does something else is refused by name."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -171,15 +173,19 @@ def test_slots_that_fit_no_parameter_are_refused(slot):
         ServedExperts(Plain(), "experts", {}, {**fine, f"experts.{slot}": space})
 
 
-class Listed(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.experts = nn.ModuleList(nn.ModuleDict({"w1": nn.Linear(5, 3)}) for _ in range(2))
-
-
-def test_experts_in_a_list_are_refused_by_name():
-    one = loraspan.adapters.Adapter(
-        "one", {"experts.1.w1": loraspan.adapters.Slot(torch.eye(1, 5), torch.eye(3, 1), scale=3.0)}
-    )
-    with pytest.raises(LoraspanError, match=r"experts\.1\.w1"):
-        loraspan.attach(Listed(), loraspan.compress([one], rank=1))
+@pytest.mark.parametrize(
+    ("experts", "path"),
+    [
+        (nn.ModuleList([nn.Linear(5, 3)]), "experts.0"),
+        (nn.ModuleDict({"expert_0": nn.Linear(5, 3)}), "experts.expert_0"),
+    ],
+)
+def test_experts_in_a_list_are_refused_by_name(experts, path):
+    """They are handed tokens of rows that nobody knows there, in a number that may divide by chance."""
+    slot = loraspan.adapters.Slot(torch.eye(1, 5), torch.eye(3, 1), scale=3.0)
+    space = loraspan.compress([loraspan.adapters.Adapter("one", {path: slot})], rank=1)
+    with pytest.raises(LoraspanError, match=re.escape(path)):
+        loraspan.attach(nn.ModuleDict({"experts": experts}), space)
+    # what all tokens go through is none of them
+    moved = loraspan.adapters.Adapter("one", {path.replace("experts", "shared_experts"): slot})
+    loraspan.attach(nn.ModuleDict({"shared_experts": experts}), loraspan.compress([moved], rank=1))

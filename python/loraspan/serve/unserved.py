@@ -11,8 +11,8 @@ from loraspan.collection.collection import Collection
 from loraspan.errors import UnsupportedError
 from loraspan.serve.match import Modules
 
-# an expert of a list of them
-_ROUTED = re.compile(r"(^|\.)experts\.\d+(\.|$)")
+# an expert of a list or dict of them
+_ROUTED = re.compile(r"(^|\.)experts\.[^.]+")
 
 
 def without_module(collection: Collection, wrong: Mapping[str, str]) -> dict[str, str]:
