@@ -42,13 +42,22 @@ __device__ __forceinline__ const T* in_global(const T* pointer) {
   return pointer;
 }
 
-// Copies 16 bytes to shared memory while the thread goes on; they are there after wait_for_copies and a barrier.
+// Copies 16 bytes to shared memory while the thread goes on; they are there after wait_for_copies and a barrier, which
+// waits for all that was begun before the last kBut ends of copies.
 __device__ __forceinline__ void copy_aside(void* to, const void* from) {
   const unsigned place = static_cast<unsigned>(__cvta_generic_to_shared(to));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(place), "l"(from) : "memory");
 }
 
-__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+__device__ __forceinline__ void end_of_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int kBut = 0>
+__device__ __forceinline__ void wait_for_copies() {
+  if constexpr (kBut == 0)
+    asm volatile("cp.async.wait_all;" ::: "memory");
+  else
+    asm volatile("cp.async.wait_group %0;" ::"n"(kBut) : "memory");
+}
 
 // Nearest float32, ties to even, whatever the mode of the host compiler's casts.
 __device__ __forceinline__ float double_to_float(double value) { return __double2float_rn(value); }

@@ -151,27 +151,36 @@ __device__ __forceinline__ void stage_aside(Tile<Entry, kRows, kDepth>& tile, co
   }
 }
 
-// Both sides of one step, twice over: one pair is filled while the other is multiplied.
-template <typename Left, typename Right>
+// Both sides of one step, several times over: some are filled while one is multiplied.
+template <typename Left, typename Right, int kStages = 2>
 struct Pairs {
   struct Pair {
     Left left;
     Right right;
-  } pair[2];
+  } pair[kStages];
 };
 
 // Steps of kDepth over [begin, end): fill(pair, k) stages both sides, use(pair, k) multiplies them. One barrier a step:
 // it shows all threads the pair to come, and that none is still in the pair to be filled.
-template <int kDepth, typename Left, typename Right, typename Fill, typename Use>
-__device__ __forceinline__ void step_through(Pairs<Left, Right>& pairs, std::int64_t begin, std::int64_t end,
+template <int kDepth, typename Left, typename Right, int kStages, typename Fill, typename Use>
+__device__ __forceinline__ void step_through(Pairs<Left, Right, kStages>& pairs, std::int64_t begin, std::int64_t end,
                                              const Fill& fill, const Use& use) {
-  if (begin < end) fill(pairs.pair[0], begin);
+  constexpr int kAhead = kStages - 1;
+#pragma unroll
+  for (int stage = 0; stage < kAhead; ++stage) {
+    if (begin + stage * kDepth < end) fill(pairs.pair[stage], begin + stage * kDepth);
+    end_of_copies();
+  }
   int now = 0;
-  for (std::int64_t k = begin; k < end; k += kDepth, now ^= 1) {
-    wait_for_copies();
+  for (std::int64_t k = begin; k < end; k += kDepth) {
+    // of the steps that are on their way, all but the first
+    wait_for_copies<kAhead - 1>();
     __syncthreads();
-    if (k + kDepth < end) fill(pairs.pair[now ^ 1], k + kDepth);
+    const int last = now == 0 ? kAhead : now - 1;
+    if (k + kAhead * kDepth < end) fill(pairs.pair[last], k + kAhead * kDepth);
+    end_of_copies();
     use(pairs.pair[now], k);
+    now = now == kAhead ? 0 : now + 1;
   }
 }
 

@@ -145,6 +145,6 @@ struct Tensor {
 };
 
 template <typename Policy>
-using PairsOf = Pairs<typename Policy::Left, typename Policy::Right>;
+using PairsOf = Pairs<typename Policy::Left, typename Policy::Right, Policy::kAside ? 3 : 2>;
 
 }  // namespace loraspan

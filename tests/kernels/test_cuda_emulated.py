@@ -20,13 +20,14 @@ OPERATORS = {
     "reconstruct": ("reconstruct",),
     "shared_lora": ("shared_lora",),
 }
-BARRIER = ("rows.cuh", "    wait_for_copies();\n    __syncthreads();", "    wait_for_copies();")
+WAIT = "    wait_for_copies<kAhead - 1>();\n"
+BARRIER = ("rows.cuh", f"{WAIT}    __syncthreads();", WAIT)
 # per operator, faults by name: the file, what is there, and what is put in its place, in a copy
 FAULTS = {
     "gram": {
         "no barrier between steps": BARRIER,
-        "copies are not waited for": ("rows.cuh", "    wait_for_copies();\n", ""),
-        "the pair in use is filled": ("rows.cuh", "fill(pairs.pair[now ^ 1]", "fill(pairs.pair[now]"),
+        "copies are not waited for": ("rows.cuh", WAIT, ""),
+        "the pair in use is filled": ("rows.cuh", "fill(pairs.pair[last]", "fill(pairs.pair[now]"),
         "no mask on what is written": ("dots.cuh", "row >= job.left_rows || col >= job.right_rows || ", ""),
         "no mask on the rows that are read": ("rows.cuh", "if (r < high && c < wide) {", "if (c < wide) {"),
         "no mask on the columns that are read": ("rows.cuh", "if (r < high && c < wide) {", "if (r < high) {"),

@@ -104,13 +104,22 @@ const T* in_global(const T* pointer) {
 // As late as can be: a copy happens when its thread waits for it.
 inline void copy_aside(void* to, const void* from) { emulation::copies[threadIdx.x].push_back({to, from}); }
 
-inline void wait_for_copies() {
+// A pair of nothing ends a group of copies.
+inline void end_of_copies() { emulation::copies[threadIdx.x].push_back({nullptr, nullptr}); }
+
+template <int kBut = 0>
+void wait_for_copies() {
   struct alignas(16) Quad {
     char byte[16];
   };
-  for (const auto& [to, from] : emulation::copies[threadIdx.x])
-    *static_cast<Quad*>(to) = *static_cast<const Quad*>(from);
-  emulation::copies[threadIdx.x].clear();
+  auto& begun = emulation::copies[threadIdx.x];
+  // up to the end of the last group that is waited for; nothing after it has happened yet
+  std::size_t stop = begun.size();
+  for (int left = kBut + 1; kBut > 0 && stop > 0; --stop)
+    if (!begun[stop - 1].first && --left == 0) break;
+  for (std::size_t i = 0; i < stop; ++i)
+    if (begun[i].first) *static_cast<Quad*>(begun[i].first) = *static_cast<const Quad*>(begun[i].second);
+  begun.erase(begun.begin(), begun.begin() + static_cast<std::ptrdiff_t>(stop));
 }
 
 inline float double_to_float(double value) { return static_cast<float>(value); }
