@@ -4,7 +4,8 @@
 // entry of the basis meets 16 loadings, far fewer than the 300 products a byte that cards can do, so the floor is the
 // bytes: 0.66 MB for m = 4096, 0.2 us at 3.35e12 bytes a second, less than a launch takes. What counts is that hundreds
 // of pieces go in one launch, and that pieces on one basis follow each other: a warp holds its rows of the basis and
-// reads loadings only, 2 KB from the L1 cache for the 1 KB that it writes. There 0.6 of the floor is to be expected.
+// reads loadings only, 2 KB from the L1 cache for the 1 KB that it writes. On an H100, 100 tasks of 24 pieces take
+// 0.26 ms in a CUDA graph, 0.32 of the floor, and 1.35 ms in float32, 0.22 of it: there a product is six.
 //
 // So it is where vectors of the basis and of the loadings are whole runs of 16 bytes. Other pieces go by tiles in
 // shared memory, half of which stand idle at 16 columns.

@@ -9,8 +9,12 @@
 // and the loadings of the tasks that occur, 2 b k r each, and does 2 T k (d + r) products. 64 rows of 64 tasks, d =
 // 4096, k = 64, r = 16, half precision: 1.6 + 1.0 + 0.3 MB, 0.9 us at 3.35e12 bytes a second, and 34e6 products, no
 // more than that even in float32. So the floor is two launches and two trips to memory, 6 us or so, as it is for one
-// dense product of rank k. Beside that each block of the second launch reads the slabs and columns of its 16 rows, 130
-// KB of them here, from the L2 cache: 16 MB for 128 blocks, 3 us.
+// dense product of rank k. Beside that each block of the second launch reads the slabs and columns of its 16 rows,
+// 130 KB of them here, from the L2 cache: 16 MB for 128 blocks, 3 us.
+//
+// On an H100 it takes 16 us in a CUDA graph, 27 us in float32 and 59 us for 1024 rows, where the plain product of rank
+// k takes 14, 18 and 24 us. Of the 16 the first launch has 3.5. The second is 188 KB of instructions, hardly any of
+// which run twice: to fetch them is the likeliest of what it waits for.
 #include "shared_lora_rows.cuh"
 #include "shared_lora_shrink.cuh"
 

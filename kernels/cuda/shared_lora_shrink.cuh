@@ -77,6 +77,7 @@ __device__ __forceinline__ void shrink(const SharedLora& call, std::int64_t bloc
   const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 
   float sum[kHigh][kTiles][4] = {};
+#pragma unroll 1
   for (std::int64_t k = begin + 32 * warp; k < end; k += 32 * kWarps) {
     typename Policy::Run x[kHigh][2], v[kTiles];
 #pragma unroll

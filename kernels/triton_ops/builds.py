@@ -164,7 +164,7 @@ def _shared_lora(
     compute = compute_type([data[0], bases[0]], wide)
     singly = "any" in (data[1], bases[1], ends[1])
     tile = shared_lora.tile_of(compute, rows, singly)
-    expansion = shared_lora.EXPANSIONS[wide, singly or k_in > 64]
+    expansion = shared_lora.expansion_of(wide, singly or k_in > 64, ends[0], architecture)
     variant = shared_lora.Variant(
         *data, *data, *bases, *bases, *ends, compute, k_in, min(k_out, 64), k_out <= 64, rows > 64, tile, expansion
     )

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from loraspan.triton_ops.rounding import narrow
-from loraspan.triton_ops.rows import element
+from loraspan.triton_ops.rows import element, vector
 from loraspan.triton_ops.strided import entries, put
 
 # the arguments that are numbers: one compilation for all of their values
@@ -13,7 +13,7 @@ SHRINK_NUMBERS = [
     "x_stride_d", "v_stride_d", "v_stride_k", "index_stride_r", "index_stride_f", "tasks_stride_t", "tasks_stride_m",
 ]  # fmt: skip
 EXPAND_NUMBERS = [
-    "scale", "rows", "n", "k_in", "k_out", "mixture", "count", "private", "slabs", "left_rows", "left_private_rows",
+    "scale", "rows", "n", "k_in", "k_out", "mixture", "count", "private", "slabs", "wide", "left_private_rows",
     "right_rows", "y_stride_t", "y_stride_n", "u_stride_n", "u_stride_k", "index_stride_r", "index_stride_f",
     "tasks_stride_t", "tasks_stride_m", "shares_stride_t", "shares_stride_m",
 ]  # fmt: skip
@@ -76,101 +76,98 @@ def shrink_kernel(
 @triton.jit(do_not_specialize=EXPAND_NUMBERS)
 def expand_kernel(
     y, u, index, weights, left, left_private, right, tasks, shares, sums, scale,
-    rows, n, k_in, k_out, mixture, count, private, slabs, left_rows, left_private_rows, right_rows,
+    rows, n, k_in, k_out, mixture, count, private, slabs, wide, left_private_rows, right_rows,
     y_stride_t, y_stride_n, u_stride_n, u_stride_k, index_stride_r, index_stride_f, tasks_stride_t, tasks_stride_m,
     shares_stride_t, shares_stride_m,
     KIND_Y: tl.constexpr, FORM_Y: tl.constexpr, KIND_U: tl.constexpr, FORM_U: tl.constexpr,
     KIND_E: tl.constexpr, FORM_E: tl.constexpr, WIDTH_IN: tl.constexpr, WIDTH_OUT: tl.constexpr,
-    ONCE: tl.constexpr, SHARES: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    ONCE: tl.constexpr, SHARES: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Meet each row's columns and add them to one tile of y."""
-    across = tl.cdiv(n, BLOCK_N)
+    """Meet each row's columns and add them to ``wide`` columns of y, a tile at a time."""
+    across = tl.cdiv(n, wide)
     t = (tl.program_id(0) // across).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    j = (tl.program_id(0) % across).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # of whole tiles, which tells the compiler how addresses are aligned
+    begin = (tl.program_id(0) % across).to(tl.int64) * (wide.to(tl.int64) // BLOCK_N * BLOCK_N)
     k = tl.arange(0, WIDTH_IN)
     width = k_in + mixture * private
     step = rows.to(tl.int64) * width
     own = sums + t * width
     factor = scale.to(tl.int64).to(tl.float64, bitcast=True).to(SUM)
     z = tl.zeros((BLOCK_T, WIDTH_IN), SUM)
-    for split in range(slabs):
-        z += tl.load(
-            own[:, None] + split * step + k[None, :], mask=(t < rows)[:, None] & (k < k_in)[None, :], other=0.0
-        )
-
-    added = tl.zeros((BLOCK_T, BLOCK_N), SUM)
-    # columns whose left end is shared; 64 columns of U at a time, as g lies in registers
+    for turn in range(0, slabs, BLOCK_S):
+        # all of a turn's are on their way at once
+        for one in tl.static_range(BLOCK_S):
+            split = turn + one
+            inside = (t < rows)[:, None] & (k < k_in)[None, :] & (split < slabs)
+            z += tl.load(own[:, None] + split * step + k[None, :], mask=inside, other=0.0)
     if ONCE:
         g = _coefficients(
-            0, z, own + k_in, step, slabs, t, rows, k_in, k_out, mixture, count, private, index, weights, left,
-            left_rows, right, right_rows, tasks, shares, factor, index_stride_r, index_stride_f, tasks_stride_t,
-            tasks_stride_m, shares_stride_t, shares_stride_m, KIND_E, FORM_E, WIDTH_IN, WIDTH_OUT, SHARES, SUM, BLOCK_T,
+            0, z, own + k_in, step, slabs, t, rows, k_in, k_out, mixture, count, private, index, weights, left, right,
+            tasks, shares, factor, index_stride_r, index_stride_f, tasks_stride_t, tasks_stride_m, shares_stride_t,
+            shares_stride_m, KIND_E, FORM_E, WIDTH_IN, WIDTH_OUT, SHARES, SUM, BLOCK_T, BLOCK_C,
         )  # fmt: skip
-        o = tl.arange(0, WIDTH_OUT)
-        on_u = entries(u, u_stride_n.to(tl.int64), u_stride_k.to(tl.int64), j, n, o, k_out, KIND_U, FORM_U).to(SUM)
-        added = tl.dot(g, tl.trans(on_u), added, input_precision=PRECISION, out_dtype=SUM)
-    else:
-        for start in range(0, k_out, WIDTH_OUT):
-            g = _coefficients(
-                start, z, own + k_in, step, slabs, t, rows, k_in, k_out, mixture, count, private, index, weights, left,
-                left_rows, right, right_rows, tasks, shares, factor, index_stride_r, index_stride_f, tasks_stride_t,
-                tasks_stride_m, shares_stride_t, shares_stride_m, KIND_E, FORM_E, WIDTH_IN, WIDTH_OUT, SHARES, SUM,
-                BLOCK_T,
-            )  # fmt: skip
-            o = start + tl.arange(0, WIDTH_OUT)
+
+    for turn in range(wide // BLOCK_N):
+        j = begin + turn * BLOCK_N + tl.arange(0, BLOCK_N)
+        added = tl.zeros((BLOCK_T, BLOCK_N), SUM)
+        # columns whose left end is shared; 64 columns of U at a time, as g lies in registers
+        if ONCE:
+            o = tl.arange(0, WIDTH_OUT)
             on_u = entries(u, u_stride_n.to(tl.int64), u_stride_k.to(tl.int64), j, n, o, k_out, KIND_U, FORM_U).to(SUM)
             added = tl.dot(g, tl.trans(on_u), added, input_precision=PRECISION, out_dtype=SUM)
+        else:
+            for start in range(0, k_out, WIDTH_OUT):
+                g = _coefficients(
+                    start, z, own + k_in, step, slabs, t, rows, k_in, k_out, mixture, count, private, index, weights,
+                    left, right, tasks, shares, factor, index_stride_r, index_stride_f, tasks_stride_t, tasks_stride_m,
+                    shares_stride_t, shares_stride_m, KIND_E, FORM_E, WIDTH_IN, WIDTH_OUT, SHARES, SUM, BLOCK_T,
+                    BLOCK_C,
+                )  # fmt: skip
+                o = start + tl.arange(0, WIDTH_OUT)
+                on_u = entries(u, u_stride_n.to(tl.int64), u_stride_k.to(tl.int64), j, n, o, k_out, KIND_U, FORM_U).to(
+                    SUM
+                )
+                added = tl.dot(g, tl.trans(on_u), added, input_precision=PRECISION, out_dtype=SUM)
 
-    # columns whose left end is private, ps and then pp
-    some, wrong = tl.zeros((BLOCK_T,), tl.int32), tl.zeros((BLOCK_T,), tl.int32)
-    for q in range(mixture):
-        task = tl.load(tasks + t * tasks_stride_t + q * tasks_stride_m, mask=t < rows, other=-1)
-        known = (task >= 0) & (task < count)
-        some += (task != -1).to(tl.int32)
-        wrong += ((task < -1) | (task >= count)).to(tl.int32)
-        share = _share(shares + t * shares_stride_t + q * shares_stride_m, known, factor, SHARES)
-        at = index + task * index_stride_r
-        ss, sp = _field(at, 5, index_stride_f, known), _field(at, 6, index_stride_f, known)
-        ps, pp = _field(at, 7, index_stride_f, known), _field(at, 8, index_stride_f, known)
-        dense = _field(at, 9, index_stride_f, known) != 0
-        weight = weights + _field(at, 0, index_stride_f, known) + ss + sp
-        left_at = _field(at, 2, index_stride_f, known)
-        right_at = _field(at, 3, index_stride_f, known) + tl.where(dense, 0, ss)
-        drawn = own + k_in + q * private + sp
-        for c in range(tl.max(ps + pp, 0)):
-            row = tl.where(c < ps, right_at + c, right_rows)
-            h = tl.sum(z * entries(right, k_in, 1, row, right_rows, k, k_in, KIND_E, FORM_E).to(SUM), 1)
-            h = tl.where(c < ps, h, _drawn(drawn + c - ps, step, slabs, (c >= ps) & (c < ps + pp), SUM))
-            h *= share * tl.load(weight + c, mask=c < ps + pp, other=0.0).to(SUM)
-            row = tl.where(c < ps + pp, left_at + c, left_private_rows)
-            ends = entries(left_private, n, 1, row, left_private_rows, j, n, KIND_E, FORM_E).to(SUM)
-            added += tl.where(c < ps + pp, h, 0.0)[:, None] * ends
+        # columns whose left end is private, ps and then pp
+        some, wrong = tl.zeros((BLOCK_T,), tl.int32), tl.zeros((BLOCK_T,), tl.int32)
+        for q in range(mixture):
+            task = tl.load(tasks + t * tasks_stride_t + q * tasks_stride_m, mask=t < rows, other=-1)
+            known = (task >= 0) & (task < count)
+            some += (task != -1).to(tl.int32)
+            wrong += ((task < -1) | (task >= count)).to(tl.int32)
+            share = _share(shares + t * shares_stride_t + q * shares_stride_m, known, factor, SHARES)
+            at = index + task * index_stride_r
+            ss, sp = _field(at, 5, index_stride_f, known), _field(at, 6, index_stride_f, known)
+            ps, pp = _field(at, 7, index_stride_f, known), _field(at, 8, index_stride_f, known)
+            dense = _field(at, 9, index_stride_f, known) != 0
+            weight = weights + _field(at, 0, index_stride_f, known) + ss + sp
+            left_at = _field(at, 2, index_stride_f, known)
+            right_at = _field(at, 3, index_stride_f, known) + tl.where(dense, 0, ss)
+            drawn = own + k_in + q * private + sp
+            for c in range(tl.max(ps + pp, 0)):
+                row = tl.where(c < ps, right_at + c, right_rows)
+                h = tl.sum(z * entries(right, k_in, 1, row, right_rows, k, k_in, KIND_E, FORM_E).to(SUM), 1)
+                h = tl.where(c < ps, h, _drawn(drawn + c - ps, step, slabs, (c >= ps) & (c < ps + pp), SUM))
+                h *= share * tl.load(weight + c, mask=c < ps + pp, other=0.0).to(SUM)
+                row = tl.where(c < ps + pp, left_at + c, left_private_rows)
+                ends = entries(left_private, n, 1, row, left_private_rows, j, n, KIND_E, FORM_E).to(SUM)
+                added += tl.where(c < ps + pp, h, 0.0)[:, None] * ends
 
-    before = entries(y, y_stride_t.to(tl.int64), y_stride_n.to(tl.int64), t, rows, j, n, KIND_Y, FORM_Y).to(SUM)
-    after = tl.where((wrong > 0)[:, None], float("nan"), before + added)
-    # rows without a task are not stored to: their place in the table of rows is past its end
-    t = tl.where(some > 0, t, rows)
-    put(
-        y,
-        y_stride_t.to(tl.int64),
-        y_stride_n.to(tl.int64),
-        t,
-        rows,
-        j,
-        n,
-        narrow(after, element(KIND_Y)),
-        KIND_Y,
-        FORM_Y,
-    )
+        before = entries(y, y_stride_t.to(tl.int64), y_stride_n.to(tl.int64), t, rows, j, n, KIND_Y, FORM_Y).to(SUM)
+        after = narrow(tl.where((wrong > 0)[:, None], float("nan"), before + added), element(KIND_Y))
+        # rows without a task are not stored to: their place in the table of rows is past its end
+        to = tl.where(some > 0, t, rows)
+        put(y, y_stride_t.to(tl.int64), y_stride_n.to(tl.int64), to, rows, j, n, after, KIND_Y, FORM_Y)
 
 
 @triton.jit
 def _coefficients(
-    start, z, drawn, step, slabs, t, rows, k_in, k_out, mixture, count, private, index, weights, left, left_rows,
-    right, right_rows, tasks, shares, factor, index_stride_r, index_stride_f, tasks_stride_t, tasks_stride_m,
-    shares_stride_t, shares_stride_m, KIND_E: tl.constexpr, FORM_E: tl.constexpr, WIDTH_IN: tl.constexpr,
-    WIDTH_OUT: tl.constexpr, SHARES: tl.constexpr, SUM: tl.constexpr, BLOCK_T: tl.constexpr,
+    start, z, drawn, step, slabs, t, rows, k_in, k_out, mixture, count, private, index, weights, left, right, tasks,
+    shares, factor, index_stride_r, index_stride_f, tasks_stride_t, tasks_stride_m, shares_stride_t, shares_stride_m,
+    KIND_E: tl.constexpr, FORM_E: tl.constexpr, WIDTH_IN: tl.constexpr, WIDTH_OUT: tl.constexpr, SHARES: tl.constexpr,
+    SUM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Give ``g [BLOCK_T, WIDTH_OUT]`` from column ``start`` of U on: columns ss, then sp, of every row's tasks."""
     k, o = tl.arange(0, WIDTH_IN), start + tl.arange(0, WIDTH_OUT)
@@ -180,21 +177,37 @@ def _coefficients(
         known = (task >= 0) & (task < count)
         share = _share(shares + t * shares_stride_t + q * shares_stride_m, known, factor, SHARES)
         at = index + task * index_stride_r
-        ss, sp = _field(at, 5, index_stride_f, known), _field(at, 6, index_stride_f, known)
-        dense = _field(at, 9, index_stride_f, known) != 0
-        weight = weights + _field(at, 0, index_stride_f, known)
-        left_at, right_at = _field(at, 1, index_stride_f, known), _field(at, 3, index_stride_f, known)
-        for c in range(tl.max(ss + sp, 0)):
-            row = tl.where((c < ss) & (dense == 0), right_at + c, right_rows)
-            h = tl.sum(z * entries(right, k_in, 1, row, right_rows, k, k_in, KIND_E, FORM_E).to(SUM), 1)
-            h = tl.where(dense, tl.sum(tl.where((k == c)[None, :], z, 0.0), 1), h)
-            private_end = (c >= ss) & (c < ss + sp)
-            h = tl.where(c < ss, h, _drawn(drawn + q * private + c - ss, step, slabs, private_end, SUM))
-            h *= share * tl.load(weight + c, mask=c < ss + sp, other=0.0).to(SUM)
-            row = tl.where(c < ss + sp, left_at + c, left_rows)
-            ends = entries(left, k_out, 1, row, left_rows, o, k_out, KIND_E, FORM_E).to(SUM)
-            g += tl.where(c < ss + sp, h, 0.0)[:, None] * ends
+        ss, sp = _field(at, 5, index_stride_f, known)[:, None], _field(at, 6, index_stride_f, known)[:, None]
+        dense = _field(at, 9, index_stride_f, known)[:, None] != 0
+        weight = (weights + _field(at, 0, index_stride_f, known))[:, None]
+        left_at = _field(at, 1, index_stride_f, known)[:, None]
+        right_at = _field(at, 3, index_stride_f, known)[:, None]
+        for first in range(0, tl.max(ss + sp), BLOCK_C):
+            # [BLOCK_T, BLOCK_C], of each row's own task
+            c = first + tl.arange(0, BLOCK_C)[None, :]
+            ends = _columns(right, right_at + c, (c < ss) & (dense == 0), k, k_in, KIND_E, FORM_E).to(SUM)
+            h = tl.sum(ends * z[:, None, :], 2)
+            if tl.max(dense.to(tl.int32)) > 0:
+                on_v = tl.sum(tl.where(k[None, None, :] == c[:, :, None], z[:, None, :], 0.0), 2)
+                h = tl.where(dense & (c < ss), on_v, h)
+            if tl.max(sp) > 0:
+                products = (drawn + q * private)[:, None] + c - ss
+                h = tl.where(c < ss, h, _drawn(products, step, slabs, (c >= ss) & (c < ss + sp), SUM))
+            h *= share[:, None] * tl.load(weight + c, mask=c < ss + sp, other=0.0).to(SUM)
+            ends = _columns(left, left_at + c, c < ss + sp, o, k_out, KIND_E, FORM_E).to(SUM)
+            g += tl.sum(tl.where(c < ss + sp, h, 0.0)[:, :, None] * ends, 1)
     return g
+
+
+@triton.jit
+def _columns(table, row, inside, k, width, KIND: tl.constexpr, FORM: tl.constexpr):
+    """Read ``[BLOCK_T, BLOCK_C, len(k)]``: rows of a table, 0 where not ``inside`` and from column ``width`` on."""
+    at = table + row * width
+    if FORM == "rows":
+        VECTOR: tl.constexpr = vector(KIND)
+        at = tl.multiple_of(at, [16, 16])
+        width = width // VECTOR * VECTOR
+    return tl.load(at[:, :, None] + k[None, None, :], mask=inside[:, :, None] & (k < width)[None, None, :], other=0.0)
 
 
 @triton.jit
