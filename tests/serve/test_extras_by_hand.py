@@ -13,6 +13,7 @@ from loraspan.adapters import Slot
 from loraspan.errors import ArgumentError
 from loraspan.serve.extras_modules import gather_of
 from loraspan.serve.extras_run import Call
+from loraspan.serve.extras_tables import GONE, NONE, Shelf
 from loraspan.serve.rows import Rows
 from matrices import normal
 from oracles import F32
@@ -191,3 +192,35 @@ def test_a_graph_refuses_what_it_cannot_hold():
     out = torch.compile(served, fullgraph=True, backend="eager")(X, task_ids=space.ids(["of 4", None, "of 4", None]))
     assert out[1::2].isnan().all()
     assert_close(out[::2], by_hand(model, space, "of 4")[::2])
+
+
+def test_numbers_lead_to_stacks():
+    shelf = Shelf(torch.device("cpu"))
+    shelf.write(2, {0: {"weight": torch.full((3,), 1.0)}, 1: {}}, ())
+    first = shelf.now
+    shelf.write(2, {}, ())
+    assert shelf.now is first
+    # another shape has a stack of its own; the first has no room left
+    shelf.write(5, {2: {"weight": torch.full((3,), 2.0)}, 4: {"weight": torch.full((2,), 4.0)}}, [0])
+    ids = torch.tensor([-1, 1, 2, 4, 0, 3, 5, 10**12, -2])
+    found = shelf.now.places(ids).tolist()
+    assert found[:2] == [NONE, NONE]
+    assert found[4:] == [GONE] * 5
+    assert [shelf.now.at(place)["weight"].tolist() for place in found[2:4]] == [[2.0] * 3, [4.0] * 2]
+    # what a graph may still read has what it had, but for the task that left
+    assert first.places(ids).tolist() == [NONE, NONE, GONE, GONE, GONE, GONE, GONE, GONE, GONE]
+    assert first.stacks[0]["weight"].tolist() == [[1.0] * 3]
+    now = shelf.now
+    shelf.write(6, {5: {"weight": torch.full((2,), 5.0)}}, ())
+    shelf.write(7, {6: {"weight": torch.full((2,), 6.0)}}, ())
+    shelf.write(8, {7: {"weight": torch.full((2,), 7.0)}}, ())
+    assert [len(stack["weight"]) for stack in (*now.stacks, *shelf.now.stacks)] == [2, 1, 2, 4]
+    assert shelf.now.at(int(shelf.now.places(torch.tensor(7))))["weight"].tolist() == [7.0] * 2
+    # whose stack was too small does not know what was put in a larger one
+    assert now.places(torch.tensor([4, 5, 6])).tolist()[1:] == [GONE, GONE]
+    assert now.at(int(now.places(torch.tensor(4))))["weight"].tolist() == [4.0] * 2
+    # within the room there is, it is the same tables
+    now = shelf.now
+    shelf.write(8, {}, [7])
+    assert shelf.now is now
+    assert int(now.places(torch.tensor(7))) == GONE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -12,6 +13,8 @@ from torch import Tensor
 NONE, GONE = -1, -2
 # rows of one stack; which stack it is comes above
 _ROWS = 1 << 32
+# numbers that there is room for at least
+_SPARE = 16
 
 
 class Held(NamedTuple):
@@ -60,29 +63,30 @@ class Shelf:
             brought: by number, none or some parameters; on the device and of the dtype that they are to have.
             gone: numbers that left.
         """
-        index, stacks = self.now.rows, list(self.now.stacks)
-        grown = count > index.shape[0]
-        if grown:
-            room = index.new_full((_roomy(count),), GONE)
-            room[: index.shape[0]] = index
-            index = room
+        rows, stacks = self.now.rows, list(self.now.stacks)
         places = {}
         for number, parameters in brought.items():
             places[number] = NONE
             if parameters:
                 at, row = self._row_for(stacks, parameters)
-                grown = grown or at >= len(self.now.stacks) or stacks[at] is not self.now.stacks[at]
                 for name, value in parameters.items():
                     stacks[at][name][row] = value
                 places[number] = at * _ROWS + row
+        same = len(stacks) == len(self.now.stacks) and all(map(operator.is_, stacks, self.now.stacks))
+        grown = count > rows.shape[0] or not same
+        if grown:
+            # numbers that come are not for the old one, whose stacks may not reach as far
+            room = rows.new_full((max(_roomy(count + _SPARE), rows.shape[0]),), GONE)
+            room[: rows.shape[0]] = rows
+            rows = room
         left = list(gone)
-        for table in (index, *(old.rows for old in self._old), self.now.rows):
+        for table in (rows, self.now.rows, *(old.rows for old in self._old)):
             table[left] = GONE
         for number, place in places.items():
-            index[number] = place
+            rows[number] = place
         if grown:
-            self._old = [*self._old, self.now] if index.is_cuda else []
-            self.now = Held(index, tuple(stacks))
+            self._old = [*self._old, self.now] if rows.is_cuda else []
+            self.now = Held(rows, tuple(stacks))
 
     def _row_for(self, stacks: list[dict[str, Tensor]], parameters: Mapping[str, Tensor]) -> tuple[int, int]:
         """Give which stack is for parameters of these shapes, and a free row of it, making room in ``stacks``."""
