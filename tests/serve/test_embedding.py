@@ -182,6 +182,11 @@ def test_compiles_whole_and_once():
     out = compiled(tokens, torch.tensor([0, 7, -1]))
     assert out[1].isnan().all()
     assert out[[0, 2]].isfinite().all()
+    # nor is a task that has left, whose row points nowhere
+    now.cores.index[4, :5] = 1 << 59
+    out = compiled(tokens, torch.tensor([0, 4, -1]))
+    assert out[1].isnan().all()
+    assert out[[0, 2]].isfinite().all()
 
 
 CONFIG = {"r": 4, "lora_alpha": 7, "target_modules": ["embed_tokens", "v_proj"]}
