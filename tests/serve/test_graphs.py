@@ -8,6 +8,7 @@ import loraspan
 import oracles
 import serving
 from loraspan.errors import ArgumentError
+from loraspan.serve.layer import Served
 
 REST = serving.adapters(noise=0.1)
 
@@ -111,6 +112,26 @@ def test_a_graph_whose_rows_are_not_told_is_refused_whole_and_served_in_pieces()
         with served.tasks(names):
             assert oracles.same_bits(compiled(x), served(x))
     assert oracles.same_bits(compiled(x), served(x))
+
+
+class Counting(Served):
+    """Any layer: it asks for its rows where it needs them."""
+
+    def forward(self, x):
+        y, rows = self.base(x), self.rows()
+        return y if rows is None else y + rows.ids[:, None, None]
+
+
+def test_any_layer_may_ask_for_its_rows_in_and_between_graphs():
+    space, x = serving.team(), serving.batch(2)
+    served = loraspan.attach(serving.Tower(), space)
+    layer = served.model.layers[0].back = Counting(served.model.layers[0].back, "layers.0.back")
+    layer.board = served._board
+    compiled = torch.compile(served, backend="eager")
+    for names in (["task 0", "task 2"], None):
+        with served.tasks(names):
+            assert oracles.same_bits(compiled(x), served(x))
+    assert oracles.same_bits(compiled(x, task_ids=torch.tensor([3, 1])), served(x, task_ids=torch.tensor([3, 1])))
 
 
 class Broken(serving.Tower):

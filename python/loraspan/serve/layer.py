@@ -14,7 +14,7 @@ from torch.nn.modules import module as torch_module
 from loraspan.errors import ArgumentError, ShapeError, UnsupportedError
 from loraspan.ops import shared_lora, shared_lora_
 from loraspan.serve.rows import Board, Rows
-from loraspan.serve.tables import Form, SlotTables, State, Triple
+from loraspan.serve.tables import Form, SlotTables, State
 
 # what bases and ends may be kept in
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -62,7 +62,7 @@ class Served(nn.Module):
             ArgumentError: where a checkpoint computes the layer again, and the tasks are forgotten.
         """
         if torch.compiler.is_dynamo_compiling():
-            return self.board.traced or _outside(self)
+            return self.board.traced or _read(self)
         rows = self.board.current()
         if rows is None and torch.is_grad_enabled() and torch._C._current_graph_task_id() != -1:
             raise ArgumentError(
@@ -141,8 +141,9 @@ class ServedLinear(Served):
             from loraspan.serve.outside import outside
 
             return outside(self._eager, y, x)
-        ids, shares = rows.of(x.shape[:-1], x.device)
+        ids, shares = rows.of(x.shape[:-1], y.device)
         v, u, cores = self.tables.now
+        x = x if x.device == y.device else x.to(y.device)
         flat_x, flat_y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
         return shared_lora(flat_y, flat_x, v, u, cores, ids, shares=shares).reshape(y.shape)
 
@@ -151,11 +152,17 @@ class ServedLinear(Served):
         return y if rows is None else self._add(y, x, rows)
 
     def _add(self, y: Tensor, x: Tensor, rows: Rows) -> Tensor:
-        ids, shares = rows.of(x.shape[:-1], x.device)
+        ids, shares = rows.of(x.shape[:-1], y.device)
+        if x.device != y.device:
+            # a hook of the base took it there, as where layers are spread over devices
+            x = x.to(y.device)
         flat_x, flat_y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
         now = self.tables.now
         try:
-            return self._added(flat_y, flat_x, now, ids, shares).reshape(y.shape)
+            if self._alone(y, x):
+                shared_lora_(flat_y, flat_x, *now, ids, shares=shares)
+                return y
+            return shared_lora(flat_y, flat_x, *now, ids, shares=shares).reshape(y.shape)
         except ShapeError:
             raise
         except ArgumentError as error:
@@ -167,18 +174,19 @@ class ServedLinear(Served):
                 f"take numbers from space.ids, and names from space.tasks"
             ) from error
 
-    def _added(self, y: Tensor, x: Tensor, now: Triple, ids: Tensor, shares: Tensor | None) -> Tensor:
-        v, u, cores = now
-        wanted = torch.is_grad_enabled() and (y.requires_grad or x.requires_grad or self.tables.form.train)
-        # these two give new memory that nobody else has, unless a hook keeps it
-        kind = type(self.base)
-        hooked = self.base._forward_hooks or torch_module._global_forward_hooks
-        if (kind is nn.Linear or kind.__name__ == "Conv1D") and not wanted and not hooked and y.stride(-1) == 1:
-            return shared_lora_(y, x, v, u, cores, ids, shares=shares)
-        return shared_lora(y, x, v, u, cores, ids, shares=shares)
+    def _alone(self, y: Tensor, x: Tensor) -> bool:
+        """Say whether nobody but us has ``y``, or wants a gradient: then it is added to in place."""
+        if torch.is_grad_enabled() and (y.requires_grad or x.requires_grad or self.tables.form.train):
+            return False
+        # these two give new memory, unless a hook keeps it
+        base = self.base
+        kind = type(base)
+        if not (kind is nn.Linear or kind.__name__ == "Conv1D") or not y.is_contiguous():
+            return False
+        return not (base._forward_hooks or torch_module._global_forward_hooks)
 
 
-def _outside(layer: Served) -> Rows | None:
+def _read(layer: Served) -> Rows | None:
     """Read the context between two graphs."""
     from loraspan.serve.outside import outside
 
