@@ -197,9 +197,12 @@ def test_a_graph_refuses_what_it_cannot_hold():
 def test_numbers_lead_to_stacks():
     shelf = Shelf(torch.device("cpu"))
     shelf.write(2, {0: {"weight": torch.full((3,), 1.0)}, 1: {}}, ())
-    first = shelf.now
+    first, last = shelf.now, len(shelf.now.rows) - 1
     shelf.write(2, {}, ())
     assert shelf.now is first
+    shelf.write(last + 1, {last: {}}, ())
+    assert shelf.now.places(torch.tensor([0, last, last + 1, -2])).tolist() == [0, NONE, GONE, GONE]
+    first.rows[last] = GONE
     # another shape has a stack of its own; the first has no room left
     shelf.write(5, {2: {"weight": torch.full((3,), 2.0)}, 4: {"weight": torch.full((2,), 4.0)}}, [0])
     ids = torch.tensor([-1, 1, 2, 4, 0, 3, 5, 10**12, -2])
