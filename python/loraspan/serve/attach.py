@@ -154,7 +154,7 @@ class Attached(nn.Module):
             self._board.check()
             return self.model(*args, **kwargs)
         task_ids = check_ids("attach", task_ids, task_shares)
-        rows = rows_of_ids(task_ids, task_shares)
+        rows = rows_of_ids(task_ids, task_shares, lasting=False)
         if torch.compiler.is_dynamo_compiling():
             return self._traced(rows, args, kwargs)
         self._board.check()
@@ -261,7 +261,7 @@ class Attached(nn.Module):
         if isinstance(names, Tensor):
             check_ids("tasks", names, None)
             self._check_numbers(names)
-            return rows_of_ids(names, None)
+            return rows_of_ids(names, None, lasting=True)
         # taken before the state is looked at: a change of the space puts a new one in its place
         remembered = self._remembered
         numbers = plain_numbers(names, self._layers.state.numbers) if per == "row" else None

@@ -23,12 +23,13 @@ class Rows:
             ``[R, T, m]``. One row stands for any number of them.
         shares: float32 like ``ids``, the weight of each task in its row or token; None for ones.
         per: ``"row"`` or ``"token"``.
+        lasting: whether it is asked again after the call that it was made for.
     """
 
-    __slots__ = ("_seen", "ids", "per", "shares")
+    __slots__ = ("_lasting", "_seen", "ids", "per", "shares")
 
-    def __init__(self, ids: Tensor, shares: Tensor | None = None, per: str = "row") -> None:
-        self.ids, self.shares, self.per = ids, shares, per
+    def __init__(self, ids: Tensor, shares: Tensor | None = None, per: str = "row", *, lasting: bool = True) -> None:
+        self.ids, self.shares, self.per, self._lasting = ids, shares, per, lasting
         self._seen: dict[object, tuple[Tensor, Tensor | None]] = {}
 
     def of(self, lead: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor | None]:
@@ -59,8 +60,8 @@ class Rows:
             found = self._made(lead, device)
             if len(self._seen) >= _KEPT:
                 self._seen.clear()
-            if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
-                # what a capture gives has no values until the graph runs
+            # what a capture gives has no values until the graph runs, and is for that graph alone
+            if not (self._lasting and device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
                 self._seen[key] = found
         return found
 
@@ -141,7 +142,7 @@ def _told(given: object) -> str:
     return f"{given.dtype} {list(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
 
 
-def rows_of_ids(ids: Tensor, shares: Tensor | None) -> Rows:
+def rows_of_ids(ids: Tensor, shares: Tensor | None, *, lasting: bool) -> Rows:
     """Give the rows that checked tensors name."""
     axes = ids.ndim - (shares is not None)
-    return Rows(ids, shares, "token" if axes == 2 else "row")
+    return Rows(ids, shares, "token" if axes == 2 else "row", lasting=lasting)
