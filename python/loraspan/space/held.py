@@ -21,7 +21,7 @@ from loraspan.collection.project import Projection, project
 from loraspan.collection.rebuild import rebuild
 from loraspan.collection.summary import Report, make_report
 from loraspan.errors import ArgumentError, MismatchError
-from loraspan.serve.batches import ids_of_names
+from loraspan.serve.batches import ids_of_names, plain_numbers
 from loraspan.serve.export import export
 from loraspan.serve.peft import as_peft
 from loraspan.serve.peft_swap import swap_peft
@@ -98,7 +98,8 @@ class Held:
             >>> space.ids([None, "sql"])
             tensor([-1,  0])
         """
-        return ids_of_names(names, self.roster.number)
+        numbers = plain_numbers(names, self.roster.state.numbers)
+        return torch.tensor(numbers) if numbers else ids_of_names(names, self.roster.number)
 
     @property
     def errors(self) -> dict[str, float]:
