@@ -14,8 +14,9 @@ TRITON = ROOT / "kernels" / "triton_ops"
 # rooms that anyone may use: they know nothing of the rest
 LEAVES = {"errors", "_dispatch", "_native", "_core"}
 KERNELS = {"_core", "_device", "_native", "_dispatch", "errors"}
-# the glue of GPU kernels takes the operators' own types, and is imported by name where a call asks for it
-GLUE = {"ops.blocks", "ops.combine", "ops.reconstruct", "ops.cores", "ops.rounding", "_native", "errors"}
+# the glue of GPU kernels takes the operators' own types and their way back to the CPU, and is imported by name where a
+# call asks for it
+GLUE = {"ops.blocks", "ops.combine", "ops.reconstruct", "ops.cores", "ops.places", "ops.rounding", "_native", "errors"}
 BELOW_STORE = {"collection", "linalg", "ops", *LEAVES}
 BELOW_SUBSPACE = {"store", "serve", "train", "adapters", *BELOW_STORE}
 # what each room may import; a new room needs its line, and DESIGN's picture a thought
