@@ -88,6 +88,8 @@ def shared_lora(
     if torch.is_grad_enabled():
         if _trains(v, u, cores, shares):
             _refuse_packed_training(v, u, cores, shares)
+            assert isinstance(v, Tensor)
+            assert isinstance(u, Tensor)
             return differentiable(y, x, v, u, cores, tasks, shares, scale, backend)
         if y.requires_grad or x.requires_grad:
             return differentiable_in_rows(y, x, v, u, cores, tasks, shares, scale, backend)
