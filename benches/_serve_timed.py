@@ -41,7 +41,7 @@ def adapter_records(size: int, layers: int, batch: Batch, at: Place, *, goals: S
     built = build(base, batch, at, PEERS if goals else ("PEFT",))
     found = contenders(built, xs, 1, batch)
     factors = [slot.factors(batch.ids, at.sizes.lora_rank) for slot in built.drawn.values()]
-    if batch.resident == batch.distinct:
+    if goals:
         found["gathered"] = gathered(base, xs, factors, at)
 
     def judge(_: str, answer: Any) -> float:
