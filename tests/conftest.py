@@ -24,7 +24,11 @@ def _poisoned(honest):
     @functools.wraps(honest)
     def allocate(*args, **options):
         out = honest(*args, **options)
-        return out.fill_(float("nan")) if out.is_floating_point() and not out.is_meta else out
+        if out.is_floating_point() and not out.is_meta:
+            # some are leaves that require a gradient
+            with torch.no_grad():
+                out.fill_(float("nan"))
+        return out
 
     return allocate
 

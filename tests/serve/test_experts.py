@@ -1,5 +1,6 @@
 """Routed tokens keep their rows' tasks in stacked experts, however those are run."""
 
+import inspect
 import types
 
 import pytest
@@ -27,7 +28,16 @@ def gpt_oss():
     return transformers.GptOssForCausalLM(config)
 
 
+def has_steps():
+    """Whether transformers' own products of experts have a step after each, where tasks can enter."""
+    from transformers.integrations import moe
+
+    return "post_expert_norm" in inspect.getsource(moe)
+
+
 def build(name, implementation):
+    if implementation != "eager" and not has_steps():
+        pytest.skip(f"{implementation} of transformers {transformers.__version__} has no step between its products")
     model = models.build(name)
     model.set_experts_implementation(implementation)
     return model
@@ -92,7 +102,8 @@ def test_what_runs_the_experts_is_known_or_refused(case):
     for module in model.modules():
         if isinstance(module, ServedExperts):
             module.base.config = types.SimpleNamespace(_experts_implementation="sonicmoe")
-    with served.tasks("sql"), pytest.raises(UnsupportedError, match=r"experts run as 'sonicmoe'.*grouped_mm, batched"):
+    known = "eager, grouped_mm, batched_mm: use" if has_steps() else "eager: use"
+    with served.tasks("sql"), pytest.raises(UnsupportedError, match=f"experts run as 'sonicmoe'.* takes {known}"):
         outputs_by_token(served)
 
 

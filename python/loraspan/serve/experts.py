@@ -98,8 +98,8 @@ class ServedExperts(Served):
             return loop(self.base, self._form, hidden_states, index, weights, self._between(ids, shares))
         if implementation not in self._form.implementations:
             raise UnsupportedError(
-                f"{self.path}: experts run as {implementation!r} are not known here; it takes eager, "
-                f"{', '.join(self._form.implementations)}: use model.set_experts_implementation"
+                f"{self.path}: experts run as {implementation!r} are not known here; it takes "
+                f"{', '.join(('eager', *self._form.implementations))}: use model.set_experts_implementation"
             )
         return run(self.base, self._form, implementation, (hidden_states, index, weights), self._between(ids, shares))
 
