@@ -7,22 +7,38 @@
 
 namespace loraspan {
 
-// Entries [k, k + 8) of row `row` of x.
+// `count` entries of a line, of any stride and dtype, and zeros. A call, so that what converts them takes no registers
+// of those who read whole runs.
 template <typename Run>
+__device__ __noinline__ void one_by_one(Run& run, const void* line, std::int64_t at, std::int64_t stride, int count,
+                                        Dtype dtype) {
+  using Entry = std::decay_t<decltype(Run{}.entry[0])>;
+  for (int i = 0; i < 8; ++i) run.entry[i] = i < count ? get<Entry>(line, at + i * stride, dtype) : Entry{};
+}
+
+// Entries [k, k + 8) of row `row` of x; kApart: one by one in a call.
+template <bool kApart, typename Run>
 __device__ __forceinline__ Run run_of_x(const SharedLora& call, std::int64_t row, std::int64_t k, std::int64_t end) {
   using Entry = std::decay_t<decltype(Run{}.entry[0])>;
   Run run{};
   if (row >= call.rows || k >= end) return run;
   const Row line = lines_of(call.x, 0, false)(row);
   if (call.x.reading == kEights) return get_eight<Entry>(line.data, k, Dtype(line.dtype));
+  if constexpr (kApart) {
+    Run apart;
+    const int count = end - k < 8 ? static_cast<int>(end - k) : 8;
+    one_by_one(apart, line.data, k * line.stride, line.stride, count, Dtype(line.dtype));
+    run = apart;
+  } else {
 #pragma unroll
-  for (int i = 0; i < 8; ++i)
-    if (k + i < end) run.entry[i] = get<Entry>(line.data, (k + i) * line.stride, Dtype(line.dtype));
+    for (int i = 0; i < 8; ++i)
+      if (k + i < end) run.entry[i] = get<Entry>(line.data, (k + i) * line.stride, Dtype(line.dtype));
+  }
   return run;
 }
 
-// Entries [k, k + 8) of columns [column, column + kTiles) of V.
-template <int kTiles, typename Run>
+// Entries [k, k + 8) of columns [column, column + kTiles) of V; kApart: as above.
+template <bool kApart, int kTiles, typename Run>
 __device__ __forceinline__ void runs_of_v(const SharedLora& call, std::int64_t column, std::int64_t k, std::int64_t end,
                                           Run (&run)[kTiles]) {
   using Entry = std::decay_t<decltype(Run{}.entry[0])>;
@@ -54,9 +70,16 @@ __device__ __forceinline__ void runs_of_v(const SharedLora& call, std::int64_t c
       run[j] = get_eight<Entry>(v.data, (column + j) * v.step + k, dtype);
       continue;
     }
+    if constexpr (kApart) {
+      Run apart;
+      const int count = end - k < 8 ? static_cast<int>(end - k) : 8;
+      one_by_one(apart, v.data, k * v.stride + (column + j) * v.step, v.stride, count, dtype);
+      run[j] = apart;
+    } else {
 #pragma unroll
-    for (int i = 0; i < 8; ++i)
-      if (k + i < end) run[j].entry[i] = get<Entry>(v.data, (k + i) * v.stride + (column + j) * v.step, dtype);
+      for (int i = 0; i < 8; ++i)
+        if (k + i < end) run[j].entry[i] = get<Entry>(v.data, (k + i) * v.stride + (column + j) * v.step, dtype);
+    }
   }
 }
 
@@ -65,6 +88,8 @@ __device__ __forceinline__ void runs_of_v(const SharedLora& call, std::int64_t c
 template <typename Policy, int kTiles, int kHigh>
 __device__ __forceinline__ void shrink(const SharedLora& call, std::int64_t block) {
   constexpr int kCols = 8 * kTiles;
+  // where ptxas would rather spill
+  constexpr bool kApart = kHigh == 1 && sizeof(typename Policy::Entry) == 2;
   struct Sums {
     alignas(16) float of[kWarps][kRows][kCols + kSpare];
   };
@@ -84,8 +109,8 @@ __device__ __forceinline__ void shrink(const SharedLora& call, std::int64_t bloc
     for (int h = 0; h < kHigh; ++h)
 #pragma unroll
       for (int i = 0; i < 2; ++i)
-        x[h][i] = run_of_x<typename Policy::Run>(call, top + h * kRows + i * 8 + g, k + 8 * t, end);
-    runs_of_v(call, side + kTiles * g, k + 8 * t, end, v);
+        x[h][i] = run_of_x<kApart, typename Policy::Run>(call, top + h * kRows + i * 8 + g, k + 8 * t, end);
+    runs_of_v<kApart>(call, side + kTiles * g, k + 8 * t, end, v);
 #pragma unroll
     for (int h = 0; h < kHigh; ++h) Policy::multiply(sum[h], x[h], v);
   }
