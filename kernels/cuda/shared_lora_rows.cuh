@@ -49,6 +49,13 @@ __device__ __forceinline__ float value_of(const SharedLora& call, Entry entry) {
     return call.dtype == kBrain ? brain_to_float(entry) : half_to_float(entry);
 }
 
+// Slabs of z that are on their way at once; on older cards ptxas has no registers for more.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kSlabsAtOnce = 8;
+#else
+constexpr int kSlabsAtOnce = 16;
+#endif
+
 // z of a row: the sums of its slabs in their order.
 __device__ __forceinline__ void add_slabs(const SharedLora& call, std::int64_t row, const Places& place) {
   const int lane = threadIdx.x % 16;
@@ -57,7 +64,7 @@ __device__ __forceinline__ void add_slabs(const SharedLora& call, std::int64_t r
   if (call.rank_in % 4 == 0) {
     for (std::int64_t k = 4 * lane; k < call.rank_in; k += 64) {
       Four sum = {};
-#pragma unroll 16
+#pragma unroll kSlabsAtOnce
       for (std::int64_t slab = 0; slab < call.slabs; ++slab) {
         const Four part = *in_global(reinterpret_cast<const Four*>(from + slab * apart + k));
 #pragma unroll

@@ -99,7 +99,7 @@ def expand_kernel(
         # all of a turn's are on their way at once
         for one in tl.static_range(BLOCK_S):
             split = turn + one
-            inside = (t < rows)[:, None] & (k < k_in)[None, :] & (split < slabs)
+            inside = (t < tl.where(split < slabs, rows, 0))[:, None] & (k < k_in)[None, :]
             z += tl.load(own[:, None] + split * step + k[None, :], mask=inside, other=0.0)
     if ONCE:
         g = _coefficients(
