@@ -127,14 +127,11 @@ def take_turns(
 ) -> dict[str, Timing]:
     """Time every candidate once a round, so that all meet the same disturbances; milliseconds."""
     found: dict[str, list[float]] = {name: [] for name in candidates}
-    around = list(candidates.items())
     for turn in range(warm_up + rounds):
-        # nobody always comes after the same one, whose data are in the caches then
-        for name, run in around:
+        for name, run in candidates.items():
             took = clock.timed(lambda run=run, turn=turn: run(turn))  # type: ignore[misc]
             if turn >= warm_up:
                 found[name].append(took)
-        around = around[1:] + around[:1]
     return {name: summary(values) for name, values in found.items()}
 
 

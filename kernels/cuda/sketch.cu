@@ -4,8 +4,8 @@
 //
 // Omega costs no bytes: b R d are read and 8 R l written, for R d l products; at l = 42 and half precision on the
 // tensor cores max(b R d / B, R d l / F) is the bytes on every card, 4 us for R = 1600, d = 4096 at 3.35e12 bytes a
-// second. A sign takes one operation to expand and a block of 128 about 60 to draw, each once per tile of 64 rows: 0.4
-// of the floor is to be expected, and of float32, whose floor is R d l / F = 8 us at 3.3e13, 0.6.
+// second. A sign takes one operation to expand and a block of 128 about 60 to draw, each once per tile of 64 rows. On
+// an H100 half precision reaches 0.14 of the floor (24 matrices 0.19), and float32 0.20 (0.27).
 #include "dots.cuh"
 
 namespace loraspan {

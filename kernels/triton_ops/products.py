@@ -6,15 +6,13 @@ Grid: one axis of units, a row of the table each: (job, tile of left rows, tile 
 program sums its slab in float32 over 128 columns at a time (on tensor cores where both sides have the same
 half-precision dtype, with IEEE float32 products else, in float64 throughout where that is asked for), adds those sums
 in float64 registers and writes its tile to the workspace. A second launch adds the slabs of every entry in their
-order. Slabs depend on the sizes of the job alone and nothing is added atomically, so neither the run nor the rest of
-the batch changes a bit.
+order. Slabs depend on the job's sizes alone and nothing is added atomically: neither run nor company changes a bit.
 
 Count. The first launch reads ``(L n_R + R n_L) d`` entries for ``n_L, n_R`` tiles a side, from memory once and from
 the L2 cache otherwise, and makes ``2 L R d`` operations (half of it for a symmetric answer). The floor is the larger
-of ``(L + R) d`` entries over the card's bandwidth and the operations over its rate. Expected, not measured: 80 % of
-the floor where memory bounds it (``L`` up to about 100 rows in half precision); at most half of the tensor cores' rate
-beyond, since every 128 columns the sums are converted to float64 at a sixteenth of the rate of float32; 40 % to 60 %
-of the float32 rate for float32 rows. Form ``"any"`` loads single entries and is bound by load instructions instead.
+of ``(L + R) d`` entries over the card's bandwidth and the operations over its rate. On an H100 a Gram matrix of 1600
+rows reaches 0.2 of it in half precision (every 128 columns the sums are converted to float64 at a sixteenth of
+float32's rate), 0.13 in float32, 0.38 in float64. Form ``"any"`` loads single entries.
 """
 
 from __future__ import annotations
@@ -284,9 +282,7 @@ def products_kernel(
 
 
 @triton.jit
-def add_kernel(
-    units, jobs, BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr, SLABS: tl.constexpr
-):  # fmt: skip
+def add_kernel(units, jobs, BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr, SLABS: tl.constexpr):
     """Add the slabs of a tile of a job in a fixed order; the upper half of a symmetric answer is the lower one."""
     unit = units + tl.program_id(0).to(tl.int64) * 3
     job = jobs + tl.load(unit) * 10

@@ -8,8 +8,8 @@ the same half-precision dtype, IEEE float32 else, float64 where a tensor is floa
 
 Count. Reads ``m k + k p`` entries (the strip of basis of a row of tiles once from memory, then from cache), writes
 ``m p`` and makes ``2 m k p`` operations. With k of 16 to 64 memory bounds it: the floor is the ``m p`` entries of out
-over the bandwidth. Expected, not measured: 80 % of that floor in half precision; 40 % to 60 % of the float32 rate where
-float32 products bound it (k beyond about 30 operations per byte written).
+over the bandwidth. On an H100 24 pieces of one task reach 0.39 of that floor in half precision and 0.22 in float32, 100
+tasks of them 0.26 and 0.11.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 A sketch is the products of :mod:`loraspan.triton_ops.products` whose right side is drawn by Philox where the tile is
 needed: 10 rounds of about ten integer operations per row of Omega and 128 of its columns, and one select per sign, so
 that ``R d`` entries are all that is read. On half precision the signs are exact and the products run on tensor cores.
-Expected, not measured: 70 % of the floor that the bytes of X set; the integer work hides behind the loads.
+On an H100 0.13 to 0.2 of the floor that the bytes of X set is reached in half precision, and 0.07 to 0.1 in float32.
 
 A power step is :mod:`loraspan.triton_ops.transposed`, with ``X^T Q`` in a workspace ``[l, d]`` of float32 (or
 float64), and the products with it: X is read twice, as in combine, and ``2 l d`` entries of the workspace on top.

@@ -6,8 +6,8 @@ V. Products are IEEE float32 (or float64): W is not of half precision.
 
 Count. Reads ``R d`` entries of X and writes ``d k`` of V once (X again for every 64 columns of W, from the L2 cache),
 and makes ``2 R d k`` float32 operations. The floor is the larger of the bytes over the bandwidth and the operations
-over the rate of float32: from k of about 20 per byte of an entry of X on, the rate. Expected, not measured: 40 % to
-60 % of the float32 rate, since both sides of every product come through shared memory.
+over the rate of float32: from k of about 20 per byte of an entry of X on, the rate. What it
+reaches is part of the figures of combine.
 """
 
 from __future__ import annotations

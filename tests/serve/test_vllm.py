@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 from importlib import metadata
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +17,6 @@ from loraspan import compress, store
 from loraspan.adapters import Adapter, Slot, Source
 from loraspan.errors import ArgumentError, FormatError, StoreError, UnsupportedError
 from loraspan.serve import vllm
-from loraspan.serve.vllm_cache import Cache
 from serve import vllm_stand_in
 from serve.samples import space_of
 from serve.vllm_stand_in import Server
@@ -227,74 +225,6 @@ def test_what_is_open_is_served_while_its_files_leave(settings, space):
     path = folders._cache.take("legal", lambda: folders._fit.rebuild(before.collection, "legal", None))
     assert vllm_stand_in.load(path)
     assert folders._current().generation == 3
-
-
-def age(folder, seconds):
-    """Make a folder look as if it had been taken so long ago."""
-    before = folder.stat().st_mtime - seconds
-    os.utime(folder, (before, before))
-
-
-def fill(cache, *keys, d=D):
-    return [cache.take(key, lambda: made("x", 1, d)) for key in keys]
-
-
-def left(folder):
-    return {path.name for path in folder.iterdir() if path.is_dir()}
-
-
-def test_what_was_taken_longest_ago_leaves(tmp_path):
-    # 1.7 kB of factors each, 20 kB of the large ones, and 9.2 kB allowed for names
-    cache = Cache(tmp_path, 36_000, hold=False)
-    fill(cache, "a", "b", "c")
-    for i, key in enumerate("abc"):
-        age(tmp_path / key, 1000 - i)
-    fill(cache, "a")
-    assert left(tmp_path) == {"a", "b", "c"}
-    fill(cache, "d", d=800)
-    assert left(tmp_path) == {"a", "c", "d"}
-    assert sum(file.stat().st_size for file in tmp_path.glob("*/*")) <= 36_000
-    # what was taken within the grace may be being read: it stays, and then nothing else leaves in vain
-    with pytest.raises(StoreError, match="no room"):
-        fill(cache, "e", d=800)
-    assert left(tmp_path) == {"a", "c", "d"}
-
-
-def test_no_more_than_the_file_system_has(tmp_path, monkeypatch):
-    cache = Cache(tmp_path, 1_000_000)
-    monkeypatch.setattr("loraspan.serve.vllm_cache.shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
-    with pytest.raises(StoreError, match="1000 are left"):
-        fill(cache, "a")
-    assert left(tmp_path) == set()
-
-
-def test_what_a_killed_process_left_is_swept(tmp_path):
-    for name in (".a.0123abcd.new", ".b.0123abcd.gone"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "adapter_model.safetensors").write_bytes(bytes(10))
-    fill(Cache(tmp_path, 100_000), "c")
-    assert left(tmp_path) == {"c"}
-
-
-def test_what_was_released_may_leave(tmp_path):
-    cache = Cache(tmp_path, 23_500, grace=0.0)
-    fill(cache, "a", "b")
-    with pytest.raises(StoreError, match="2 of its 2"):
-        fill(cache, "c", d=400)
-    cache.release("a")
-    fill(cache, "c", d=400)
-    assert left(tmp_path) == {"b", "c"}
-
-
-def test_a_cache_that_others_may_write_is_refused(tmp_path):
-    (tmp_path / "open").mkdir()
-    (tmp_path / "open").chmod(0o777)
-    (tmp_path / "link").symlink_to(tmp_path / "mine")
-    Cache(tmp_path / "mine", 1, private=True)
-    assert (tmp_path / "mine").stat().st_mode & 0o077 == 0
-    for name in ("open", "link"):
-        with pytest.raises(StoreError, match="this user's own"):
-            Cache(tmp_path / name, 1, private=True)
 
 
 OTHER = """

@@ -287,15 +287,14 @@ def _groups(jobs: Sequence[Job], members: Sequence[int]) -> Iterator[list[int]]:
     bytes_of_group = 0
     for i in members:
         x = jobs[i].x
-        size = sum(b.numel() * b.element_size() for b in x.blocks)
         place = x.target or x.device
         limit = _GROUP_BYTES
         if place is not None and place.type == "cuda":
             limit = _GROUP_BYTES_ON_GPU if x.target is None else stream.DEVICE_BYTES // 2
-        if group and bytes_of_group + size > limit:
+        if group and bytes_of_group + x.nbytes > limit:
             yield group
             group, bytes_of_group = [], 0
         group.append(i)
-        bytes_of_group += size
+        bytes_of_group += x.nbytes
     if group:
         yield group

@@ -73,6 +73,11 @@ class RowBlocks:
             self.plain = False
         self._table: NDArray[np.int64] | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all entries."""
+        return sum(block.numel() * block.element_size() for block in self.blocks)
+
     def _check(self, i: int, block: Tensor) -> None:
         if block.ndim != 2 or block.shape[1] != self.columns:
             raise ShapeError(f"RowBlocks: blocks are [rows, {self.columns}] matrices; block {i} is {list(block.shape)}")

@@ -49,7 +49,7 @@ def held(matrices: Sequence[RowBlocks]) -> Iterator[None]:
     Others go there chunk by chunk in every call, as ever.
     """
     sent = [x for x in matrices if x.target is not None and x.target.type == "cuda" and x.held is None]
-    if not sent or len({x.target for x in sent}) > 1 or sum(map(_bytes, sent)) > DEVICE_BYTES // 2:
+    if not sent or len({x.target for x in sent}) > 1 or sum(x.nbytes for x in sent) > DEVICE_BYTES // 2:
         yield
         return
     assert sent[0].target is not None
@@ -63,10 +63,6 @@ def held(matrices: Sequence[RowBlocks]) -> Iterator[None]:
     finally:
         for x in sent:
             x.held = None
-
-
-def _bytes(x: RowBlocks) -> int:
-    return sum(b.numel() * b.element_size() for b in x.blocks)
 
 
 def _place(x: RowBlocks, wide: bool) -> torch.device | None:
