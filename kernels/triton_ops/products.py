@@ -41,8 +41,7 @@ ADD_TILES = {
 }
 _MANY = 4
 # programs that a job makes, at the least, where its columns allow it: twice the multiprocessors of a large card
-_WANTED = 264
-_LEAST_SLAB = 512
+_WANTED, _LEAST_SLAB = 264, 512
 
 
 class Job(NamedTuple):
