@@ -18,7 +18,14 @@ def linear_space(path, n=4, d=6, kind="linear"):
     return loraspan.compress([Adapter("one", {path: slot})], rank=2)
 
 
-def test_every_row_has_its_task_and_a_row_without_one_the_bits_of_the_base_model(device):
+@pytest.mark.parametrize("gradients", [True, False])
+def test_every_row_has_its_task_and_a_row_without_one_the_bits_of_the_base_model(device, gradients):
+    """With gradients into new memory, without them in place."""
+    with torch.set_grad_enabled(gradients):
+        every_row_has_its_task(device)
+
+
+def every_row_has_its_task(device):
     space, model, x = serving.team(), serving.Tower().to(device), serving.batch(4)
     tasks = ["task 0", None, {"task 1": 0.7, "task 3": -0.4}, "task 2"]
     base = model(x.to(device))

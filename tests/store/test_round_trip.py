@@ -44,6 +44,16 @@ def test_open_gives_what_was_saved(tmp_path_factory, seed, slots, tasks, dtype):
     assert store.verify(path) == []
 
 
+def test_records_that_could_be_squeezed_to_almost_nothing_are_read_again(tmp_path):
+    """A reader unpacks to so many times the bytes that there are, and no further."""
+    held = collection(4, tasks=2)
+    [segment] = held.segments
+    tasks = tuple(replace(task, config={"note": "a" * 1_000_000}) for task in segment.tasks)
+    want = replace(held, segments=(replace(segment, tasks=tasks),))
+    store.save(want, tmp_path / "a")
+    assert_same(store.open(tmp_path / "a"), want)
+
+
 @given(seed=st.integers(0, 2**32 - 1), cuts=st.lists(st.integers(0, 7), max_size=4))
 def test_segments_read_as_one(tmp_path_factory, seed, cuts):
     want = collection(seed, tasks=7, extras=ODD_EXTRAS)
