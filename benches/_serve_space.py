@@ -98,9 +98,10 @@ class Layers(nn.Module):
         self.layers = nn.ModuleList(
             Ready(size, size, bias=False, device="meta").to_empty(device=device).to(dtype) for _ in range(count)
         )
+        drawn = torch.Generator(device).manual_seed(SEED)
         for layer in self.layers:
             layer.weight.data.zero_()
-            layer.answer = torch.randn(1, size, device=device).to(dtype)
+            layer.answer = torch.randn(1, size, device=device, generator=drawn).to(dtype)
 
     def forward(self, xs: Tensor) -> list[Tensor]:
         """Give ``[rows, n]`` for each layer's rows of ``xs [count, rows, d]``."""
@@ -165,8 +166,10 @@ class Llama(nn.Module):
         with torch.device("meta"):
             made = [Block(width, hidden) for _ in range(layers)]
         self.layers = nn.ModuleList(block.to_empty(device=device).to(dtype) for block in made)
+        drawn = torch.Generator(device).manual_seed(SEED)
         for weight in self.parameters():
-            weight.data.normal_(std=weight.shape[-1] ** -0.5) if weight.ndim == 2 else weight.data.fill_(1.0)
+            spread = weight.shape[-1] ** -0.5
+            weight.data.normal_(std=spread, generator=drawn) if weight.ndim == 2 else weight.data.fill_(1.0)
             weight.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -19,8 +19,9 @@ from _serve_space import Layers, exact
 
 OF_PEERS = (Goal("x PEFT", 8.0), Goal("x vlora", 50.0))
 OF_BASE = (Goal("x base", 1.15, most=True),)
-# what a row may be off, root mean square, in errors that the base model itself makes; 1.2 are seen
-SLACK = 2.0
+# what a row may be off, root mean square, in errors of the base model's worst row; the largest of 300 small models' was
+# 2.2, half of them were at 1.05
+SLACK = 3.0
 
 
 class Way(NamedTuple):
@@ -63,7 +64,7 @@ def model_records(
     found["base"] = Contender(lambda: base(x))
     few = min(FEW, batch.rows)
     plain, ours = (exact(base, x[:few], built.drawn, tasks, at.sizes) for tasks in (None, batch.ids[:few]))
-    allowed = SLACK * float((base(x)[:few].double() - plain).square().mean().sqrt())
+    allowed = SLACK * _worst_row(base(x)[:few].double() - plain)
     assert _worst_row(ours - plain) > 10 * allowed, "the tasks change too little to tell a wrong answer"
 
     def judge(who: str, answer: Any) -> float:
