@@ -46,7 +46,7 @@ class Source:
     """Where an adapter came from, kept with its task.
 
     Attributes:
-        path: as the user named it; empty if it never was a file.
+        path: as the user named it; empty if it never was a file; what it began as if it was trained in a space.
         header_sha256: of the header of its tensor file (names, shapes, dtypes, offsets), in hex.
         sha256: of the whole tensor file, if that was asked for.
         base_model: the name the adapter gives of its base model, if any.

@@ -51,7 +51,8 @@ class Task:
     Attributes:
         name: any text, unique in the collection.
         error: relative Frobenius error of its ``dW`` over all its slots.
-        error_kind: ``"measured"``, or ``"bound"`` once a refit that truncates has touched it.
+        error_kind: ``"measured"``, or ``"bound"`` once a refit that truncates has touched it; ``"trained"`` where what
+            was trained in the space has taken the place of the original.
         norm: Frobenius norm of its original ``dW`` over all its slots.
         scales: the original scale of each of its slots.
         lora_ranks: the original rank of each of its slots.

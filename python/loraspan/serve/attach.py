@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from loraspan.errors import ArgumentError, UnsupportedError
-from loraspan.serve.batches import Names, key_of, plain_numbers, rows_of_names, rows_of_numbers
+from loraspan.errors import ArgumentError
+from loraspan.serve.attached import Attached
 from loraspan.serve.layer import DTYPES, Served
-from loraspan.serve.layers import Layers
 from loraspan.serve.roster import Roster
-from loraspan.serve.rows import Board, Rows, check_ids, rows_of_ids
-from loraspan.serve.tables import State
 
-# batches of names that are remembered
-_REMEMBERED = 1024
+__all__ = ["Attached", "Space", "attach"]
 
 
 class Space(Protocol):
@@ -54,7 +49,8 @@ def attach(
             where it is one of these, else what is stored; on the CPU, what is packed in 8 or 4 bits stays so (compiled
             graphs take no packed tables: name a dtype there).
         train: make weights and shared loadings of all tasks leaves that require gradients, listed by
-            :meth:`Attached.loadings`; bases stay frozen. The space may not change then.
+            :meth:`Attached.loadings`, in float32 (float64 beside float64 bases); bases and private columns stay
+            frozen. The space may not change then but by :meth:`loraspan.Subspace.keep`, which puts them into it.
 
     Returns:
         The model in a wrapper, see :class:`Attached`.
@@ -90,201 +86,3 @@ def attach(
             "attach: the model is attached already: detach it first, or attach the other space to a copy"
         )
     return Attached(model, space.roster, paths=paths, dtype=dtype, train=train)
-
-
-class Attached(nn.Module):
-    """A model that serves tasks; made by :func:`attach`. What it lacks itself, such as ``generate``, is the model's.
-
-    Which tasks the rows of a batch have is said by a context, for eager code::
-
-        with served.tasks(["sql", None, {"legal": 0.7, "sql": 0.3}]):
-            served.generate(**batch)
-
-    or by tensors, for graphs and for servers::
-
-        served(**batch, task_ids=space.ids(["sql", None]))
-
-    Without either the output is the base model's, bit for bit, as it is for rows without a task.
-
-    A compiled graph takes the tensors and is compiled once, whatever the tasks are. What the model is called with may
-    have more rows than were named, a multiple: the beams of a search. The batch has to be the first axis of every
-    activation that meets an adapted module, or its rows be laid one after another. A call with tensors waits for no GPU
-    and reads nothing back; on a GPU a row whose task has left gets NaN, where the CPU raises an error.
-
-    Attributes:
-        model: the very model, with served layers in it.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        roster: Roster,
-        *,
-        paths: Callable[[str], str | None] | None,
-        dtype: torch.dtype | None,
-        train: bool,
-    ) -> None:
-        super().__init__()
-        self.training = model.training
-        self._board, self._roster = Board(), roster
-        self._train = train
-        self._remembered: dict[Any, Rows | None] = {}
-        self._layers = Layers(model, roster.state, self._board, paths, dtype, train)
-        self.model = model
-        roster.join(self)
-
-    def forward(
-        self, *args: Any, task_ids: Tensor | None = None, task_shares: Tensor | None = None, **kwargs: Any
-    ) -> Any:
-        """Run the model.
-
-        Args:
-            *args: the model's own.
-            task_ids: int64 ``[B]``, numbers of :meth:`Subspace.ids`, -1 for none; ``[B, T]`` for a task per token.
-                ``None`` leaves it to the context.
-            task_shares: float32, for mixtures: both tensors then have the members of a row's or token's mixture as
-                another, last axis.
-            **kwargs: the model's own.
-
-        Raises:
-            ShapeError: if the tensors have another form, or an activation's rows are no multiple of theirs.
-            ArgumentError: if a number is of no task, on the CPU.
-        """
-        if task_ids is None and task_shares is None:
-            self._board.check()
-            return self.model(*args, **kwargs)
-        task_ids = check_ids("attach", task_ids, task_shares)
-        rows = rows_of_ids(task_ids, task_shares, lasting=False)
-        if torch.compiler.is_dynamo_compiling():
-            return self._traced(rows, args, kwargs)
-        self._board.check()
-        self._check_numbers(task_ids)
-        token = self._board.context.set(rows)
-        try:
-            return self.model(*args, **kwargs)
-        finally:
-            self._board.context.reset(token)
-
-    @contextlib.contextmanager
-    def tasks(self, names: Names | Tensor, *, per: str = "row") -> Iterator[Attached]:
-        """Say which tasks rows have, for the eager code inside, in this thread or coroutine alone.
-
-        Contexts nest, and the innermost counts. A batch of names that came before is remembered.
-
-        Args:
-            names: of one task for all rows, or None for the base model; or a list with one per row, each a name, None,
-                or a mixture, a dict from names to weights.
-            per: ``"row"``; or ``"token"``, for packed batches: then a list of such lists, of one length.
-
-        Raises:
-            UnknownTaskError: if there is no such task.
-            UnsupportedError: if this model cannot serve a task; says why.
-            ArgumentError: if ``names`` has another form.
-
-        Example:
-            See :func:`loraspan.attach`.
-        """
-        self._board.check()
-        token = self._board.context.set(self._rows_of(names, per))
-        try:
-            yield self
-        finally:
-            self._board.context.reset(token)
-
-    def loadings(self) -> dict[str, Tensor]:
-        """Give the tensors that are trained, of a model attached with ``train=True``, by slot and name."""
-        return {
-            f"{tables.path}.{name}": leaf
-            for tables in self._layers.tables()
-            if tables.form.train
-            for name, leaf in tables.loadings.items()
-        }
-
-    @property
-    def table_bytes(self) -> int:
-        """Bytes of the bases and tables of all slots, spare room included."""
-        return sum(tables.nbytes for tables in self._layers.tables())
-
-    def detach(self) -> nn.Module:
-        """Put the very modules back, and give the model. What is attached serves nothing from then on."""
-        self._layers.undo()
-        self._roster.leave(self)
-        self._board.stopped = "is detached: attach again"
-        return self.model
-
-    def may_change(self, operator: str) -> None:
-        """Raise if the space may not change now: its loadings are being trained."""
-        if self._train and self._board.stopped is None:
-            raise ArgumentError(
-                f"{operator}: a model is attached to this space with train=True, whose loadings would not follow: "
-                f"detach it first"
-            )
-
-    def follow(self, state: State) -> None:
-        """Serve the space as it is now. Called by the space, after each change of it."""
-        try:
-            self._layers.follow(state)
-        except BaseException as error:
-            self._board.stopped = f"could not follow a change of the space ({error}): detach, and attach again"
-            raise
-        finally:
-            self._remembered = {}
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Give that of the model."""
-        return self.model.state_dict(*args, **kwargs)
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Load one of the model."""
-        return self.model.load_state_dict(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "model":
-                raise
-            return getattr(super().__getattr__("model"), name)
-
-    def _traced(self, rows: Rows, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run within a graph that is being compiled, which has to be whole: between two of them threads could meet."""
-        from loraspan.serve.outside import whole
-
-        self._board.traced = rows
-        try:
-            with whole():
-                return self.model(*args, **kwargs)
-        finally:
-            self._board.traced = None
-
-    def _rows_of(self, names: Names | Tensor, per: str) -> Rows | None:
-        if isinstance(names, Tensor):
-            check_ids("tasks", names, None)
-            self._check_numbers(names)
-            return rows_of_ids(names, None, lasting=True)
-        # taken before the state is looked at: a change of the space puts a new one in its place
-        remembered = self._remembered
-        numbers = plain_numbers(names, self._layers.state.numbers) if per == "row" else None
-        key = numbers or key_of(names, per)
-        if key not in remembered:
-            rows = rows_of_numbers(numbers) if numbers else rows_of_names(names, per, self._number)
-            if len(remembered) >= _REMEMBERED:
-                remembered.clear()
-            remembered[key] = rows
-            return rows
-        return remembered[key]
-
-    def _number(self, name: str | None) -> int:
-        if name is not None and (reason := self._layers.refused.get(name)) is not None:
-            raise UnsupportedError(f"tasks: this model does not serve task {name!r}: {reason}")
-        return self._roster.number(name)
-
-    def _check_numbers(self, ids: Tensor) -> None:
-        if not ids.is_cpu or torch.compiler.is_compiling():
-            return
-        wrong = self._layers.state.strangers(ids.numpy())
-        if wrong:
-            raise ArgumentError(
-                f"attach: task_ids are numbers of tasks in the space, as space.ids gives, or -1; no task that is "
-                f"served has {self._roster.told(wrong)}"
-            )

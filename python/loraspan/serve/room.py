@@ -32,7 +32,8 @@ class Form(NamedTuple):
 
     Attributes:
         device: where.
-        dtype: of bases and ends that are not packed: float16, bfloat16, float32 or float64.
+        dtype: of bases, and of ends unless they are trained: float16, bfloat16, float32 or float64; not of what is
+            packed.
         packed: whether what is packed stays so.
         given: whether a user chose ``dtype``, which stays when the module takes another.
         train: whether weights and shared loadings are leaves that require gradients; there is no spare room then.
@@ -43,6 +44,16 @@ class Form(NamedTuple):
     packed: bool = False
     given: bool = False
     train: bool = False
+
+    @property
+    def wide(self) -> torch.dtype:
+        """The dtype of weights."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    @property
+    def ends(self) -> torch.dtype:
+        """The dtype of ends that are not packed: what is trained has that of weights, for small steps to count."""
+        return self.wide if self.train else self.dtype
 
 
 class Room:
@@ -101,8 +112,7 @@ class Tables:
         self.sizes: tuple[int, ...]
         needs, old = (*_lengths(parts), rows), (0,) * (len(FIELDS) + 1) if like is None else like.sizes
         self.sizes = tuple(_roomy(need, size, form.train) for need, size in zip(needs, old, strict=True))
-        wide = torch.float64 if form.dtype == torch.float64 else torch.float32
-        dtypes = (wide, *[form.dtype] * len(widths))
+        dtypes = (form.wide, *[form.ends] * len(widths))
         fields = zip(self.sizes, (1, *widths), dtypes, _bits_of(parts, form), strict=False)
         self._rooms = [Room(size, width, dtype, form.device, bits) for size, width, dtype, bits in fields]
         self.refusal, most = self._refuse_by(widths[0], _most(parts, like))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Collection as Names
 from collections.abc import Iterable, Mapping
 from typing import Protocol
 
@@ -43,22 +44,26 @@ class Roster:
         """Tell it no more."""
         self._followers.discard(follower)
 
-    def may_change(self, operator: str) -> None:
-        """Ask all models whether the space may change.
+    def may_change(self, operator: str, *, by: Follower | None = None) -> None:
+        """Ask all models whether the space may change, but for the one, if any, that the change comes from.
 
         Raises:
             ArgumentError: if one is being trained.
         """
         for follower in list(self._followers):
-            follower.may_change(operator)
+            if follower is not by:
+                follower.may_change(operator)
 
-    def planned(self, before: Collection, after: Collection, renamed: Mapping[str, str]) -> State:
+    def planned(
+        self, before: Collection, after: Collection, renamed: Mapping[str, str], kept: Names[str] = ()
+    ) -> State:
         """Number the tasks of a changed collection.
 
         Args:
             before: the collection of this roster's state.
             after: the collection it is to become, made of it.
             renamed: old names to new ones.
+            kept: names of tasks that are the same with other columns, which were trained.
         """
         refitted = any(after.slots.get(path) is not space for path, space in before.slots.items())
         old = {renamed.get(name, name): number for name, number in self.state.numbers.items()}
@@ -67,10 +72,10 @@ class Roster:
         for task in after.tasks:
             was = stays.get(task.name)
             # a task that came in the place of one of its name is another
-            same = was is not None and (refitted or was is task or task.name in renamed.values())
+            same = was is not None and (refitted or was is task or task.name in renamed.values() or task.name in kept)
             numbers[task.name] = old[task.name] if same else rows
             rows += not same
-        return State(after, numbers, rows, self.state.fitted + refitted)
+        return State(after, numbers, rows, self.state.fitted + (refitted or bool(kept)))
 
     def become(self, state: State) -> None:
         """Take a new state, and tell all models.

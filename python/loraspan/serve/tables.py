@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
+from loraspan.collection.trained import Loadings
 from loraspan.ops.cores import Cores
 from loraspan.ops.packed import Packed, shape_of, unpack
 from loraspan.serve.room import Form, Tables, refuse
@@ -52,6 +53,10 @@ class SlotTables:
 
     def follow(self, state: State) -> None:
         """Serve another state."""
+        if self.form.train:
+            # what was kept is what is trained here, and nothing else may change meanwhile
+            self._state = state
+            return
         with torch.inference_mode(False):
             vanished = self.path not in self._state.collection.slots
             if state.fitted != self._state.fitted or (vanished and self.path in state.collection.slots):
@@ -109,6 +114,18 @@ class SlotTables:
         """The leaves that are trained: weights, and shared loadings of both sides."""
         cores = self.now.cores
         return {"weights": cores.weights, "left": cores.left, "right": cores.right}
+
+    def trained(self, number: int) -> Loadings:
+        """Give a copy of what is trained of a task, by its number."""
+        cores = self.now.cores
+        weight, left, _, right, _, ss, sp, ps, pp, dense = cores.index[number].tolist()
+        spans = (
+            slice(weight, weight + ss + sp + ps + pp),
+            slice(left, left + ss + sp),
+            slice(right, right + (0 if dense else ss) + ps),
+        )
+        leaves = self.loadings.values()
+        return Loadings(*(leaf.detach()[span].cpu().clone() for leaf, span in zip(leaves, spans, strict=True)))
 
     def _built(self, state: State, like: Tables | None) -> tuple[Tables, Triple]:
         """Build tables of a size that is no smaller."""

@@ -14,8 +14,12 @@ from loraspan.collection.collection import Collection
 from loraspan.collection.fit import Progress
 from loraspan.collection.layout import collection_bytes, parse_bytes
 from loraspan.collection.refit import refit
+from loraspan.collection.started import start
 from loraspan.collection.summary import summarize
+from loraspan.collection.trained import keep
 from loraspan.collection.update import add, remove, rename, replace_tasks
+from loraspan.errors import ArgumentError
+from loraspan.serve.attached import Attached
 from loraspan.space.held import Held
 
 # names of tasks that a note tells one by one
@@ -199,6 +203,71 @@ class Subspace(Held):
         )
         return self._become(absorbed, "absorb", [adapter.name for adapter in read], dry_run)
 
+    def start(
+        self, name: str, *, like: str | None = None, lora_rank: int | None = None, seed: int = 0, dry_run: bool = False
+    ) -> Change:
+        """Start a task that is to be trained, like another or from nothing: see :meth:`keep`.
+
+        There is no adapter that it could differ from, so its error is 0, of the kind ``"trained"``.
+
+        Args:
+            name: of the task.
+            like: the task whose columns, extras and configuration it begins with, bit for bit.
+            lora_rank: the number of columns that it begins with in every slot that has both bases, at most their width;
+                left ends are zeros, so that it gives nothing yet, and right ends random.
+            seed: of these.
+            dry_run: change nothing, and say what would change.
+
+        Raises:
+            MismatchError: if the name is taken.
+            UnknownTaskError: if there is no task ``like``.
+            ArgumentError: unless one of ``like`` and ``lora_rank`` is given; or if no slot has both bases.
+            StoreError: as :meth:`add`.
+        """
+        started = start(self.collection, name, like=like, lora_rank=lora_rank, seed=seed)
+        return self._become(started, "start", [name], dry_run)
+
+    def keep(self, served: Attached, names: str | Sequence[str] | None, *, dry_run: bool = False) -> Change:
+        """Put loadings that were trained in the place of those of their tasks, which move to the end.
+
+        Bases, other tasks and private columns stay as they are, bit for bit; so do tasks whose loadings did not change.
+        A task keeps its number, and the model goes on training. The task has no original adapter any more: its error is
+        that of what is stored against what was trained, on these bases, and of the kind ``"trained"``; what refits take
+        from it counts anew.
+
+        Args:
+            served: a model that is attached to this space with ``train=True``.
+            names: of a task, or of several; None for all.
+            dry_run: change nothing, and say what would change.
+
+        Raises:
+            UnknownTaskError: if there is no such task.
+            ArgumentError: if the model is detached, attached to another space or without ``train=True``, or another one
+                is being trained; if ``names`` has another form, such as that of a mixture; or if nothing was trained.
+            UnsupportedError: if the model does not serve a task.
+            NotFiniteError: if a loading is NaN or infinite.
+            StoreError: as :meth:`add`. Nothing is changed then.
+
+        Example:
+            >>> import torch, loraspan
+            >>> from loraspan.adapters import Adapter, Slot
+            >>> space = loraspan.compress([Adapter("one", {"0": Slot(torch.eye(1, 2), torch.eye(2, 1), 3.0)})], rank=1)
+            >>> _ = space.start("two", lora_rank=1)
+            >>> served = loraspan.attach(torch.nn.Sequential(torch.nn.Linear(2, 2)), space, train=True)
+            >>> optimizer = torch.optim.SGD(served.loadings().values(), lr=0.1)
+            >>> with served.tasks("two"):
+            ...     served(torch.ones(1, 2)).sum().backward()
+            >>> optimizer.step()
+            >>> space.keep(served, "two").added
+            {'two': 0.0}
+        """
+        if not isinstance(served, Attached) or served.roster is not self.roster:
+            other = "one of another space" if isinstance(served, Attached) else type(served).__name__
+            raise ArgumentError(f"keep: needs a model that trains on the bases of this very space; got {other}")
+        kept = keep(self.collection, served.trained(names))
+        changed = [task.name for task in kept.segments[-1].tasks if task is not None]
+        return self._become(kept, "keep", changed, dry_run, trainer=served)
+
     def _become(
         self,
         collection: Collection,
@@ -206,6 +275,7 @@ class Subspace(Held):
         names: Sequence[str],
         dry_run: bool,
         renamed: Mapping[str, str] | None = None,
+        trainer: Attached | None = None,
     ) -> Change:
         """Take the place of what is held: on disk first, where there is a store; then attached models are told."""
         before = self._collection
@@ -218,8 +288,8 @@ class Subspace(Held):
             planned = None if self._opened is None else store.forecast(self._opened, collection)
             return replace(change, nbytes=(change.nbytes[0], planned or change.nbytes[1]))
         roster = self.roster
-        roster.may_change(verb)
-        state = roster.planned(before, collection, renamed or {})
+        roster.may_change(verb, by=trainer)
+        state = roster.planned(before, collection, renamed or {}, () if trainer is None else names)
         if self._opened is not None:
             self._opened = store.commit(self._opened, collection, note=what)
             collection = self._opened.collection
