@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "serve.vllm_cache": {"store", "adapters", *BELOW_STORE},
     "train": BELOW_STORE,
     "many": {"store", "adapters", *BELOW_STORE},
-    "space": BELOW_SUBSPACE,
+    "space": {"many", *BELOW_SUBSPACE},
     "subspace": {"many", "space", *BELOW_SUBSPACE},
     "cli": {"subspace", "loraspan", "many", *BELOW_SUBSPACE},
     "compat": {"subspace", "loraspan", "many", *BELOW_SUBSPACE},

@@ -38,8 +38,9 @@ def test_json_is_one_document(sources, tmp_path):
     done = run(sources, "-o", tmp_path / "out", "--memory", "200MB", "--json")
     document = json.loads(done.stdout)
     assert document["store"] == str(tmp_path / "out")
-    assert document["tasks"] == COUNT
-    assert document["max_error"] <= 0.05
+    assert len(document["tasks"]) == COUNT
+    assert max(task["error"] for task in document["tasks"]) <= 0.05
+    assert document["nbytes"] == loraspan.open(tmp_path / "out").nbytes
     assert document["aside"] == []
     assert "took --max-error 0.05" in done.stderr
 
@@ -75,7 +76,8 @@ def test_processes_change_nothing(sources, tmp_path):
     ("options", "code", "word"),
     [
         (["--memory", "1GB", "--device", "cpu"], 2, "--device does not go with"),
-        (["--on-error", "skip", "--device", "cpu"], 2, "--device does not go with"),
+        (["--jobs", "2", "--device", "cpu"], 2, "--device does not go with"),
+        (["--memory", ""], 1, "a number of bytes is positive"),
         (["--memory", "plenty"], 1, "a number of bytes is positive"),
         (["--memory", "1kB"], 1, "the least is"),
         (["--jobs", "0"], 2, "--jobs"),

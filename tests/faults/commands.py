@@ -18,7 +18,6 @@ from adapters.folders import write as write_adapter
 from loraspan import compress, store
 from loraspan.cli import main as command_line
 from loraspan.errors import StoreError
-from loraspan.many.compress import compress_many
 from loraspan.subspace import open as open_space
 
 
@@ -178,7 +177,7 @@ def sources_and_team(folder):
 
 
 def compress_in_groups(folder):
-    compress_many(folder / "in", folder / "team.span", max_error=0.3)
+    compress(folder / "in", max_error=0.3, memory="1GB", out=folder / "team.span")
 
 
 def go_on_in_groups(folder):

@@ -13,7 +13,7 @@ import pytest
 CHILD = """
 import json, sys, threading, time
 import torch
-from loraspan.many import compress_many
+import loraspan
 from loraspan.many.groups import IN_FLIGHT, standing
 
 torch.set_num_threads(1)
@@ -39,7 +39,7 @@ def watch():
 watcher = threading.Thread(target=watch)
 watcher.start()
 memory = standing(count) + (IN_FLIGHT + 1) * group
-compress_many(root, out, max_error=0.1, memory=memory)
+space = loraspan.compress(root, out=out, max_error=0.1, memory=memory)
 over.set()
 watcher.join()
 print(json.dumps({"peak": peak - before, "memory": memory}))

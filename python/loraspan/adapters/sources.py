@@ -76,12 +76,13 @@ def read_all(sources: Sources, *, hash_file: bool = False) -> list[Adapter]:
         UnsupportedError: as :func:`loraspan.adapters.peft.read`.
     """
     found = find(sources)
-    adapters = [_open(one, hash_file) for one in found]
+    adapters = [open_found(one, hash_file=hash_file) for one in found]
     _check_names(adapters)
     return adapters
 
 
-def _open(found: Found, hash_file: bool) -> Adapter:
+def open_found(found: Found, *, hash_file: bool = False) -> Adapter:
+    """Open one adapter; one in memory is taken as it is."""
     if isinstance(found.what, Adapter):
         return found.what if found.name is None else replace(found.what, name=found.name)
     adapter = read(found.what, name=found.name, hash_file=hash_file)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import click
 import torch
@@ -17,12 +16,9 @@ from loraspan import subspace
 from loraspan.cli.output import bars, one_line, put, put_json, remark, shown, size
 from loraspan.collection.rows import WIDTHS
 from loraspan.errors import StoreError
-from loraspan.many import ManyReport, compress_many
-from loraspan.store.publish import standing
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 DEFAULT_MAX_ERROR = 0.05
-DEFAULT_MEMORY = "1GB"
 
 
 @click.command()
@@ -75,10 +71,10 @@ def compress(
     private, in as few bits as the error allows. --max-bytes makes the largest error as small as the bytes allow.
     --rank and --energy keep shared bases alone, and the errors are what they are.
 
-    With --memory, --jobs or --on-error skip, adapters go through in groups that fit the memory (1GB if it is not said),
-    however many they are, and --dtype is f32 unless given. What is done is kept in OUT.progress: after an interruption
-    the same command goes on from there, and ends with the same bytes. --on-error skip sets aside what cannot be read
-    and says why.
+    With --memory or --jobs, adapters go through in groups that fit the memory (1GB if it is not said), however many
+    they are, and --dtype is f32 unless given. What is done is kept in OUT.progress: after an interruption the same
+    command goes on from there, and ends with the same bytes. --on-error skip sets aside what cannot be read or does not
+    belong with most of the others, and says why.
 
     \b
     Examples:
@@ -95,68 +91,49 @@ def compress(
     by_default = not goals
     if by_default:
         max_error = DEFAULT_MAX_ERROR
-    goal = {"rank": rank, "energy": energy, "max_error": max_error, "refine": refine}
-    shared = {"hash_files": hash_files, **goal}
+    in_groups = memory is not None or jobs is not None
+    for name, value in (("--device", device), ("--max-bytes", max_bytes)):
+        if in_groups and value is not None:
+            raise click.UsageError(f"{name} does not go with --memory or --jobs")
     start = time.perf_counter()
-    if memory is None and jobs is None and on_error == "stop":
-        space = _in_memory(
-            sources, out, overwrite, {"device": device, "max_bytes": max_bytes, "dtype": dtype, **shared}
-        )
-        document, lines = _whole(space)
+    if in_groups:
+        memory = subspace.DEFAULT_MEMORY if memory is None else memory
     else:
-        if device is not None:
-            raise click.UsageError("--device does not go with --memory, --jobs or --on-error skip")
-        if max_bytes is not None:
-            raise click.UsageError("--max-bytes does not go with --memory, --jobs or --on-error skip")
-        within = {
-            "dtype": dtype or "f32",
-            "memory": memory or DEFAULT_MEMORY,
-            "on_error": on_error,
-            "overwrite": overwrite,
-        }
-        report = _in_groups(sources, out, jobs or 1, {**within, **shared})
-        document, lines = _grouped(report)
+        _check_free(out, overwrite)
+    with bars() as progress, _processes(jobs or 1) as executor:
+        space = subspace.compress(
+            list(sources),
+            rank=rank,
+            energy=energy,
+            max_error=max_error,
+            max_bytes=max_bytes,
+            dtype=dtype,
+            refine=refine,
+            device=device,
+            memory=memory,
+            executor=executor,
+            on_error=on_error,
+            out=out,
+            overwrite=overwrite,
+            hash_files=hash_files,
+            progress=progress,
+        )
     seconds = time.perf_counter() - start
     if by_default:
         remark(f"no --rank, --energy, --max-error or --max-bytes given: took --max-error {DEFAULT_MAX_ERROR}")
-    if as_json:
-        put_json({"store": str(out), "seconds": round(seconds, 3), **document})
-        return
-    for line in lines:
-        put(line)
-    put(f"Wrote {shown(str(out))}: {size(document['nbytes'])} in {seconds:.2g} s.")
-
-
-def _in_memory(sources: Sequence[str], out: Path, overwrite: bool, options: dict[str, Any]) -> subspace.Subspace:
-    _check_free(out, overwrite)
-    with bars() as progress:
-        space = subspace.compress(list(sources), **options, progress=progress)
-    space.save(out, overwrite=overwrite)
-    return space
-
-
-def _in_groups(sources: Sequence[str], out: Path, jobs: int, options: dict[str, Any]) -> ManyReport:
-    with bars() as progress, _processes(jobs) as executor:
-        report = compress_many(sources, out, **options, executor=executor, progress=progress)
-    for one in report.aside:
+    for one in space.aside:
         remark(f"set aside {shown(one.source)}: {one_line(one.reason)}")
-    return report
-
-
-def _whole(space: subspace.Subspace) -> tuple[dict[str, Any], list[str]]:
+    if as_json:
+        aside = [one._asdict() for one in space.aside]
+        put_json({"store": str(out), "seconds": round(seconds, 3), **space.report().as_dict(), "aside": aside})
+        return
     worst = max(space.errors, key=space.errors.__getitem__)
-    lines = [space.summary, f"Largest error: {space.errors[worst]:.3g}, of task {shown(worst)}."]
-    return space.report().as_dict(), lines
-
-
-def _grouped(report: ManyReport) -> tuple[dict[str, Any], list[str]]:
-    document = report.as_dict()
-    del document["path"]
-    lines = [report.summary, f"Largest error: {report.max_error:.3g}, of task {shown(report.worst)}."]
-    if report.aside:
-        count = len(report.aside)
-        lines.append(f"Set aside {count} of {count + report.tasks} adapters; the reasons are above.")
-    return document, lines
+    put(space.summary)
+    put(f"Largest error: {space.errors[worst]:.3g}, of task {shown(worst)}.")
+    if space.aside:
+        count = len(space.aside)
+        put(f"Set aside {count} of {count + len(space.tasks)} adapters; the reasons are above.")
+    put(f"Wrote {shown(str(out))}: {size(space.nbytes)} in {seconds:.2g} s.")
 
 
 @contextmanager
@@ -172,8 +149,6 @@ def _processes(jobs: int) -> Iterator[Executor | None]:
 
 
 def _check_free(out: Path, overwrite: bool) -> None:
-    """Refuse before the work what saving would refuse after it."""
+    """Refuse in the words of the command line what writing would refuse; a run in groups may be done already."""
     if not overwrite and (out / "CURRENT").exists():
         raise StoreError(f"{out}: a store already: pass --overwrite to write its next generation, or choose another -o")
-    # what a first run that was cut short has left is no hindrance
-    standing(out, overwrite=True)

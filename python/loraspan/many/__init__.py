@@ -1,6 +1,6 @@
-"""Collections of more adapters than fit in memory, group after group, to be continued after any interruption."""
+"""Collections of more adapters than fit in memory, group after group, and adapters that are set aside."""
 
-from loraspan.many.census import Aside
-from loraspan.many.compress import ManyReport, compress_many
+from loraspan.many.aside import Aside, nobody_left, read_or_set_aside, set_not_finite_aside
+from loraspan.many.compress import compress_in_groups
 
-__all__ = ["Aside", "ManyReport", "compress_many"]
+__all__ = ["Aside", "compress_in_groups", "nobody_left", "read_or_set_aside", "set_not_finite_aside"]

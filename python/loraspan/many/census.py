@@ -3,67 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from loraspan.adapters import peft
 from loraspan.adapters.base import Adapter
-from loraspan.adapters.keys import CONFIG_NAME, WEIGHTS_NAME
-from loraspan.adapters.sources import Found, Sources, find
-from loraspan.errors import ArgumentError, FormatError, LoraspanError, MismatchError
-
-
-class Map(NamedTuple):
-    """A slot of an adapter: its path, ``(n, d)``, what it is in the model, and the adapter's rank there."""
-
-    path: str
-    n: int
-    d: int
-    kind: str
-    kernel: tuple[int, int, int] | None
-    lora_rank: int
-
-    @property
-    def identity(self) -> Hashable:
-        """What adapters of one base model agree on."""
-        return (self.n, self.d, self.kind, self.kernel)
-
-
-class Origin(NamedTuple):
-    """Where to read an adapter, and how its files looked when the run began; small, and the same on every machine.
-
-    ``stamp`` has the size and the time of change, in nanoseconds, of the tensor file and of the configuration.
-    """
-
-    path: str
-    name: str
-    hub_id: str | None
-    stamp: tuple[int, ...]
-
-    @property
-    def shown(self) -> str:
-        """The adapter as the user named it."""
-        return self.hub_id or self.path
-
-
-class Aside(NamedTuple):
-    """An adapter that was left out, and why."""
-
-    source: str
-    name: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Member:
-    """An adapter that takes part."""
-
-    origin: Origin
-    nbytes: int
-    maps: tuple[Map, ...]
+from loraspan.adapters.sources import Found, Sources
+from loraspan.errors import ArgumentError, LoraspanError
+from loraspan.many.aside import Aside, Opened, find_each, nobody_left, sift
+from loraspan.many.members import Map, Member, Origin, base_of, maps_of, stamp_of
 
 
 @dataclass(frozen=True)
@@ -141,9 +90,6 @@ def _slots_of(tables: Iterable[tuple[Map, ...]]) -> dict[str, Map]:
     return slots
 
 
-_Opened: TypeAlias = "tuple[Member, str | None]"
-
-
 def take_census(sources: Sources, skip: bool, report: Callable[[int, int], None]) -> Census:
     """Open every source once, see that they belong together, and close it again.
 
@@ -161,7 +107,7 @@ def take_census(sources: Sources, skip: bool, report: Callable[[int, int], None]
     aside: list[Aside] = []
     found = find_each(sources, skip, aside)
     tables: dict[tuple[Map, ...], tuple[Map, ...]] = {}
-    opened: list[_Opened] = []
+    opened: list[Opened] = []
     for i, one in enumerate(found):
         report(i, len(found))
         try:
@@ -171,122 +117,25 @@ def take_census(sources: Sources, skip: bool, report: Callable[[int, int], None]
                 raise
             aside.append(Aside(one.hub_id or str(one.what), one.name or "", str(error)))
     report(len(found), len(found))
-    members = _unlike_set_aside(_doubles_set_aside(opened, skip, aside), skip, aside)
+    members = sift(opened, skip, aside)
     if not members:
-        reasons = f"; the first reason: {aside[0].reason}" if aside else ""
-        raise ArgumentError(f"compress: there is no adapter to compress: {len(aside)} were set aside{reasons}")
+        raise nobody_left(aside)
     base_model = next((name for _, name in members if name), None)
     slots = _slots_of(dict.fromkeys(member.maps for member, _ in members))
     return Census(tuple(member for member, _ in members), tuple(aside), base_model, slots)
 
 
-def find_each(sources: Sources, skip: bool, aside: list[Aside]) -> list[Found]:
-    """Give each adapter that the sources name; with ``skip``, a source that names none is set aside."""
-    parts: Iterable[Any] = [sources]
-    if isinstance(sources, Mapping):
-        parts = [{name: source} for name, source in sources.items()]
-    elif isinstance(sources, Iterable) and not isinstance(sources, (str, bytes, bytearray)):
-        parts = sources
-    found: list[Found] = []
-    for source in parts:
-        try:
-            found += find(source)
-        except FormatError as error:
-            if not skip:
-                raise
-            aside.append(Aside(str(source), "", str(error)))
-    return found
-
-
-def stamp_of(path: str) -> tuple[int, ...]:
-    """Give the sizes and times of change of an adapter's two files."""
-    file = path if path.endswith(".safetensors") else os.path.join(path, WEIGHTS_NAME)  # noqa: PTH118
-    stamp: list[int] = []
-    for name in (file, os.path.join(os.path.dirname(file), CONFIG_NAME)):  # noqa: PTH118, PTH120
-        try:
-            status = os.stat(name)  # noqa: PTH116
-        except OSError as error:
-            raise FormatError(f"{name}: cannot be opened: {error.strerror}") from None
-        stamp += [status.st_size, status.st_mtime_ns]
-    return tuple(stamp)
-
-
-def open_origin(origin: Origin, *, hash_file: bool = False) -> Adapter:
-    """Open an adapter that the census has seen.
-
-    Raises:
-        MismatchError: if a file of it has changed since then.
-    """
-    if stamp_of(origin.path) != origin.stamp:
-        raise MismatchError(f"{origin.shown}: a file of this adapter has changed since the run began; start it anew")
-    adapter = peft.read(Path(origin.path), name=origin.name, hash_file=hash_file)
-    if origin.hub_id is None:
-        return adapter
-    return replace(adapter, source=replace(adapter.source, path=origin.hub_id))
-
-
-def _look(found: Found, tables: dict[tuple[Map, ...], tuple[Map, ...]]) -> _Opened:
+def _look(found: Found, tables: dict[tuple[Map, ...], tuple[Map, ...]]) -> Opened:
     if isinstance(found.what, Adapter):
         raise ArgumentError(
-            f"compress: with memory= the sources are files; got the Adapter {found.what.name!r}, which is in memory "
-            "already. Leave memory= out, or save it first"
+            f"compress: with memory= or executor= the sources are files; got the Adapter {found.what.name!r}, which is "
+            "in memory already. Leave them out, or write it to a file first (loraspan.adapters.peft.write)"
         )
     path = os.fspath(found.what)
     adapter = peft.read(found.what, name=found.name)
-    maps = tuple(Map(key, *slot.shape, slot.kind, slot.kernel, slot.lora_rank) for key, slot in adapter.slots.items())
+    maps = maps_of(adapter)
     # thousands of adapters of one recipe share one table
     member = Member(
         Origin(path, adapter.name, found.hub_id, stamp_of(path)), adapter.nbytes, tables.setdefault(maps, maps)
     )
-    return member, (adapter.source.base_model or "").rstrip("/") or None
-
-
-def _doubles_set_aside(opened: Sequence[_Opened], skip: bool, aside: list[Aside]) -> list[_Opened]:
-    first: dict[str, Origin] = {}
-    kept: list[_Opened] = []
-    for member, base_model in opened:
-        origin = member.origin
-        other = first.setdefault(origin.name, origin)
-        if other is origin:
-            kept.append((member, base_model))
-            continue
-        reason = (
-            f"two adapters would both be task {origin.name!r}: {other.shown} and {origin.shown}. "
-            "Name them: {'one': source, 'other': source}"
-        )
-        if not skip:
-            raise MismatchError(reason)
-        aside.append(Aside(origin.shown, origin.name, reason))
-    return kept
-
-
-def _unlike_set_aside(opened: Sequence[_Opened], skip: bool, aside: list[Aside]) -> list[_Opened]:
-    """Set aside whoever names another base model, or has another shape in a slot, than most of the others."""
-    base_models = Counter(base_model for _, base_model in opened if base_model)
-    shapes: dict[str, Counter[Hashable]] = {}
-    for table, count in Counter(member.maps for member, _ in opened).items():
-        for each in table:
-            shapes.setdefault(each.path, Counter())[each.identity] += count
-    usual_model = base_models.most_common(1)[0][0] if base_models else None
-    usual = {path: counter.most_common(1)[0][0] for path, counter in shapes.items()}
-    kept: list[_Opened] = []
-    for member, base_model in opened:
-        reason = _unlike(member, base_model, usual_model, usual)
-        if reason is None:
-            kept.append((member, base_model))
-            continue
-        reason = f"adapter {member.origin.name!r} ({member.origin.shown}) does not belong with the others: {reason}"
-        if not skip:
-            raise MismatchError(reason)
-        aside.append(Aside(member.origin.shown, member.origin.name, reason))
-    return kept
-
-
-def _unlike(member: Member, base_model: str | None, usual_model: str | None, usual: Mapping[str, Any]) -> str | None:
-    if base_model is not None and base_model != usual_model:
-        return f"it is for base model {base_model!r}, most are for {usual_model!r}"
-    for each in member.maps:
-        if each.identity != usual[each.path]:
-            n, d, kind, _ = usual[each.path]
-            return f"its slot {each.path!r} is {each.kind} [{each.n}, {each.d}]; in most it is {kind} [{n}, {d}]"
-    return None
+    return member, base_of(adapter)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from loraspan.collection.fit import Goal
 from loraspan.errors import ArgumentError
-from loraspan.many.census import Map, Member
+from loraspan.many.members import Map, Member
 
 # groups that are in work or waiting to be written at one time
 IN_FLIGHT = 4

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from loraspan.collection.collection import Segment, SlotSpace
 from loraspan.collection.rows import tensors_of
-from loraspan.many.census import Aside, Map
+from loraspan.many.aside import Aside
 from loraspan.many.ledger import Pieces, encode, read_piece
+from loraspan.many.members import Map
 from loraspan.store.manifest import DataFile, Manifest, SlotShape
 from loraspan.store.mapped import TensorFile
 from loraspan.store.segment import read_basis, read_tasks, slot_shape, task_tensors

@@ -9,7 +9,8 @@ from loraspan import store
 from loraspan.collection.collection import Collection, Segment
 from loraspan.collection.rows import Widths, same_rows
 from loraspan.errors import ArgumentError, MismatchError, StoreError
-from loraspan.many.census import Aside, Census
+from loraspan.many.aside import Aside
+from loraspan.many.census import Census
 from loraspan.many.ledger import Ledger
 from loraspan.many.pieces import read_bases, read_segment
 from loraspan.many.run import BASES
@@ -43,8 +44,8 @@ def gather(
     return Collection(kept, tuple(segments), widths.dtype, census.base_model, bits=widths.bits), aside
 
 
-def publish(ledger: Ledger, collection: Collection, folder: Path, overwrite: bool) -> None:
-    """Write the store, or see that it was written when the run was cut short right after that.
+def publish(ledger: Ledger, collection: Collection, folder: Path, overwrite: bool) -> int:
+    """Write the store, or see that it was written when the run was cut short right after that; give its generation.
 
     Raises:
         StoreError: if it cannot be written, or another writer was faster.
@@ -55,16 +56,17 @@ def publish(ledger: Ledger, collection: Collection, folder: Path, overwrite: boo
     parent = ledger.read_json(PUBLISH)["parent"]
     if now == parent:
         try:
-            store.save(collection, folder, overwrite=overwrite, parent=parent)
+            return store.save(collection, folder, overwrite=overwrite, parent=parent, note="save")
         except StoreError:
             # nothing was written: what stands there the next time is another matter
             ledger.remove([PUBLISH])
             raise
-    elif not _same(collection, store.open(folder)):
+    if now is None or not _same(collection, store.open(folder)):
         raise StoreError(
             f"{folder}: another writer was faster: it was at generation {parent} and is at {now}; {ledger.path} holds "
             "all of this run: run the same again with another out"
         )
+    return now
 
 
 def _same(one: Collection, other: Collection) -> bool:

@@ -19,8 +19,9 @@ from loraspan.collection.fit import Goal, total_squares
 from loraspan.collection.merge_ranges import Summary, basis_of, merge, summarize
 from loraspan.collection.widths import precision_of, scout, turns_for, weights_of
 from loraspan.errors import NotFiniteError
-from loraspan.many.census import Aside, Map, Origin, open_origin
+from loraspan.many.aside import Aside, set_not_finite_aside
 from loraspan.many.ledger import Pieces, encode, read_piece
+from loraspan.many.members import Map, Origin, open_origin
 from loraspan.many.pieces import encode_bases, encode_segment, read_bases
 
 _SIDES = ("out", "in")
@@ -49,20 +50,9 @@ def read_group(work: Work) -> Group:
     except NotFiniteError:
         if not work.skip:
             raise
-        adapters, _ = _finite(adapters)
+        adapters, _ = set_not_finite_aside(adapters)
         slots = read_factors(adapters)
     return Group(slots, total_squares(slots, len(adapters)))
-
-
-def _finite(adapters: Sequence[Adapter]) -> tuple[list[Adapter], list[Aside]]:
-    kept, aside = [], []
-    for adapter in adapters:
-        try:
-            read_factors([adapter])
-            kept.append(adapter)
-        except NotFiniteError as error:
-            aside.append(Aside(adapter.source.path, adapter.name, str(error)))
-    return kept, aside
 
 
 def scout_sample(work: Work, stands_for: Mapping[str, float]) -> dict[str, int]:
@@ -143,13 +133,13 @@ def express_group(work: Work, hash_files: bool, slots: Mapping[str, Map], bases:
     """
     adapters = [open_origin(origin, hash_file=hash_files) for origin in work.origins]
     spaces = read_bases(Path(bases), slots, work.goal.floats)
-    aside: list[Aside] = []
+    aside: Sequence[Aside] = ()
     try:
         made = _express(spaces, adapters, work.goal)
     except NotFiniteError:
         if not work.skip:
             raise
-        adapters, aside = _finite(adapters)
+        adapters, aside = set_not_finite_aside(adapters)
         made = _express(spaces, adapters, work.goal)
     return encode_segment(made, aside)
 

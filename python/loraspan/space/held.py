@@ -21,6 +21,7 @@ from loraspan.collection.project import Projection, project
 from loraspan.collection.rebuild import rebuild
 from loraspan.collection.summary import Report, make_report
 from loraspan.errors import ArgumentError, MismatchError
+from loraspan.many import Aside
 from loraspan.serve.batches import ids_of_names, plain_numbers
 from loraspan.serve.export import export
 from loraspan.serve.peft import as_peft
@@ -38,12 +39,17 @@ class Held:
         collection: bases and tasks.
         opened: the generation of a store that holds it, if one does.
         plans: those that a compression counted.
+        aside: the adapters that a compression left out.
     """
 
     def __init__(
-        self, collection: Collection, opened: store.Opened | None = None, plans: tuple[PlanLine, ...] = ()
+        self,
+        collection: Collection,
+        opened: store.Opened | None = None,
+        plans: tuple[PlanLine, ...] = (),
+        aside: Sequence[Aside] = (),
     ) -> None:
-        self._collection, self._opened, self._plans = collection, opened, plans
+        self._collection, self._opened, self._plans, self._aside = collection, opened, plans, tuple(aside)
         self._roster: Roster | None = None
 
     @property
@@ -120,6 +126,14 @@ class Held:
     def summary(self) -> str:
         """One sentence: how much the tasks share, which form was chosen, what it costs and loses."""
         return self.collection.summary
+
+    @property
+    def aside(self) -> tuple[Aside, ...]:
+        """The adapters that :func:`loraspan.compress` left out with ``on_error="skip"``: source, name and reason.
+
+        What made this object is told, not the store: one that is opened has none.
+        """
+        return self._aside
 
     def report(self) -> Report:
         """Give every task's error and bytes, every slot's form, and the plans that a compression counted.
