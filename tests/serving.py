@@ -46,6 +46,22 @@ def team(count=4, **options):
     return space
 
 
+def trained_deltas(served, path, count=4):
+    """``dW`` of tasks by number, float64, from a slot's leaves by the definition of the columns; differentiable."""
+    (v, u, cores), found = served.model.get_submodule(path).tables.now, []
+    v, u, weights, left_shared, right_shared = (t.double() for t in (v, u, cores.weights, cores.left, cores.right))
+    left_own, right_own = cores.left_private.double(), cores.right_private.double()
+    for fields in cores.index[:count].tolist():
+        w, l, lp, r, rp, ss, sp, ps, pp, full = fields
+        left = torch.cat([left_shared[l : l + ss + sp] @ u.T, left_own[lp : lp + ps + pp]])
+        kept = 0 if full else ss
+        shared = v.T[:ss] if full else right_shared[r : r + ss] @ v.T
+        own, more = right_own[rp : rp + sp + pp], right_shared[r + kept : r + kept + ps] @ v.T
+        right = torch.cat([shared, own[:sp], more, own[sp:]])
+        found.append((left * weights[w : w + ss + sp + ps + pp, None]).T @ right)
+    return found
+
+
 def batch(rows, dtype=torch.float32, seed=3):
     return torch.randn(rows, TOKENS, D, generator=torch.Generator().manual_seed(seed)).to(dtype)
 

@@ -16,20 +16,6 @@ def shares_of(names):
     return names if isinstance(names, dict) else {} if names is None else {names: 1.0}
 
 
-def dense(served, path):
-    """``dW`` of every task from the leaves of a slot, by the definition of the columns, differentiable."""
-    (v, u, cores), found = served.model.get_submodule(path).tables.now, []
-    for fields in cores.index[:4].tolist():
-        w, l, lp, r, rp, ss, sp, ps, pp, full = fields
-        left = torch.cat([cores.left[l : l + ss + sp] @ u.T, cores.left_private[lp : lp + ps + pp]])
-        kept = 0 if full else ss
-        shared = v.T[:ss] if full else cores.right[r : r + ss] @ v.T
-        own, more = cores.right_private[rp : rp + sp + pp], cores.right[r + kept : r + kept + ps] @ v.T
-        right = torch.cat([shared, own[:sp], more, own[sp:]])
-        found.append((left * cores.weights[w : w + ss + sp + ps + pp, None]).T @ right)
-    return found
-
-
 def test_gradients_reach_weights_and_loadings_as_through_dense_dw(device):
     # wide enough that cores are factored, and columns of all four ends there
     space = loraspan.compress(serving.adapters(noise=0.1)[:3], rank=12)
@@ -50,7 +36,7 @@ def test_gradients_reach_weights_and_loadings_as_through_dense_dw(device):
 
     out = x
     for i, layer in enumerate(served.model.layers):
-        changes = dict(zip(space.tasks, dense(served, f"layers.{i}.q_proj"), strict=True))
+        changes = dict(zip(space.tasks, serving.trained_deltas(served, f"layers.{i}.q_proj"), strict=True))
         none = torch.zeros(serving.TOKENS, serving.N, dtype=x.dtype, device=device)
         added = [
             sum((share * row @ changes[name].T for name, share in shares_of(names).items()), none)
