@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
-import shutil
-from pathlib import Path
-
 import numpy as np
 import planted
 import pytest
@@ -16,8 +11,7 @@ import loraspan
 from loraspan.adapters import peft
 from loraspan.adapters.base import Adapter, Slot
 from loraspan.collection.layout import columns_bytes
-from loraspan.errors import ArgumentError, FormatError, MismatchError, NotFiniteError, StoreError
-from many_runs import COUNT, cut_by, files_of, run, write
+from many_runs import COUNT, cut_by, run, write
 
 GOALS = {
     "rank": {"rank": 6},
@@ -37,12 +31,6 @@ CASES = {
 @pytest.fixture(autouse=True)
 def small_groups(monkeypatch):
     cut_by(5, monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-    root = tmp_path_factory.mktemp("adapters")
-    return root, write(root)
 
 
 def measured(space, adapter):
@@ -150,179 +138,3 @@ def test_summaries_are_widened_until_they_hold_the_energy(shared, tmp_path, monk
     lost = sum((space.errors[f"{i:03d}"]) ** 2 * t.norm**2 for i, t in enumerate(space.collection.tasks))
     assert lost <= 0.1 * sum(t.norm**2 for t in space.collection.tasks)
     assert all(s.u.shape[1] > 2 for s in space.collection.slots.values())
-
-
-def test_files_are_closed_and_groups_forgotten(shared, tmp_path):
-    """Not one descriptor stays open for a source, and no more maps than a group has."""
-    root, _ = shared
-    descriptors = Path("/proc/self/fd")
-    before = len(list(descriptors.iterdir()))
-    seen = []
-
-    def progress(_stage, _done, _total):
-        mapped = Path("/proc/self/maps").read_text().count(str(root))
-        seen.append((len(list(descriptors.iterdir())) - before, mapped))
-
-    run(root, tmp_path / "out", progress=progress)
-    assert max(more for more, _ in seen) <= 3
-    # slots of a group hold on to it until its result is there
-    assert max(mapped for _, mapped in seen) <= 5
-
-
-def test_progress_counts_bytes(shared, tmp_path):
-    root, adapters = shared
-    seen = {}
-    run(root, tmp_path / "out", progress=lambda *step: seen.setdefault(step[0], []).append(step[1:]))
-    assert list(seen) == ["read", "summarize", "express"]
-    total = sum(adapter.nbytes for adapter in adapters)
-    for stage in ("summarize", "express"):
-        done = [step[0] for step in seen[stage]]
-        assert done[0] == 0
-        assert done == sorted(set(done))
-        assert seen[stage][-1] == (total, total)
-        assert len(done) > 2
-
-
-def test_memory_that_is_too_little_says_what_would_do(shared, tmp_path):
-    root, _ = shared
-    with pytest.raises(ArgumentError, match="the least is") as refused:
-        run(root, tmp_path / "out", rank=4, memory=1)
-    assert list(tmp_path.iterdir()) == []
-    least = int(str(refused.value).rpartition(" ")[2].replace(",", ""))
-    with pytest.raises(ArgumentError, match="the least is"):
-        run(root, tmp_path / "out", rank=4, memory=least - 1)
-    # with the widths known, the least may be more; what it says then is the last word
-    try:
-        run(root, tmp_path / "out", rank=4, memory=least)
-    except ArgumentError as error:
-        shutil.rmtree(tmp_path / "out.progress", ignore_errors=True)
-        run(root, tmp_path / "out", rank=4, memory=int(str(error).rpartition(" ")[2].replace(",", "")))
-    assert len(loraspan.open(tmp_path / "out").tasks) == COUNT
-
-
-@pytest.mark.parametrize("memory", ["", "1 XB", "-1", 0, -5, True, 1.5, "GB"])
-def test_a_memory_that_is_none_is_refused(memory, shared, tmp_path):
-    with pytest.raises(ArgumentError, match=r"memory.* bytes"):
-        run(shared[0], tmp_path / "out", memory=memory)
-    assert list(tmp_path.iterdir()) == []
-
-
-# -- what does not do ----------------------------------------------------------------------------------------------
-
-
-def spoil_damaged(root):
-    path = root / "003" / "adapter_model.safetensors"
-    path.write_bytes(path.read_bytes()[:-9])
-
-
-def spoil_nan(root):
-    from safetensors.torch import load_file, save_file
-
-    path = root / "005" / "adapter_model.safetensors"
-    tensors = load_file(path)
-    tensors[min(tensors)][0, 0] = float("nan")
-    save_file(tensors, path)
-
-
-def spoil_shape(root):
-    shutil.rmtree(root / "000")
-    peft.write(planted.adapters(count=1, shape=(40, 57))[0], root / "000")
-
-
-def spoil_base(root):
-    for folder in sorted(root.iterdir()):
-        config = json.loads((folder / "adapter_config.json").read_text())
-        config["base_model_name_or_path"] = "other" if folder.name == "000" else "usual"
-        (folder / "adapter_config.json").write_text(json.dumps(config))
-
-
-def spoil_kind(root):
-    config = json.loads((root / "011" / "adapter_config.json").read_text())
-    (root / "011" / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "IA3"}))
-
-
-SPOILT = {
-    "damaged": (spoil_damaged, "003", FormatError, "truncated"),
-    "nan": (spoil_nan, "005", NotFiniteError, "NaN"),
-    "shape": (spoil_shape, "000", MismatchError, r"in most it is linear \[40, 56\]"),
-    "base": (spoil_base, "000", MismatchError, "base model 'other', most are for 'usual'"),
-    "kind": (spoil_kind, "011", Exception, "IA3"),
-}
-
-
-@pytest.mark.parametrize(("spoil", "name", "kind", "reason"), SPOILT.values(), ids=SPOILT.keys())
-def test_a_bad_adapter_stops_the_run_or_is_set_aside(spoil, name, kind, reason, tmp_path):
-    write(tmp_path / "in")
-    spoil(tmp_path / "in")
-    with pytest.raises(kind, match=reason):
-        run(tmp_path / "in", tmp_path / "stopped")
-    assert not (tmp_path / "stopped").exists()
-    space = run(tmp_path / "in", tmp_path / "out", on_error="skip")
-    assert len(space.tasks) == COUNT - 1
-    assert [one.source for one in space.aside] == [str(tmp_path / "in" / name)]
-    assert re.search(reason, space.aside[0].reason)
-    assert name not in space.tasks
-    if spoil is not spoil_nan:
-        # who is not there from the beginning leaves no trace
-        shutil.rmtree(tmp_path / "in" / name)
-        run(tmp_path / "in", tmp_path / "without")
-        assert files_of(tmp_path / "without") == files_of(tmp_path / "out")
-
-
-def test_sources_that_name_nothing_or_one_name_twice(shared, tmp_path):
-    root, _ = shared
-    sources = [root / "000", root / "nowhere", root / "001", root / "000"]
-    with pytest.raises(FormatError, match="nowhere"):
-        run(sources, tmp_path / "out")
-    with pytest.raises(MismatchError, match="both be task '000'"):
-        run([root / "000", root / "000"], tmp_path / "out")
-    space = run(sources, tmp_path / "out", on_error="skip")
-    assert len(space.tasks) == 2
-    assert [one.reason.split(":")[0] for one in space.aside] == [
-        str(root / "nowhere"),
-        "two adapters would both be task '000'",
-    ]
-    named = run({"a": root / "000", "b": root / "nowhere"}, tmp_path / "named", on_error="skip")
-    assert named.tasks == ["a"]
-
-
-def test_nobody_left_is_an_error(tmp_path):
-    (tmp_path / "in" / "a").mkdir(parents=True)
-    (tmp_path / "in" / "a" / "adapter_config.json").write_text("{}")
-    with pytest.raises(ArgumentError, match="there is no adapter to compress: 1 were set aside"):
-        run(tmp_path / "in", tmp_path / "out", on_error="skip")
-    adapters = planted.adapters(count=1)
-    slots = {path: Slot(slot.down * float("nan"), slot.up, 1.0) for path, slot in adapters[0].slots.items()}
-    peft.write(Adapter("bad", slots), tmp_path / "bad")
-    with pytest.raises(ArgumentError, match="there is no adapter to compress"):
-        run(tmp_path / "bad", tmp_path / "out", on_error="skip")
-    assert not (tmp_path / "out").exists()
-
-
-def test_adapters_in_memory_and_wrong_words_are_refused(shared, tmp_path):
-    root, adapters = shared
-    with pytest.raises(ArgumentError, match="'task 0', which is in memory already"):
-        run(adapters, tmp_path / "out", on_error="skip")
-    with pytest.raises(ArgumentError, match="on_error is 'stop' or 'skip'; got 'ignore'"):
-        run(root, tmp_path / "out", on_error="ignore")
-    with pytest.raises(ArgumentError, match="below what rounding"):
-        run(root, tmp_path / "out", max_error=1e-5, dtype=torch.bfloat16)
-
-
-def test_what_is_there_is_not_written_over(shared, tmp_path):
-    root, _ = shared
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "file").touch()
-    with pytest.raises(StoreError, match="is no store"):
-        run(root, tmp_path / "other")
-    run(root, tmp_path / "out", rank=2)
-    with pytest.raises(StoreError, match="a store already"):
-        run(root, tmp_path / "out", rank=3)
-    run(root, tmp_path / "out", rank=3, overwrite=True)
-    assert {s.u.shape[1] for s in loraspan.open(tmp_path / "out").collection.slots.values()} == {3}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out"]
-
-
-def test_a_single_adapter_is_enough(shared, tmp_path):
-    root, _ = shared
-    assert run(root / "000", tmp_path / "out", rank=2).tasks == ["000"]
