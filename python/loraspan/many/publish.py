@@ -14,6 +14,7 @@ from loraspan.many.census import Census
 from loraspan.many.ledger import Ledger
 from loraspan.many.pieces import read_bases, read_segment
 from loraspan.many.run import BASES
+from loraspan.store.publish import UnsyncedError
 from loraspan.store.reader import current
 
 PUBLISH = "publish.json"
@@ -57,6 +58,9 @@ def publish(ledger: Ledger, collection: Collection, folder: Path, overwrite: boo
     if now == parent:
         try:
             return store.save(collection, folder, overwrite=overwrite, parent=parent, note="save")
+        except UnsyncedError:
+            # it was written: the next call sees that
+            raise
         except StoreError:
             # nothing was written: what stands there the next time is another matter
             ledger.remove([PUBLISH])

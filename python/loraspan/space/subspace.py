@@ -20,12 +20,8 @@ from loraspan.collection.trained import keep
 from loraspan.collection.update import add, remove, rename, replace_tasks
 from loraspan.errors import ArgumentError
 from loraspan.serve.attached import Attached
+from loraspan.space import writing
 from loraspan.space.held import Held
-
-# names of tasks that a note tells one by one
-_NAMED = 3
-# and so much of each: a name may be longer than a note
-_SHOWN = 200
 
 
 class Subspace(Held):
@@ -59,14 +55,16 @@ class Subspace(Held):
             note: kept with the generation, for :func:`loraspan.store.log`.
 
         Raises:
-            StoreError: if the folder is there and may not be written, or another writer was faster; nothing changes.
+            StoreError: if the folder is there and may not be written, or another writer was faster; nothing changes. Or
+                if the last step may not outlast a loss of power: it says so, and the space is the one of the folder.
         """
-        generation = store.save(self.collection, Path(path), overwrite=overwrite, note=note)
-        self._opened = store.open_at(Path(path), generation)
-        self._collection = self._opened.collection
+        opened, fault = writing.save(self.collection, Path(path), overwrite=overwrite, note=note)
+        self._opened, self._collection = opened, opened.collection
         if self._roster is not None:
             # the same bits, from other pages
             self._roster.become(replace(self._roster.state, collection=self._collection))
+        if fault is not None:
+            raise fault
 
     def add(
         self, adapters: Any, *, max_error: float = 0.05, progress: Progress | None = None, dry_run: bool = False
@@ -86,7 +84,8 @@ class Subspace(Held):
             ArgumentError: if ``max_error`` is out of range, or below what rounding allows.
             MismatchError: if a name is taken, or an adapter is for another base model or disagrees on a slot.
             FormatError, UnsupportedError, NotFiniteError: as :func:`loraspan.compress`.
-            StoreError: if the store cannot be written, or another writer was faster. Nothing is changed then.
+            StoreError: if the store cannot be written, or another writer was faster. Nothing is changed then; but if
+                only the last step may not outlast a loss of power, it says so, and the change is made.
         """
         read = self._read(adapters)
         added = add(self.collection, read, max_error=max_error, report=progress)
@@ -280,8 +279,7 @@ class Subspace(Held):
         """Take the place of what is held: on disk first, where there is a store; then attached models are told."""
         before = self._collection
         collection = replace(collection, summary=summarize(collection, self._bytes_of(collection)))
-        what = " ".join([verb, *(str(name)[:_SHOWN] for name in names[:_NAMED])])
-        what += f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        what = writing.note_of(verb, names)
         change = compare(what, before, collection, (self.nbytes, self._bytes_of(collection)), dry_run=dry_run)
         if dry_run:
             # segments may be joined, or written anew without the removed tasks
@@ -290,10 +288,10 @@ class Subspace(Held):
         roster = self.roster
         roster.may_change(verb, by=trainer)
         state = roster.planned(before, collection, renamed or {}, () if trainer is None else names)
-        if self._opened is not None:
-            self._opened = store.commit(self._opened, collection, note=what)
-            collection = self._opened.collection
-        self._collection = collection
-        roster.become(replace(state, collection=collection))
+        self._opened, fault = writing.commit(self._opened, collection, note=what)
+        self._collection = collection if self._opened is None else self._opened.collection
+        roster.become(replace(state, collection=self._collection))
+        if fault is not None:
+            raise fault
         # segments may have been joined on the way
         return replace(change, nbytes=(change.nbytes[0], self.nbytes))

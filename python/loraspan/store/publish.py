@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loraspan.errors import ArgumentError, FormatError, StoreError
 from loraspan.store import files
@@ -26,8 +27,23 @@ from loraspan.store.lock import locked
 from loraspan.store.manifest import DataFile, Manifest
 from loraspan.store.reader import current
 
+if TYPE_CHECKING:
+    from loraspan.store.opened import Opened
+
 _LONGEST_NOTE = 10_000
 AGAIN = "nothing was written; open it again and repeat the change"
+
+
+class UnsyncedError(StoreError):
+    """The new generation is the current one, but what made it so may not outlast a loss of power.
+
+    Attributes:
+        data: the bytes of its manifest.
+        opened: the generation, where a collection was written.
+    """
+
+    data: bytes = b""
+    opened: Opened | None = None
 
 
 def publish(folder: Path, seen: int | None, timeout: float, make: Callable[[Drafts], Manifest]) -> bytes:
@@ -40,9 +56,10 @@ def publish(folder: Path, seen: int | None, timeout: float, make: Callable[[Draf
         make: writes the files that are missing, and gives the manifest. It is called with the store locked.
 
     Raises:
+        UnsyncedError: if the generation was written, and something failed after that.
         StoreError: if another writer was faster or holds the lock, or the files cannot be written.
     """
-    number = (seen or 0) + 1
+    number, data = (seen or 0) + 1, b""
     try:
         files.make_folder(folder)
         with locked(folder, timeout):
@@ -53,31 +70,35 @@ def publish(folder: Path, seen: int | None, timeout: float, make: Callable[[Draf
                 )
             tidy(folder, seen)
             with unfinished(folder, number) as drafts:
-                return _publish(folder, make(drafts), drafts)
+                data = manifests.dump(make(drafts))
+                _publish(folder, number, data, drafts)
     except StoreError:
         raise
     except OSError as error:
         what = f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
-        raise StoreError(f"{folder}: cannot be written: {what}; {_state(folder, number)}") from error
-
-
-def _publish(folder: Path, manifest: Manifest, drafts: Drafts) -> bytes:
-    data = manifests.dump(manifest)
-    drafts.write(manifest_name(manifest.generation), data)
-    # every file that the manifest names, and the manifest, have to last before CURRENT names them
-    files.sync_folder(folder)
-    drafts.write(CURRENT, f"{manifest.generation}\n".encode())
-    if current(folder) != manifest.generation:
-        raise not_replaced(folder / CURRENT)
-    files.sync_folder(folder)
+        raise _failed(folder, number, data, f"{folder}: cannot be written: {what}") from error
     return data
 
 
-def _state(folder: Path, number: int) -> str:
+def _publish(folder: Path, number: int, data: bytes, drafts: Drafts) -> None:
+    drafts.write(manifest_name(number), data)
+    # every file that the manifest names, and the manifest, have to last before CURRENT names them
+    files.sync_folder(folder)
+    drafts.write(CURRENT, f"{number}\n".encode())
+    if current(folder) != number:
+        raise not_replaced(folder / CURRENT)
+    files.sync_folder(folder)
+
+
+def _failed(folder: Path, number: int, data: bytes, what: str) -> StoreError:
     with contextlib.suppress(OSError, FormatError):
-        if current(folder) == number:
-            return f"generation {number} is the current one, and may not outlast a loss of power"
-    return "the store is as it was before"
+        if data and current(folder) == number:
+            error = UnsyncedError(
+                f"{what}; generation {number} is the current one, and may not outlast a loss of power"
+            )
+            error.data = data
+            return error
+    return StoreError(f"{what}; the store is as it was before")
 
 
 def standing(folder: Path, overwrite: bool) -> int | None:

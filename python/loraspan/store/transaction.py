@@ -20,7 +20,7 @@ from loraspan.store.manifest import Manifest
 from loraspan.store.mapped import TensorFile
 from loraspan.store.opened import Opened
 from loraspan.store.plan import Plan, all_new, plan
-from loraspan.store.publish import AGAIN, check_files, check_note, now, publish, standing
+from loraspan.store.publish import AGAIN, UnsyncedError, check_files, check_note, now, publish, standing
 from loraspan.store.reader import current, read_sealed
 
 
@@ -97,6 +97,7 @@ def commit(opened: Opened, collection: Collection, *, note: str = "", timeout: f
     Raises:
         StoreError: if the store is no longer at the generation that was opened, lacks one of its files, another writer
             holds the lock, or the files cannot be written.
+        UnsyncedError: the new generation, its ``opened``, is the current one, but may not outlast a loss of power.
         ShapeError: if parts of the collection do not fit together.
         ArgumentError: if a name occurs twice, or something cannot be written as it is.
 
@@ -157,6 +158,9 @@ def _write(
         data = publish(folder, seen, timeout, make)
     except DamagedError as error:
         raise error.within(folder) from None
+    except UnsyncedError as error:
+        error.opened = replace(written[0], sha256=hashlib.sha256(error.data).hexdigest())
+        raise
     return replace(written[0], sha256=hashlib.sha256(data).hexdigest())
 
 
