@@ -2,47 +2,58 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from loraspan.adapters import Adapter, peft, read_all
+from loraspan.adapters import Adapter
 from loraspan.adapters.base import Slot
+from loraspan.cli.demo_compare import Family
 
-_SHAPE, _SLOTS, _RANK, _SCALE = (256, 192), 3, 8, 1.7
+_SHAPE, _SLOTS, _RANK, _SCALE = (1024, 768), 2, 8, 1.7
 _SHARED, _DECAY = 12, 0.85
-SAMPLES = Path(__file__).parents[1] / "examples" / "adapters"
+# length of what lies outside the shared directions, beside sqrt(12) inside
+_NOISE = 0.07
+
+Factors = dict[str, tuple[Tensor, Tensor]]
+"""``dW`` of a task by slot: ``left [n, q]`` and ``right [q, d]``."""
 
 
-def cases(count: int) -> dict[str, list[Adapter]]:
-    """Give every case: ``count`` adapters of 3 slots of 256 x 192, rank 8 unless said; and the sample adapters.
+@dataclass(frozen=True)
+class Case:
+    """A collection.
+
+    Attributes:
+        adapters: without heads; those are kept apart by everyone.
+        accuracy: gives the mean accuracy over the tasks for what came back of each, where there are tasks.
+    """
+
+    adapters: Sequence[Adapter]
+    accuracy: Callable[[Sequence[Factors]], float] | None = None
+
+
+def cases(count: int) -> dict[str, Callable[[], Case]]:
+    """Give every case: ``count`` adapters of 2 slots of 1024 x 768, rank 8 unless said; and the sample adapters.
 
     ``shared``: 12 directions on each side hold nearly all. ``nothing shared``: Gaussian factors. ``own seeds``: an A of
     its own and a B whose columns fall off, as trained ones have. ``one seed``: the same with one A for all. ``mixed
     ranks``: as shared, ranks 2 to 16. ``dominant``: as shared, one adapter 30 times the others. ``combinations``:
     linear combinations of the factors of four adapters, as checkpoints of one run would be.
     """
-    made = {
-        "shared": _adapters(count, 1, shared=True),
-        "nothing shared": _adapters(count, 2, shared=False, decay=1.0),
-        "own seeds": _adapters(count, 3, shared=False),
-        "one seed": _adapters(count, 4, shared=False, one_seed=True),
-        "mixed ranks": _adapters(count, 5, shared=True, ranks=(2, 4, 8, 16)),
-        "dominant": _adapters(count, 6, shared=True, strong=30.0),
-        "combinations": _combinations(count, 7),
+    return {
+        "shared": partial(_adapters, count, 1, shared=True),
+        "nothing shared": partial(_adapters, count, 2, shared=False, decay=1.0),
+        "own seeds": partial(_adapters, count, 3, shared=False),
+        "one seed": partial(_adapters, count, 4, shared=False, one_seed=True),
+        "mixed ranks": partial(_adapters, count, 5, shared=True, ranks=(2, 4, 8, 16)),
+        "dominant": partial(_adapters, count, 6, shared=True, strong=30.0),
+        "combinations": partial(_combinations, count, 7),
+        "trained, shared-seed": partial(_trained, "shared-seed"),
+        "trained, own-seed": partial(_trained, "own-seed"),
     }
-    for family in ("shared-seed", "own-seed"):
-        found = list(read_all(str(SAMPLES / f"{family}-*")))
-        made[f"trained, {family}"] = found
-    return made
-
-
-def write_all(adapters: list[Adapter], folder: Path) -> None:
-    """Write PEFT folders, float32, for those who read files."""
-    for adapter in adapters:
-        slots = {p: Slot(s.down.float(), s.up.float(), s.scale, s.kind, s.kernel) for p, s in adapter.slots.items()}
-        peft.write(Adapter(adapter.name, slots, {}, adapter.config), folder / adapter.name)
 
 
 def _adapters(
@@ -54,7 +65,7 @@ def _adapters(
     one_seed: bool = False,
     ranks: tuple[int, ...] = (_RANK,),
     strong: float = 1.0,
-) -> list[Adapter]:
+) -> Case:
     draw = torch.Generator().manual_seed(seed)
     n, d = _SHAPE
     bases = [(_orthonormal(n, _SHARED, draw), _orthonormal(d, _SHARED, draw)) for _ in range(_SLOTS)]
@@ -64,19 +75,20 @@ def _adapters(
         slots, r = {}, ranks[i % len(ranks)]
         for j, (u, v) in enumerate(bases):
             if shared:
-                up = u @ torch.randn(_SHARED, r, generator=draw) + 0.004 * torch.randn(n, r, generator=draw)
-                down = torch.randn(r, _SHARED, generator=draw) @ v.T + 0.004 * torch.randn(r, d, generator=draw)
+                rough_up, rough_down = (_NOISE / m**0.5 * torch.randn(m, r, generator=draw) for m in _SHAPE)
+                up = u @ torch.randn(_SHARED, r, generator=draw) + rough_up
+                down = (v @ torch.randn(_SHARED, r, generator=draw) + rough_down).T
             else:
                 up = torch.randn(n, r, generator=draw) * decay ** torch.arange(r)
                 own = torch.randn(r, d, generator=draw)
                 down = first[j][:r] + 0.02 * own if one_seed else own
             slots[f"layers.{j}.q_proj"] = Slot(down, up * (strong if i == 0 else 1.0), _SCALE)
         made.append(Adapter(f"task-{i:03d}", slots))
-    return made
+    return Case(made)
 
 
-def _combinations(count: int, seed: int) -> list[Adapter]:
-    roots = _adapters(4, seed, shared=False)
+def _combinations(count: int, seed: int) -> Case:
+    roots = _adapters(4, seed, shared=False).adapters
     draw = torch.Generator().manual_seed(seed)
     made = []
     for i in range(count):
@@ -90,7 +102,18 @@ def _combinations(count: int, seed: int) -> list[Adapter]:
             for path in roots[0].slots
         }
         made.append(Adapter(f"task-{i:03d}", slots))
-    return made
+    return Case(made)
+
+
+def _trained(name: str) -> Case:
+    family = Family(name)
+
+    def accuracy(rebuilt: Sequence[Factors]) -> float:
+        deltas = [{path: (left @ right).float() for path, (left, right) in of.items()} for of in rebuilt]
+        return family.measure(name, [0.0] * len(deltas), deltas).accuracy
+
+    # in the order of the tests that the family holds
+    return Case([replace(adapter, extras={}) for adapter in family.adapters.values()], accuracy)
 
 
 def _orthonormal(rows: int, columns: int, draw: torch.Generator) -> Tensor:

@@ -1,16 +1,14 @@
 """Error over bytes: loraspan beside what else keeps adapters, on collections that share much and little.
 
-    python benches/fidelity.py --json benches/results/fidelity.jsonl --picture fidelity.png
-    python benches/fidelity.py --no-peers                 # without the virtual environment of vlora and lorashare
-    python benches/fidelity.py --show benches/results/fidelity.jsonl
+    python benches/fidelity.py --json benches/results/fidelity.jsonl            # everyone; what is there is not redone
+    python benches/fidelity.py --json benches/results/fidelity.jsonl --ours     # loraspan alone, anew, against the rest
+    python benches/fidelity.py --no-peers --only shared                         # without vlora and lorashare
+    python benches/fidelity.py --show benches/results/fidelity.jsonl --picture benches/results/fidelity.svg
 
-For every point of another way (its bytes, its worst error) loraspan is asked for ``max_bytes`` of as many, and has to
-have no more error: the last table counts where it does. An error is relative, Frobenius, on ``dW`` over all slots of a
-task, in float64. Bytes are all bytes on disk: those of a PEFT folder each, with its header and configuration, for SVDs.
-
-``SVD``: every adapter's own truncated SVD at one rank in all slots, stored in f16, 8 and 4 bits (the packing of
-loraspan itself). ``SVD, ranks by energy``: the same with each adapter's ranks chosen freely over its slots, the most
-energy per byte first. ``random basis``: shared bases drawn at random. ``mean``: the mean of all ``dW``, for everyone.
+For every point of another way (its bytes, its worst error) some point of ours has to have no more bytes and no more
+error. Where none of ours has so far, loraspan is asked for ``max_bytes`` of as many. Bytes are those of all files; an
+error is relative, Frobenius, on ``dW`` over all slots of a task, of the factors that come back, in float64. What the
+ways and the columns are is in ``benches/README.md``.
 """
 
 from __future__ import annotations
@@ -20,240 +18,180 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import loraspan
-from _bench import machine, table, write_lines
-from _fidelity_cases import cases, write_all
-from compress_runs import CONTENDERS, Failure, measure, peers_python, run_once
+from _bench import machine
+from _fidelity_cases import Case, Factors, cases
+from _fidelity_peers import NAMES, peers
+from _fidelity_show import OURS, Point, draw, met, others_of, ours_of, show
+from _fidelity_ways import Kept, controls, svds
+from compress_runs import peers_python
 from loraspan.adapters import Adapter
-from loraspan.collection.collection import SlotSpace
-from loraspan.collection.express import express
-from loraspan.collection.layout import header
-from loraspan.collection.rows import row_bytes, store_rows, tensors_of, values_of
+from loraspan.adapters.base import Slot
 from loraspan.errors import ArgumentError
 
 VENV = Path.home() / ".cache" / "loraspan-bench" / "venv"
-WIDTHS = {"f16": torch.float16, "8 bits": 8, "4 bits": 4}
-Point = dict[str, object]
-# of the configuration file of a PEFT adapter, at the least: peft_type, r, lora_alpha and three target modules
-CONFIG_BYTES = 120
-# what a sum of float64 squares may differ by
-ROUNDING = 1e-6
+# of the float32 bytes of the factors: where accuracy is asked for
+GOAL_SHARE = 0.08
 
 
-def main() -> None:
-    """Run all cases, print the tables, and write JSON lines."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what is not there yet, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--adapters", type=int, default=24)
-    parser.add_argument("--only", nargs="*", help="names of cases")
+    parser.add_argument("--adapters", type=int, default=24, help="of the generated collections")
+    parser.add_argument("--only", nargs="+", choices=list(cases(1)), metavar="CASE", help=", ".join(cases(1)))
     parser.add_argument("--no-peers", action="store_true")
-    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--ours", action="store_true", help="forget loraspan's own points of these cases first")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="keep every point there as it comes, and take those up"
+    )
     parser.add_argument("--picture", metavar="FILE", help="draw the curves; needs matplotlib")
-    parser.add_argument("--show", metavar="FILE", help="print the tables of an earlier run")
-    options = parser.parse_args()
+    parser.add_argument("--show", type=Path, metavar="FILE", help="run nothing; print the tables of such a file")
+    options = parser.parse_args(arguments)
     if options.show:
-        records = [json.loads(line) for line in Path(options.show).read_text().splitlines()]
+        records = _read(options.show)
     else:
-        records = list(run(options))
-        write_lines(options.json, records)
+        torch.set_num_threads(1)
+        records = run(options)
     show(records)
     if options.picture:
         draw(records, options.picture)
 
 
-def run(options: argparse.Namespace) -> Iterator[Point]:
-    """Give a record per point of every way, and ours beside it."""
+def run(options: argparse.Namespace) -> list[Point]:
+    """Add to the points of a file those that it lacks."""
+    chosen = {name: make for name, make in cases(options.adapters).items() if not options.only or name in options.only}
+    file = Lines(options.json)
+    if options.ours:
+        file.drop(lambda record: record.get("way") == OURS and record["case"] in chosen)
+    file.add({"machine": machine()})
     python = None if options.no_peers else peers_python(VENV)
-    where = machine()
-    for name, adapters in cases(options.adapters).items():
-        if options.only and name not in options.only:
-            continue
-        print(f"fidelity: {name}", file=sys.stderr)
-        for way, nbytes, errors in ways(adapters, python):
-            point = {"bench": "fidelity", "case": name, "way": way, "nbytes": nbytes, **_summary(errors)}
-            yield {**point, **ours(adapters, nbytes), "adapters": len(adapters), "machine": where}
+    for name, make in chosen.items():
+        case = make()
+        about = {"case": name, "adapters": len(case.adapters), "factor_bytes": _factor_bytes(case.adapters)}
+        for kept in _others(case, [record for record in file.records if record.get("case") == name], python):
+            if isinstance(kept, Kept):
+                sizes = {"nbytes": kept.nbytes} | ({"folders": kept.folders} if kept.folders else {})
+                file.add({**about, "way": kept.way, **sizes, **measure(case, kept.rebuilt)})
+            else:
+                file.add({**about, "way": kept[0], "refused": kept[1]})
+        rows = [record for record in file.records if record.get("case") == name]
+        for record in _ours(case, rows):
+            file.add({**about, **record})
+            print(f"fidelity: {name}: {_short(record)}", file=sys.stderr)
+    return file.records
 
 
-def ours(adapters: Sequence[Adapter], nbytes: int) -> Point:
-    """Ask loraspan for as many bytes; measure what it gives against the originals."""
-    try:
-        space = loraspan.compress(list(adapters), max_bytes=nbytes)
-    except ArgumentError:
-        return {"our_nbytes": None, "our_worst": None, "our_mean": None}
-    errors = [_error(adapter, space.reconstruct(adapter.name)) for adapter in adapters]
-    found = _summary(errors)
-    widths = str(space.collection.widths)
-    return {"our_nbytes": space.nbytes, "our_worst": found["worst"], "our_mean": found["mean"], "our_widths": widths}
+class Lines:
+    """Records, written to a file, if there is one, as soon as they are there."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self.records = _read(path) if path and path.exists() else []
+
+    def add(self, record: Point) -> None:
+        """Add one at the end."""
+        self.records.append({"bench": "fidelity", **record})
+        if self._path:
+            with self._path.open("a") as file:
+                file.write(json.dumps(self.records[-1]) + "\n")
+
+    def drop(self, unwanted: object) -> None:
+        """Write the file anew without some."""
+        self.records = [record for record in self.records if not unwanted(record)]
+        if self._path:
+            self._path.write_text("".join(json.dumps(record) + "\n" for record in self.records))
 
 
-def ways(adapters: Sequence[Adapter], python: str | None) -> Iterator[tuple[str, int, list[float]]]:
-    """Give every point of every other way: its name, bytes and errors."""
-    spectra = [{path: _svd(slot) for path, slot in adapter.slots.items()} for adapter in adapters]
-    widest = max(len(s) for of in spectra for _, s, _ in of.values())
-    for width in WIDTHS:
-        for rank in sorted({1, 2, 3, widest // 2, 3 * widest // 4, widest}):
-            kept = [{path: min(rank, len(s)) for path, (_, s, _) in of.items()} for of in spectra]
-            yield f"SVD {width}, rank {rank}", *_stored(spectra, kept, width)
-        for share in (0.05, 0.2, 0.5):
-            kept = [_by_energy(of, share, width) for of in spectra]
-            yield f"SVD {width}, ranks by energy, {share:g} dropped", *_stored(spectra, kept, width)
-    for rank in (8, 32):
-        yield f"random basis {rank}", *_random_basis(adapters, rank)
-    yield "mean", *_mean(spectra)
-    if python is not None:
-        yield from _peers(adapters, python)
+def measure(case: Case, rebuilt: Sequence[Factors]) -> Point:
+    """Give the worst and the mean error, and the accuracy where there are tasks."""
+    errors = [error(adapter, factors) for adapter, factors in zip(case.adapters, rebuilt, strict=True)]
+    found: Point = {"worst": max(errors), "mean": sum(errors) / len(errors)}
+    return found | ({"accuracy": case.accuracy(rebuilt)} if case.accuracy else {})
 
 
-def _svd(slot: object) -> tuple[Tensor, Tensor, Tensor]:
-    q, r = torch.linalg.qr(slot.up.double())
-    p, t = torch.linalg.qr(slot.down.double().T)
-    u, s, vh = torch.linalg.svd(slot.scale * r @ t.T)
-    return (q @ u).T, s, vh @ p.T
-
-
-def _stored(
-    spectra: Sequence[dict[str, tuple[Tensor, Tensor, Tensor]]], kept: Sequence[dict[str, int]], name: str
-) -> tuple[int, list[float]]:
-    width, nbytes, errors = WIDTHS[name], 0, []
-    for of, ranks in zip(spectra, kept, strict=True):
-        lost = whole = 0.0
-        held: list[tuple[str, torch.dtype, Sequence[int]]] = []
-        for path, (u, s, v) in of.items():
-            rank = ranks[path]
-            root = s[:rank].sqrt()[:, None]
-            ends = [store_rows(root * side[:rank], width) if rank else None for side in (u, v)]
-            for factor, end in zip("BA", ends, strict=True):
-                parts = [] if end is None else tensors_of(f"base_model.model.{path}.lora_{factor}", "weight", end)
-                held += [(tensor_name, tensor.dtype, tensor.shape) for tensor_name, tensor in parts]
-            left, right = (values_of(end).double() if end is not None else u[:0] for end in ends)
-            lost += _distance(u.T * s, v, left.T, right if rank else v[:0])
-            whole += float(s.square().sum())
-        data = sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in held)
-        nbytes += len(header(held, {})) + data + CONFIG_BYTES
-        errors.append(math.sqrt(lost / whole))
-    return nbytes, errors
-
-
-def _distance(up: Tensor, down: Tensor, left: Tensor, right: Tensor) -> float:
-    """``|up down - left right|_F^2`` from small Grams."""
-    both_up, both_down = torch.cat([up, -left], 1), torch.cat([down, right])
-    return max(float(((both_up.T @ both_up) * (both_down @ both_down.T)).sum()), 0.0)
-
-
-def _by_energy(of: dict[str, tuple[Tensor, Tensor, Tensor]], share: float, name: str) -> dict[str, int]:
-    """Drop columns, the least energy per byte first, until ``share`` of the norm is gone."""
-    columns = [
-        (float(x) ** 2 / sum(row_bytes(side.shape[1], WIDTHS[name]) for side in (u, v)), float(x) ** 2, path)
-        for path, (u, s, v) in of.items()
-        for x in s
-    ]
-    budget = share**2 * sum(energy for _, energy, _ in columns)
-    kept = {path: len(s) for path, (_, s, _) in of.items()}
-    for _, energy, path in sorted(columns):
-        budget -= energy
-        if budget < 0:
-            break
-        kept[path] -= 1
-    return kept
-
-
-def _random_basis(adapters: Sequence[Adapter], rank: int) -> tuple[int, list[float]]:
-    draw = torch.Generator().manual_seed(0)
-    slots = {}
-    for path, slot in adapters[0].slots.items():
-        u, v = (torch.linalg.qr(torch.randn(m, min(rank, m), generator=draw))[0] for m in slot.shape)
-        slots[path] = SlotSpace(u, v, slot.kind, slot.kernel)
-    made = express(slots, adapters, max_error=None, dtype=torch.float16).segment
-    nbytes = sum(2 * (space.u.numel() + space.v.numel()) for space in slots.values())
-    nbytes += sum(rows.nbytes for columns in made.columns.values() for rows in columns.tensors().values())
-    return nbytes, [task.error for task in made.tasks if task is not None]
-
-
-def _mean(spectra: Sequence[dict[str, tuple[Tensor, Tensor, Tensor]]]) -> tuple[int, list[float]]:
-    dense = [{path: (u.T * s) @ v for path, (u, s, v) in of.items()} for of in spectra]
-    mean = {path: sum(one[path] for one in dense) / len(dense) for path in dense[0]}
-    errors = []
-    for one in dense:
-        lost = sum(float((one[path] - mean[path]).square().sum()) for path in one)
-        errors.append(math.sqrt(lost / sum(float(x.square().sum()) for x in one.values())))
-    return sum(2 * x.numel() for x in mean.values()), errors
-
-
-def _peers(adapters: Sequence[Adapter], python: str) -> Iterator[tuple[str, int, list[float]]]:
-    with tempfile.TemporaryDirectory() as folder:
-        source, out = Path(folder) / "in", Path(folder) / "out"
-        write_all(list(adapters), source)
-        for name in ("vlora", "lorashare"):
-            for rank in (2, 4, 8, 16):
-                contender = replace(CONTENDERS[name], rank=rank)
-                try:
-                    disk = run_once(contender, python, source, len(adapters), 2, out)["disk"]
-                    found = measure(contender, python, source, len(adapters), 2, out)
-                except (Failure, OSError, ValueError, IndexError) as error:
-                    print(f"fidelity: {name} at {rank}: {error}", file=sys.stderr)
-                    continue
-                yield f"{name} {rank}", disk, [found["worst"], found["mean"]]
-
-
-def _error(original: Adapter, other: Adapter) -> float:
+def error(original: Adapter, rebuilt: Factors) -> float:
+    """Give the relative error on ``dW`` over all slots."""
     lost = whole = 0.0
     for path, slot in original.slots.items():
-        up, down = slot.scale * slot.up.double(), slot.down.double()
-        mine = other.slots[path]
-        lost += _distance(up, down, mine.scale * mine.up.double(), mine.down.double())
-        whole += float(((up.T @ up) * (down @ down.T)).sum())
+        left, right = slot.scale * slot.up.double(), slot.down.double()
+        mine = rebuilt[path]
+        lost += _square(torch.cat([left, -mine[0]], 1), torch.cat([right, mine[1]]))
+        whole += _square(left, right)
     return math.sqrt(lost / whole)
 
 
-def _summary(errors: Sequence[float]) -> Point:
-    return {"worst": max(errors), "mean": sum(errors) / len(errors)}
+def _square(left: Tensor, right: Tensor) -> float:
+    """``|left right|_F^2`` by QR: squares of Grams would end at errors of 1e-8."""
+    inner = torch.linalg.qr(left, mode="r").R @ torch.linalg.qr(right.T, mode="r").R.T
+    return float(inner.square().sum())
 
 
-def show(records: Sequence[Point]) -> None:
-    """Print every point, and how often ours has no more error in no more bytes."""
-    for case in dict.fromkeys(record["case"] for record in records):
-        rows = [record for record in records if record["case"] == case]
-        print(f"\n{case}, {rows[0]['adapters']} adapters")
-        print(table(rows, ("way", "nbytes", "worst", "mean", "our_nbytes", "our_worst", "our_mean", "our_widths")))
-    print()
-    better = [record for record in records if holds(record)]
-    print(f"no more bytes and no more worst error: {len(better)} of {len(records)} points")
-    for record in records:
-        if not holds(record):
-            print(f"  not: {record['case']}: {record['way']}")
+def _others(case: Case, known: Sequence[Point], python: str | None) -> Iterator[Kept | tuple[str, str]]:
+    names = {record["way"].split()[0].rstrip(",") for record in known}
+    if "SVD" not in names:
+        factors = [{p: (s.scale * s.up.double(), s.down.double()) for p, s in a.slots.items()} for a in case.adapters]
+        yield Kept("original", sum(adapter.nbytes for adapter in case.adapters), factors)
+        yield from svds(case.adapters)
+        yield from controls(case.adapters)
+    if python is not None and not names & set(NAMES):
+        yield from peers(case.adapters, python)
 
 
-def holds(record: Point) -> bool:
-    """Say whether ours has no more worst error in no more bytes."""
-    if record["our_worst"] is None:
-        return False
-    return record["our_nbytes"] <= record["nbytes"] and record["our_worst"] <= record["worst"] * (1 + ROUNDING)
+def _ours(case: Case, rows: Sequence[Point]) -> Iterator[Point]:
+    """Ask for as many bytes as a point takes, those of the fewest first, where no point of ours meets it yet."""
+    mine = ours_of(rows)
+    asked = {row["asked"] for row in rows if row["way"] == OURS}
+    targets = [(row[key], key, row) for row in others_of(rows) for key in ("nbytes", "folders") if key in row]
+    goal = int(GOAL_SHARE * _factor_bytes(case.adapters)) if case.accuracy else 0
+    for limit in sorted({limit for limit, _, _ in targets} | ({goal} if goal else set())):
+        open_still = [row for bytes_, key, row in targets if bytes_ == limit and not met(row, mine, key)]
+        if limit in asked or not (open_still or limit == goal):
+            continue
+        found = compress(case, limit)
+        mine += [found] if "nbytes" in found else []
+        yield found
 
 
-def draw(records: Sequence[Point], path: str) -> None:
-    """Draw worst error over bytes, a panel a case."""
-    import matplotlib.pyplot as plt
+def compress(case: Case, limit: int) -> Point:
+    """Ask loraspan for ``max_bytes``, and measure what the folder takes and gives back."""
+    try:
+        space = loraspan.compress(list(case.adapters), max_bytes=limit)
+    except ArgumentError as refusal:
+        return {"way": OURS, "asked": limit, "refused": str(refusal)}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "one.span"
+        space.save(path)
+        nbytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        opened = loraspan.open(path)
+        rebuilt = [_factors(opened.reconstruct(adapter.name).slots) for adapter in case.adapters]
+        found = {"way": OURS, "asked": limit, "nbytes": nbytes, **measure(case, rebuilt)}
+    chosen = next((line for line in space.report().plans if line.chosen), None)
+    return found | {"widths": str(space.collection.widths), "forms": chosen.forms if chosen else None}
 
-    names = list(dict.fromkeys(record["case"] for record in records))
-    figure, axes = plt.subplots(-(-len(names) // 3), 3, figsize=(15, 4 * -(-len(names) // 3)), squeeze=False)
-    for axis, case in zip(axes.flat, names, strict=False):
-        rows = [record for record in records if record["case"] == case]
-        for way in dict.fromkeys(row["way"].split(",")[0].rstrip("0123456789 ") for row in rows):
-            points = sorted((r["nbytes"], r["worst"]) for r in rows if r["way"].startswith(way))
-            axis.plot(*zip(*points, strict=True), ".-", alpha=0.6, label=way)
-        points = sorted((r["our_nbytes"], r["our_worst"]) for r in rows if r["our_worst"] is not None)
-        if points:
-            axis.plot(*zip(*points, strict=True), "k.-", label="loraspan")
-        axis.set(title=case, xscale="log", yscale="log", xlabel="bytes", ylabel="worst error on dW")
-    axes.flat[0].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+
+def _factors(slots: dict[str, Slot]) -> Factors:
+    return {path: (slot.scale * slot.up.double(), slot.down.double()) for path, slot in slots.items()}
+
+
+def _factor_bytes(adapters: Iterable[Adapter]) -> int:
+    """Of the factors in float32."""
+    return sum(4 * (slot.up.numel() + slot.down.numel()) for adapter in adapters for slot in adapter.slots.values())
+
+
+def _short(record: Point) -> str:
+    return ", ".join(
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in record.items()
+    )
+
+
+def _read(path: Path) -> list[Point]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 if __name__ == "__main__":
