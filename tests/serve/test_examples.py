@@ -56,3 +56,21 @@ def test_every_row_has_the_head_of_its_task(printed):
     # chance is 50, and 60 steps are enough for rules of one word each
     assert set(right) == set(example.TASKS)
     assert all(int(count) >= 95 for count in right.values()), right
+
+
+@pytest.mark.parametrize("printed", ["train_loadings"], indirect=True)
+def test_a_task_is_learned_by_its_coefficients(printed):
+    pytest.importorskip("sklearn", reason="the images are its")
+    example, out = printed
+    base = float(re.search(r"the base model: (0\.\d+)", out).group(1))
+    learned = re.findall(r"learned (.*): (0\.\d+), in PEFT (0\.\d+), .* within (\S+) of what was trained", out)
+    assert [name for name, *_ in learned] == list(example.LEARNED)
+    for _, right, in_peft, error in learned:
+        # chance is a tenth, and other processors round differently
+        assert float(right) > base + 0.25
+        # of 597 images a few may lie on the border
+        assert abs(float(right) - float(in_peft)) <= 6 / 597
+        assert float(error) <= 1e-6
+    losses = [float(loss) for loss in re.findall(r"loss (\d\.\d+)", out)]
+    assert losses[-1] < 0.5 * losses[0]
+    assert "the other 11 tasks are bit for bit as they were" in out

@@ -5,7 +5,6 @@ import shlex
 from pathlib import Path
 
 import pytest
-import torch
 from click.testing import CliRunner
 
 from loraspan.cli import main
@@ -26,18 +25,17 @@ def test_the_page_runs_from_top_to_bottom(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     names, ran = {"__name__": PAGE.name}, []
-    with torch.no_grad():
-        for language, before, code in blocks():
-            ran.append(language)
-            if language == "python":
-                # blank lines in front, so that an error names the line of the page
-                exec(compile("\n" * before + code, str(PAGE), "exec"), names)
-                continue
-            for line in code.splitlines():
-                program, *words = shlex.split(line)
-                assert program == "loraspan"
-                done = CliRunner().invoke(main, words)
-                assert done.exit_code == 0, f"line {before + 1}: {line}: {done.output}"
+    for language, before, code in blocks():
+        ran.append(language)
+        if language == "python":
+            # blank lines in front, so that an error names the line of the page
+            exec(compile("\n" * before + code, str(PAGE), "exec"), names)
+            continue
+        for line in code.splitlines():
+            program, *words = shlex.split(line)
+            assert program == "loraspan"
+            done = CliRunner().invoke(main, words)
+            assert done.exit_code == 0, f"line {before + 1}: {line}: {done.output}"
     assert ran.count("python") >= 4
     assert "sh" in ran
 
