@@ -8,7 +8,9 @@ import torch
 
 from loraspan import store
 from loraspan.cli.export import folder_names
-from loraspan.errors import FormatError, LoraspanError
+from loraspan.collection.collection import Collection, Segment, SlotSpace, Task
+from loraspan.collection.columns import Columns
+from loraspan.errors import FormatError, LoraspanError, ShapeError
 from loraspan.subspace import open as open_space
 from store.samples import edit_manifest, edit_tensors, saved
 from store.test_damage import S, only, records, refused
@@ -56,6 +58,50 @@ def test_a_basis_wider_than_its_vectors_are_long(tmp_path):
 
     assert "slot 'wide': a basis of 2147483647 vectors of length 0" in refused(path)
     assert "slot 'wide'" in str(only(path))
+
+
+def with_empty_slots(path, count, size):
+    """Give a store so many slots more, of ``size x size``, in which its tasks have no columns."""
+    names = [f"wide.{i}" for i in range(count)]
+    bare = {"n": size, "d": size, "k_out": 0, "k_in": 0, "kind": "linear"}
+    edit_manifest(path, lambda table: table["slots"].extend({"name": name, **bare} for name in names))
+    zeros = torch.zeros(3, 4, dtype=torch.uint8)
+    edit_tensors(path, "tasks", lambda t: t.update({f"counts.{name}": zeros.clone() for name in names}))
+
+
+def test_a_slot_longer_than_any_model_has(tmp_path):
+    """Where no column fills it nothing in the file stands against its sides, and an export writes them as zeros."""
+    path = saved(tmp_path, seed=1, slots=1, tasks=3)
+    with_empty_slots(path, 1, 2**24 + 1)
+
+    assert "slot 'wide.0': a side has at most 16777216 entries; it is 16777217 x 16777217" in refused(path)
+    assert "slot 'wide.0'" in str(only(path))
+
+
+def test_many_slots_that_nothing_stands_for(tmp_path):
+    whole, path = (saved(tmp_path / name, seed=1, slots=1, tasks=3) for name in ("whole", "more"))
+    with_empty_slots(whole, 32, 2**24)
+    with_empty_slots(path, 33, 2**24)
+
+    assert len(store.open(whole).slots) == 33
+    assert "33 slots that no column fills have sides of 1107296256 entries" in refused(path)
+    assert "at most 1073741824" in str(only(path))
+
+
+def test_what_would_not_open_is_not_saved(tmp_path):
+    def bare(count, size):
+        slots = {str(i): SlotSpace(torch.empty(size, 0), torch.empty(size, 0)) for i in range(count)}
+        ends = [torch.empty(shape) for shape in (0, (0, 0), (0, size), (0, 0), (0, size))]
+        none = Columns(np.array([0]), np.zeros((1, 4), dtype=np.int64), np.array([False]), *ends)
+        tasks = (Task("sql", 0.0, "measured", 0.0, dict.fromkeys(slots, 1.0), dict.fromkeys(slots, 1)),)
+        return Collection(slots, (Segment(tasks, dict.fromkeys(slots, none)),))
+
+    with pytest.raises(ShapeError, match="slot '0': a side has at most 16777216 entries"):
+        store.save(bare(1, 2**24 + 1), tmp_path / "a")
+    with pytest.raises(ShapeError, match="33 slots that no column fills"):
+        store.save(bare(33, 2**24), tmp_path / "a")
+    store.save(bare(32, 2**24), tmp_path / "a")
+    assert len(store.open(tmp_path / "a").slots) == 32
 
 
 @pytest.mark.parametrize("kernel", [[2, 2, 2], None, [2**40, 2**40, 2**40]])

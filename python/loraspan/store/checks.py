@@ -13,8 +13,9 @@ from loraspan.collection.layout import DTYPE_NAMES
 from loraspan.errors import ArgumentError, ShapeError
 from loraspan.ops.packed import Packed
 from loraspan.store.format import LARGEST
-from loraspan.store.manifest import FLOATS, slot_problem
+from loraspan.store.manifest import FLOATS
 from loraspan.store.segment import problem_of, slot_shape
+from loraspan.store.sizes import bare_problem, slot_problem
 
 _LONGEST_NAME = MAX_NAME_CHARS - 32
 
@@ -96,6 +97,9 @@ def _check_segment(segment: Segment, collection: Collection) -> None:
         problem = problem_of(columns, shape, collection.dtype, len(segment.tasks))
         if problem is not None:
             raise ShapeError(f"save: {problem[0]} of slot {name!r}: {problem[1]}")
+    shapes = [slot_shape(name, collection.slots[name]) for name in segment.columns]
+    if (too_many := bare_problem(segment.columns, shapes)) is not None:
+        raise ShapeError(f"save: {too_many}")
 
 
 def _check_extra(task: str, key: str, extra: Tensor) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from loraspan.adapters.base import KINDS
 from loraspan.collection.layout import DTYPE_NAMES
 from loraspan.errors import UnsupportedError
 from loraspan.store.format import BASIS, DATA_FILE, SCHEMA, TASKS, DamagedError, data_name, parse_json, take, take_size
+from loraspan.store.sizes import slot_problem
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # the last key of a manifest: the sha256 of all bytes before this
@@ -194,17 +194,6 @@ def _slot(entry: Any, i: int, file: str) -> SlotShape:
     if (problem := slot_problem(shape)) is not None:
         raise DamagedError(file, what, problem)
     return shape
-
-
-def slot_problem(slot: SlotShape) -> str | None:
-    """Say what about the sizes of a slot cannot be, if anything."""
-    for length, width in ((slot.n, slot.k_out), (slot.d, slot.k_in)):
-        # where the length is 0 there are no bytes that a hostile width would have to be paid with
-        if width > length:
-            return f"a basis of {width} vectors of length {length} cannot be orthonormal"
-    if (slot.kind == "conv2d") != (slot.kernel is not None) or (slot.kernel and math.prod(slot.kernel) != slot.d):
-        return f"a convolution, and nothing else, has a kernel, of {slot.d} entries; it is {slot.kind}, {slot.kernel}"
-    return None
 
 
 def _data_file(entry: Any, kind: str, what: str, file: str) -> DataFile:

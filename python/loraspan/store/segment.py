@@ -21,6 +21,7 @@ from loraspan.store import records
 from loraspan.store.format import LARGEST, DamagedError
 from loraspan.store.manifest import DataFile, Manifest, SlotShape
 from loraspan.store.mapped import TensorFile
+from loraspan.store.sizes import bare_problem
 
 _INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int64)
 # bits of packed rows, by the dtype of their codes
@@ -107,7 +108,10 @@ def read_tasks(file: TensorFile, manifest: Manifest, data: DataFile) -> Segment:
         tasks[i] = None if of is None else replace(of, name=name)
     for i in data.removed:
         tasks[i] = None
-    return Segment(tuple(tasks), {slot.name: _columns(file, slot, manifest.dtype, count) for slot in slots})
+    columns = {slot.name: _columns(file, slot, manifest.dtype, count) for slot in slots}
+    if (problem := bare_problem(columns, slots)) is not None:
+        raise DamagedError(file.name, "counts", problem)
+    return Segment(tuple(tasks), columns)
 
 
 def slot_shape(name: str, slot: SlotSpace) -> SlotShape:
