@@ -88,9 +88,12 @@ def _weighted(parts):
 
 
 @st.composite
-def store_cases(draw, target, parts=None):
-    """A store with a spoilt manifest, tensor file or CURRENT; mostly with names, sizes and checksums made to agree."""
-    files = dict(draw(st.sampled_from(stores())))
+def store_cases(draw, target, parts=None, first=0):
+    """A store with a spoilt manifest, tensor file or CURRENT; mostly with names, sizes and checksums made to agree.
+
+    ``first``: only the stores from that one on; -1 draws the one that the good adapters of the targets fit.
+    """
+    files = dict(draw(st.sampled_from(stores()[first:])))
     manifest = next(name for name in files if name.startswith("manifest"))
     data = sorted(name for name in files if name.endswith(".safetensors"))
     part = draw(_weighted(parts or STORE_PARTS))

@@ -79,6 +79,6 @@ TARGETS = {
     "adapter": (adapter_read, strategies.adapter_cases("adapter"), 30),
     "compress": (compressed, strategies.adapter_cases("compress"), 5),
     "export": (exported, strategies.store_cases("export", strategies.NUMBERS), 10),
-    "live": (lived_in, strategies.store_cases("live", strategies.NUMBERS), 5),
+    "live": (lived_in, strategies.store_cases("live", strategies.NUMBERS, -1), 5),
     "rewrite": (passed_on, strategies.adapter_cases("rewrite"), 10),
 }
