@@ -145,7 +145,7 @@ def _with_noise(factor: torch.Tensor, generator: torch.Generator) -> torch.Tenso
 
 def _child(options: argparse.Namespace) -> None:
     """Do one run, and say when it begins and what came of it."""
-    from loraspan.many import compress_many
+    import loraspan
 
     torch.set_num_threads(options.threads)
     folders = [options.folder / "adapters" / f"task-{i:05d}" for i in range(options.child)]
@@ -153,11 +153,11 @@ def _child(options: argparse.Namespace) -> None:
     _say({"event": "ready"})
     start, before = time.perf_counter(), _processor()
     with _executor(options) as executor:
-        report = compress_many(
-            folders, options.folder / "out.span", **goal, memory=options.memory, executor=executor, overwrite=True
-        )
+        out = options.folder / "out.span"
+        space = loraspan.compress(folders, **goal, memory=options.memory, executor=executor, out=out, overwrite=True)
     seconds = time.perf_counter() - start
-    _say({"event": "done", "seconds": seconds, "processor": _processor() - before, "report": report.as_dict()})
+    said = {"worst": max(space.errors.values()), "summary": space.summary}
+    _say({"event": "done", "seconds": seconds, "processor": _processor() - before, **said})
 
 
 def _processor() -> float:
@@ -193,7 +193,6 @@ def _measure(count: int, options: argparse.Namespace) -> Record:
         command, stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": str(options.threads)}
     )
     done, memory = _watch(child)
-    report = done["report"]
     worst, off = _check(out, options.folder / "adapters", count)
     return {
         "bench": "many",
@@ -206,10 +205,10 @@ def _measure(count: int, options: argparse.Namespace) -> Record:
         "memory MB": memory / 1e6,
         "memory asked": options.memory,
         "disk MB": sum(path.stat().st_size for path in out.iterdir()) / 1e6,
-        "worst": report["max_error"],
+        "worst": done["worst"],
         "worst checked": worst,
         "off by": off,
-        "summary": report["summary"],
+        "summary": done["summary"],
         "max_error": options.max_error,
         "rank": options.rank,
         "jobs": options.jobs,
