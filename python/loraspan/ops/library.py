@@ -10,6 +10,23 @@ import torch
 # torch keeps only what its own code needs of a library: this name keeps the operators alive
 _LIBRARY: Any = torch.library.Library("loraspan", "DEF")  # type: ignore[no-untyped-call]
 
+# whether vmap or its kin run; where torch does not say, they may
+_TRANSFORMED: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+
+
+def applied(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """Give a function's ``apply``, without what it prepares for `vmap` and its kin where none of them runs.
+
+    That is a third of what a gradient costs beside the work, and lies outside of torch's compiled code. The function
+    has no ``setup_context``.
+    """
+    direct = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+    def apply(*args: Any) -> Any:
+        return function.apply(*args) if _TRANSFORMED() else direct(*args)  # type: ignore[no-untyped-call]
+
+    return apply
+
 
 def register(
     schema: str,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,8 @@ from loraspan.ops.packed import Packed
 from loraspan.ops.shared_lora_graph import differentiable
 from loraspan.ops.shared_lora_rows import differentiable as differentiable_in_rows
 from loraspan.ops.shared_lora_run import BACKENDS, add, check
+
+_WANTS = attrgetter("requires_grad")
 
 __all__ = ["BACKENDS", "shared_lora", "shared_lora_"]
 
@@ -88,8 +92,6 @@ def shared_lora(
     if torch.is_grad_enabled():
         if _trains(v, u, cores, shares):
             _refuse_packed_training(v, u, cores, shares)
-            assert isinstance(v, Tensor)
-            assert isinstance(u, Tensor)
             return differentiable(y, x, v, u, cores, tasks, shares, scale, backend)
         if y.requires_grad or x.requires_grad:
             return differentiable_in_rows(y, x, v, u, cores, tasks, shares, scale, backend)
@@ -163,16 +165,10 @@ def _refuse_packed(v: Tensor | Packed, u: Tensor | Packed, cores: Cores) -> None
 
 
 def _trains(v: Tensor | Packed, u: Tensor | Packed, cores: Cores, shares: Tensor | None) -> bool:
-    if any(isinstance(basis, Tensor) and basis.requires_grad for basis in (v, u)):
+    if (isinstance(v, Tensor) and v.requires_grad) or (isinstance(u, Tensor) and u.requires_grad):
         raise ArgumentError("shared_lora: the bases v and u are frozen: use .detach(); train the columns of cores")
-    return (
-        cores.weights.requires_grad
-        or cores.left.requires_grad
-        or cores.right.requires_grad
-        or cores.left_private.requires_grad
-        or cores.right_private.requires_grad
-        or (shares is not None and shares.requires_grad)
-    )
+    tables = (cores.weights, cores.left, cores.right, cores.left_private, cores.right_private)
+    return True in map(_WANTS, tables) or (shares is not None and shares.requires_grad)
 
 
 def _refuse_packed_training(v: Tensor | Packed, u: Tensor | Packed, cores: Cores, shares: Tensor | None) -> None:

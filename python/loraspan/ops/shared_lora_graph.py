@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loraspan._dispatch import choose
 from loraspan.ops.cores import Cores
-from loraspan.ops.library import register
+from loraspan.ops.library import applied, register
 from loraspan.ops.shared_lora_gradients import column_gradients
 from loraspan.ops.shared_lora_run import TRANSPOSED, add, two_axes
 
@@ -50,33 +50,50 @@ def _gradients(ctx: Any, grad: Tensor, wants_x: bool) -> tuple[Tensor | None, tu
 
 
 class _Differentiable(torch.autograd.Function):
-    """The operator for eager code: a gradient registered with torch.library would cost several times the call."""
+    """The operator for eager code: a gradient registered with torch.library would cost several times the call.
+
+    Each tensor that torch is handed by itself costs microseconds: of the tables and shares there are those that train,
+    ``places`` says which.
+    """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, shares: Tensor | None, *rest: Any) -> Tensor:
-        # the tables are handed over one by one, for their gradients; `cores` has them as well
-        weights, left, left_private, right, right_private, (v, u, cores, tasks, scale, backend) = rest
+    def forward(ctx: Any, y: Tensor, x: Tensor, rest: tuple[Any, ...], places: list[int], *trained: Tensor) -> Tensor:
         out = y.clone()
-        add(out, x, v, u, cores, tasks, shares, scale, backend)
-        ctx.rest = (x.dtype, cores.most, scale, backend)
-        kept = x if True in ctx.needs_input_grad[2:8] else None
-        ctx.save_for_backward(v, u, cores.index, tasks, shares, kept, weights, left, left_private, right, right_private)
+        add(out, x, *rest)
+        ctx.rest, ctx.places = rest, places
+        # all but the bases may change before torch goes back: it refuses to, then
+        ctx.save_for_backward(x, rest[2].index, rest[3], rest[4], *trained)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        of_x, tables, of_shares = _gradients(ctx, grad, ctx.needs_input_grad[1])
-        return (grad, of_x, of_shares, *tables, None)
+        x, index, tasks, shares, *trained = ctx.saved_tensors
+        v, u, cores, _, _, scale, backend = ctx.rest
+        tables = [*_tables(cores), shares]
+        for place, tensor in zip(ctx.places, trained, strict=True):
+            tables[place] = tensor
+        args = (v, u, index, *tables[:-1], cores.most, tasks, tables[-1], scale)
+        of_x = None
+        if ctx.needs_input_grad[_X]:
+            of_x = torch.ops.loraspan.shared_lora_transposed(grad, x.dtype, *args, backend)
+        found = torch.ops.loraspan.shared_lora_columns(grad, x, *args)
+        return (grad, of_x, None, None, *(found[place] for place in ctx.places))
 
 
-def differentiable(
-    y: Tensor, x: Tensor, v: Tensor, u: Tensor, cores: Cores, tasks: Tensor, shares: Tensor | None, *rest: Any
-) -> Tensor:
-    """Give what the operator does, in eager code; ``rest`` is the scale and the backend."""
-    tables = (cores.weights, cores.left, cores.left_private, cores.right, cores.right_private)
-    found: Tensor = _Differentiable.apply(y, x, shares, *tables, (v, u, cores, tasks, *rest))  # type: ignore[no-untyped-call]
+_apply = applied(_Differentiable)
+
+
+def differentiable(y: Tensor, x: Tensor, *rest: Any) -> Tensor:
+    """Give what the operator does, in eager code, where a column or share trains; ``rest`` are its other arguments."""
+    trains = [*_tables(rest[2]), rest[4]]
+    places = [i for i, tensor in enumerate(trains) if tensor is not None and tensor.requires_grad]
+    found: Tensor = _apply(y, x, rest, places, *[trains[i] for i in places])
     return found
+
+
+def _tables(cores: Cores) -> tuple[Tensor, ...]:
+    return cores.weights, cores.left, cores.left_private, cores.right, cores.right_private
 
 
 def _cores(fields: Sequence[Any]) -> Cores:
@@ -108,8 +125,7 @@ def _columns(grad: Tensor, x: Tensor, v: Tensor, u: Tensor, *rest: Any) -> tuple
     *fields, tasks, shares, scale = rest
     cores = _cores(fields)
     found = column_gradients(grad, x, v, u, cores, *two_axes(tasks, shares), scale)
-    tables = (cores.weights, cores.left, cores.left_private, cores.right, cores.right_private)
-    narrowed = [t.to(like.dtype) for t, like in zip(found, tables, strict=False)]
+    narrowed = [t.to(like.dtype) for t, like in zip(found, _tables(cores), strict=False)]
     return (*narrowed, found.shares.to(torch.float32).reshape(tasks.shape))
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from loraspan._dispatch import choose
+from loraspan.ops.library import applied
 from loraspan.ops.packed import Packed
 from loraspan.ops.shared_lora_run import TRANSPOSED, add, two_axes
 
@@ -17,12 +18,11 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, rest: tuple[Any, ...]) -> Tensor:
-        v, u, cores, tasks, shares, *options = rest
         out = y.clone()
         add(out, x, *rest)
-        ctx.rest, ctx.dtype = (v, u, cores, options), x.dtype
+        ctx.rest, ctx.dtype = rest, x.dtype
         # these may be buffers that somebody fills anew: torch then refuses to go back
-        ctx.save_for_backward(tasks, shares)
+        ctx.save_for_backward(*rest[3:5])
         return out
 
     @staticmethod
@@ -30,7 +30,7 @@ class _Differentiable(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if not ctx.needs_input_grad[1]:
             return grad, None, None
-        v, u, cores, (scale, backend) = ctx.rest
+        v, u, cores, _, _, scale, backend = ctx.rest
         d = v.length if isinstance(v, Packed) else v.shape[0]
         of_x = grad.new_zeros(grad.shape[0], d, dtype=ctx.dtype)
         named = backend if backend in [b.name for b in TRANSPOSED] else None
@@ -39,7 +39,10 @@ class _Differentiable(torch.autograd.Function):
         return grad, of_x, None
 
 
+_apply = applied(_Differentiable)
+
+
 def differentiable(y: Tensor, x: Tensor, *rest: Any) -> Tensor:
     """Give what `shared_lora` does, differentiable in ``y`` and ``x``; ``rest`` is the rest of its arguments."""
-    found: Tensor = _Differentiable.apply(y, x, rest)  # type: ignore[no-untyped-call]
+    found: Tensor = _apply(y, x, rest)
     return found
