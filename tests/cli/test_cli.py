@@ -6,71 +6,12 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
-import torch
-from click.testing import CliRunner
-from safetensors.torch import load_file, save_file
 
 import loraspan.subspace
-from loraspan.adapters import peft
+from cli.calls import fails, run, write_adapter
 from loraspan.cli import main
-
-
-def run(*args):
-    return CliRunner().invoke(main, [str(arg) for arg in args])
-
-
-def write_adapter(folder, seed, *, rank=2, base="tiny", shape=(6, 8)):
-    folder.mkdir(parents=True)
-    rng = torch.Generator().manual_seed(seed)
-    prefix = "base_model.model.layer.q_proj"
-    tensors = {
-        f"{prefix}.lora_A.weight": torch.randn(rank, shape[1], generator=rng),
-        f"{prefix}.lora_B.weight": torch.randn(shape[0], rank, generator=rng),
-    }
-    save_file(tensors, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 3 * rank, "base_model_name_or_path": base}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return 3 * tensors[f"{prefix}.lora_B.weight"] @ tensors[f"{prefix}.lora_A.weight"]
-
-
-@pytest.fixture
-def adapters(tmp_path):
-    """A folder of three adapters, and their ``dW``."""
-    return {name: write_adapter(tmp_path / "in" / name, i) for i, name in enumerate(("chat", "legal", "sql"))}
-
-
-@pytest.fixture
-def store(tmp_path, adapters):  # noqa: ARG001 (its files are what is compressed)
-    done = run("compress", tmp_path / "in", "-o", tmp_path / "team.span", "--max-error", "1e-5")
-    assert done.exit_code == 0, done.output
-    return tmp_path / "team.span"
-
-
-def fails(done, code, *words):
-    """It ended with ``code`` and one line on stderr that says all of ``words``, and nothing on stdout."""
-    assert done.exit_code == code, done.output
-    assert done.stdout == ""
-    assert "Traceback" not in done.stderr
-    for word in words:
-        assert str(word) in done.stderr
-    if code == 1:
-        assert done.stderr.count("\n") == 1
-
-
-def test_there_and_back(tmp_path, adapters, store):
-    done = run("export", store, "--all", "-o", tmp_path / "out")
-
-    assert done.exit_code == 0, done.output
-    assert done.stdout.splitlines() == [str(tmp_path / "out" / name) for name in adapters]
-    for name, delta in adapters.items():
-        tensors = load_file(tmp_path / "out" / name / "adapter_model.safetensors")
-        config = json.loads((tmp_path / "out" / name / "adapter_config.json").read_text())
-        down, up = (tensors[key] for key in sorted(tensors))
-        rebuilt = config["lora_alpha"] / config["r"] * up @ down
-        assert (rebuilt - delta).norm() <= 2e-5 * delta.norm()
 
 
 @pytest.mark.usefixtures("adapters")
@@ -163,57 +104,6 @@ def test_a_truncated_adapter_is_named(tmp_path):
     file = tmp_path / "in" / "sql" / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-5])
     fails(run("compress", tmp_path / "in", "-o", tmp_path / "x", "--rank", 2), 1, file)
-
-
-def test_an_unknown_task_is_refused_with_a_guess(tmp_path, store):
-    fails(run("export", store, "sqll", "-o", tmp_path / "out"), 1, "'sqll'", "did you mean 'sql'")
-    assert not (tmp_path / "out").exists()
-
-
-def test_an_export_replaces_only_when_told(tmp_path, store):
-    assert run("export", store, "sql", "-o", tmp_path / "out").exit_code == 0
-    kept = (tmp_path / "out" / "sql" / "adapter_config.json").stat().st_mtime_ns
-    fails(run("export", store, "legal", "sql", "-o", tmp_path / "out"), 1, "'sql'", "--overwrite")
-    assert not (tmp_path / "out" / "legal").exists()
-    assert (tmp_path / "out" / "sql" / "adapter_config.json").stat().st_mtime_ns == kept
-    assert run("export", store, "sql", "-o", tmp_path / "out", "--overwrite", "--dtype", "bf16").exit_code == 0
-    tensors = load_file(tmp_path / "out" / "sql" / "adapter_model.safetensors")
-    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
-
-
-def test_names_of_any_kind_are_exported_and_listed(tmp_path):
-    names = ["SQL", "sql", "../up", "", "\x1b[31m", "x" * 5000]
-    for i in range(len(names)):
-        write_adapter(tmp_path / str(i), i)
-    read = [peft.read(tmp_path / str(i), name=name) for i, name in enumerate(names)]
-    space = loraspan.subspace.compress(read, rank=2)
-    space.save(tmp_path / "odd.span")
-
-    done = run("export", tmp_path / "odd.span", "--all", "-o", tmp_path / "out", "--rank-multiple", 4, "--json")
-
-    document = json.loads(done.stdout)
-    index = json.loads((tmp_path / "out" / "tasks.json").read_text())["tasks"]
-    assert document["index"] == str(tmp_path / "out" / "tasks.json")
-    assert [task["name"] for task in document["tasks"]] == list(index) == names
-    for task in document["tasks"]:
-        folder = Path(task["folder"])
-        assert folder.parent == tmp_path / "out"
-        assert folder.name == index[task["name"]]["folder"]
-        assert index[task["name"]]["rank"] == 4
-        assert json.loads((folder / "adapter_config.json").read_text())["r"] == 4
-    assert len({path.name.lower() for path in (tmp_path / "out").iterdir()}) == len(names) + 1
-
-
-def test_an_export_for_vllm_is_padded_or_refused(tmp_path, store):
-    assert run("export", store, "sql", "-o", tmp_path / "out", "--engine", "vllm", "--dtype", "bf16").exit_code == 0
-    config = json.loads((tmp_path / "out" / "sql" / "adapter_config.json").read_text())
-    assert (config["r"], config["lora_alpha"], config["rank_pattern"]) == (8, 8, {})
-    assert run("export", store, "legal", "-o", tmp_path / "out", "--ranks", "3,5").exit_code == 0
-    assert json.loads((tmp_path / "out" / "legal" / "adapter_config.json").read_text())["r"] == 3
-    fails(run("export", store, "chat", "-o", tmp_path / "out", "--ranks", "1"), 1, "'chat'", "2 columns", "at most 1")
-    fails(run("export", store, "chat", "-o", tmp_path / "out", "--ranks", "1,x"), 2, "1,x")
-    fails(run("export", store, "chat", "-o", tmp_path / "out", "--ranks", "8", "--rank-multiple", "8"), 2)
-    assert not (tmp_path / "out" / "chat").exists()
 
 
 def test_names_cannot_drive_the_terminal(tmp_path):

@@ -4,90 +4,33 @@ import json
 import sys
 
 import pytest
-import torch
-from click.testing import CliRunner
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import loraspan
-from loraspan.cli import main
-from loraspan.store import files
-
-PREFIX = "base_model.model.layer"
-OUT, IN, RANK = 24, 32, 3
-
-
-def run(*args):
-    return CliRunner().invoke(main, [str(arg) for arg in args])
-
-
-def write_adapter(folder, seed, *, basis=0, base="tiny", inputs=IN, noise=0.01):
-    """An adapter of two modules whose inputs lie near eight directions drawn from ``basis``."""
-    folder.mkdir(parents=True)
-    rng = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for i, name in enumerate(("q_proj", "v_proj")):
-        shared = torch.randn(8, inputs, generator=torch.Generator().manual_seed(1000 + 10 * basis + i))
-        down = torch.randn(RANK, 8, generator=rng) @ shared + noise * torch.randn(RANK, inputs, generator=rng)
-        tensors[f"{PREFIX}.{name}.lora_A.weight"] = down
-        tensors[f"{PREFIX}.{name}.lora_B.weight"] = torch.randn(OUT, RANK, generator=rng)
-    save_file(tensors, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK, "base_model_name_or_path": base}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return folder
-
-
-NAMES = ("chat", "code", "legal", "math", "poems", "sql")
+from cli.calls import fails, run
+from cli.living import (
+    COMMANDS,
+    NAMES,
+    PREFIX,
+    commands,
+    contents,
+    document,
+    newcomers,
+    six,
+    write_adapter,
+)
 
 
 @pytest.fixture
 def store(tmp_path):
-    for i, name in enumerate(NAMES):
-        write_adapter(tmp_path / "in" / name, i)
-    assert run("compress", tmp_path / "in", "-o", tmp_path / "team.span", "--max-error", 0.05).exit_code == 0
-    return tmp_path / "team.span"
+    return six(tmp_path)
 
 
 @pytest.fixture
 def new(tmp_path):
-    """Folders of adapters that are not in the store: of its directions, and of others."""
-    return [write_adapter(tmp_path / "new" / f"near-{i}", 50 + i) for i in range(2)] + [
-        write_adapter(tmp_path / "new" / "far", 60, basis=7)
-    ]
+    return newcomers(tmp_path)
 
 
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def document(done):
-    assert done.exit_code == 0, done.output
-    assert done.stderr == ""
-    return json.loads(done.stdout)
-
-
-def fails(done, code, *words):
-    """It ended with ``code`` and one line on stderr that says all of ``words``, and nothing on stdout."""
-    assert done.exit_code == code, done.output
-    assert done.stdout == ""
-    assert "Traceback" not in done.stderr
-    assert all(str(word) in done.stderr for word in words), done.stderr
-    if code == 1:
-        assert done.stderr.count("\n") == 1
-
-
-def commands(store, new):
-    """Each command that changes something, with the tasks that there are after it."""
-    again = write_adapter(new[0].parent / "again" / "sql", 99)
-    return {
-        "add": (["add", store, *new[:2]], [*NAMES, "near-0", "near-1"]),
-        "absorb": (["absorb", store, *new], [*NAMES, "near-0", "near-1", "far"]),
-        "remove": (["remove", store, "sql", "chat"], ["code", "legal", "math", "poems"]),
-        "replace": (["replace", store, again], [*NAMES]),
-        "refit": (["refit", store, "--max-forgetting", "0.02"], [*NAMES]),
-    }
-
-
-COMMANDS = ("add", "absorb", "remove", "replace", "refit")
 KEYS = {
     *("store", "generation", "what", "tasks", "nbytes", "worst_error"),
     *("added", "removed", "refitted", "forgotten", "dry_run"),
@@ -222,96 +165,6 @@ def test_project_tells_one_adapter_by_modules_and_several_by_lines(store, new):
     assert near["nbytes"] < far["nbytes"]
     assert far["slots"][0]["outside_in"] > 0.5 > near["slots"][0]["outside_in"]
     assert found["store"] == str(store)
-
-
-@pytest.mark.parametrize(("command", "args"), [("remove", ()), ("rename", ("x",)), ("replace", None)])
-def test_an_unknown_task_is_refused_with_a_guess(tmp_path, store, command, args):
-    args = [write_adapter(tmp_path / "other" / "sqll", 1)] if args is None else ["sqll", *args]
-    before = contents(store)
-    fails(run(command, store, *args), 1, store, "no task 'sqll'", "did you mean 'sql'")
-    assert contents(store) == before
-
-
-def test_one_unknown_task_keeps_all(store):
-    before = contents(store)
-    fails(run("remove", store, "sql", "nothing-like-it"), 1, "no task 'nothing-like-it'", "loraspan info")
-    assert contents(store) == before
-
-
-@pytest.mark.parametrize("command", ["add", "absorb", "project"])
-def test_adapters_that_do_not_fit_are_named(tmp_path, store, command):
-    before = contents(store)
-    fails(run(command, store, write_adapter(tmp_path / "a" / "odd", 1, base="another")), 1, "'odd'", "another", "tiny")
-    fails(run(command, store, write_adapter(tmp_path / "b" / "wide", 1, inputs=IN + 1)), 1, "'wide'", "layer.q_proj")
-    spoiled = write_adapter(tmp_path / "c" / "spoiled", 1)
-    tensors = load_file(spoiled / "adapter_model.safetensors")
-    tensors[f"{PREFIX}.v_proj.lora_B.weight"][1, 1] = float("nan")
-    save_file(tensors, spoiled / "adapter_model.safetensors")
-    fails(run(command, store, spoiled), 1, "'spoiled'", "lora_B", "layer.v_proj")
-    fails(run(command, store, tmp_path / "nowhere"), 1, tmp_path / "nowhere")
-    fails(run(command, store, spoiled, "--max-error", 2), 1, "max_error is between 0 and 1; got 2")
-    assert contents(store) == before
-
-
-def test_a_taken_name_is_refused(tmp_path, store):
-    before = contents(store)
-    again = write_adapter(tmp_path / "other" / "sql", 9)
-    for command in ("add", "absorb"):
-        fails(run(command, store, again), 1, "'sql'", "already")
-    fails(run("rename", store, "chat", "sql"), 1, "'sql'", "already")
-    assert contents(store) == before
-
-
-@pytest.mark.parametrize(
-    "args",
-    [
-        ("add", "x"),
-        ("absorb",),
-        ("remove", "x"),
-        ("rename", "x", "old"),
-        ("replace", "x"),
-        ("refit", "x"),
-        ("refit", "x", "--rank", "0"),
-        ("add", "x", "y", "--max-error", "much"),
-        ("project", "x"),
-    ],
-)
-def test_wrong_usage_exits_with_2(args):
-    fails(run(*args), 2)
-
-
-@pytest.mark.parametrize("size", ["0", "-1MB", "many", "1 XB"])
-def test_a_size_that_is_none_is_refused(store, new, size):
-    for args in (("absorb", store, new[0]), ("refit", store, "--rank", 2)):
-        fails(run(*args, "--max-bytes", size), 1, "a number of bytes is positive", size)
-
-
-def test_a_missing_store_is_named(tmp_path, new):
-    rest = {
-        **dict.fromkeys(("add", "absorb", "replace", "project"), (new[0],)),
-        "remove": ("sql",),
-        "rename": ("a", "b"),
-        "refit": ("--rank", 2),
-    }
-    for command, args in rest.items():
-        fails(run(command, tmp_path / "nowhere.span", *args), 1, tmp_path / "nowhere.span")
-    assert not (tmp_path / "nowhere.span").exists()
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_full_disk_is_one_line_and_leaves_the_store(store, new, command, monkeypatch):
-    args, _ = commands(store, new)[command]
-    before = contents(store)
-
-    def full(*_args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(files, "write", full)
-    fails(run(*args), 1, store, "No space left on device")
-    monkeypatch.undo()
-    assert {name: data for name, data in contents(store).items() if name in before} == before
-    assert loraspan.open(store).generation == 1
-    assert run(*args).exit_code == 0
 
 
 def test_names_cannot_drive_the_terminal(tmp_path, store):

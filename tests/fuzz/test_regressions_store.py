@@ -12,8 +12,8 @@ from loraspan.collection.collection import Collection, Segment, SlotSpace, Task
 from loraspan.collection.columns import Columns
 from loraspan.errors import FormatError, LoraspanError, ShapeError
 from loraspan.subspace import open as open_space
+from store.damage import S, only, records, refused
 from store.samples import edit_manifest, edit_tensors, saved
-from store.test_damage import S, only, records, refused
 
 
 @pytest.mark.parametrize("kind", ["counts", "rows", "dense", "origin", "weights", "records"])

@@ -207,3 +207,11 @@ def saved(folder, **options):
     path = Path(folder) / "team.span"
     store.save(collection(**options), path)
     return path
+
+
+def current_bytes(folder):
+    """The bytes of the files of the current generation."""
+    opened = store.open_at(folder)
+    names = {data.file for data in (opened.basis, *opened.segments)}
+    names |= {"CURRENT", f"manifest-{opened.generation:06d}.json"}
+    return sum((folder / name).stat().st_size for name in names)
