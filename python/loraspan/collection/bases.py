@@ -80,13 +80,20 @@ class SharedCores(NamedTuple):
 
     Attributes:
         part: columns of form ss.
-        cores: ``[T, k_out, k_in]``, float64: the cores with their stored, rounded entries.
+        left: ``[T, c, k_out]``, float64: the stored left ends times their weights, a row each; 0 where there is none.
+        right: ``[T, c, k_in]``, likewise without weights; None for dense cores, whose right ends are the basis itself.
         squares: ``[T]``: ``|dW_i - U C_i V^T|_F^2`` for those entries.
     """
 
     part: Part
-    cores: Tensor
+    left: Tensor
+    right: Tensor | None
     squares: Tensor
+
+    @property
+    def cores(self) -> Tensor:
+        """The cores with their stored, rounded entries, ``[T, k_out, k_in]``."""
+        return self.left.mT if self.right is None else self.left.mT @ self.right
 
 
 def shared_cores(out: Basis, inn: Basis, scales: Tensor, squares: Tensor, width: Width) -> SharedCores:
@@ -99,51 +106,59 @@ def shared_cores(out: Basis, inn: Basis, scales: Tensor, squares: Tensor, width:
         squares: ``[T]``: ``|dW_i|_F^2``.
         width: of the loadings.
     """
-    b = _solve(out.gram, out.products)  # [T, k_out, r]
-    a = _solve(inn.gram, inn.products) * scales[:, None, None]  # [T, k_in, r]
+    scale = scales[:, None, None]
+    b = _solve(out.gram, out.products)  # [T, r, k_out]
+    a = _solve(inn.gram, inn.products) * scale  # [T, r, k_in]
     left, right, present = _canonical(b, a)
-    k_out, k_in = b.shape[1], a.shape[1]
+    k_out, k_in = b.shape[2], a.shape[2]
     columns = int(present.sum())
     out_bytes, in_bytes = row_bytes(k_out, width), row_bytes(k_in, width)
     if columns * (out_bytes + in_bytes + 4) > b.shape[0] * k_in * (out_bytes + 4):
-        part, cores = _dense(left @ right.mT, width)
+        part, x = _dense(left.mT @ right, width)
+        y, y_gram, y_seen = None, inn.gram, inn.products.mT
     else:
-        part, cores = _factored(left, right, present, width)
-    seen = out.products.mT @ inn.products * scales[:, None, None]  # T_i = U^T dW_i V
-    image = out.gram @ cores @ inn.gram
-    lost = squares + (cores * (image - 2 * seen)).sum((-1, -2))
-    return SharedCores(part, cores, lost.clamp(min=0))
+        part, x, y = _factored(left, right, present, width)
+        y_gram, y_seen = y @ inn.gram @ y.mT, y @ inn.products.mT
+    # |dW|^2 + tr(C^T M_U C M_V) - 2 tr(C^T T), with C = x^T y and T = U^T dW V
+    held = (x @ out.gram @ x.mT * y_gram).sum((-1, -2))
+    seen = (x @ out.products.mT * y_seen).sum((-1, -2)) * scales
+    return SharedCores(part, x, y, (squares + (held - 2 * seen)).clamp(min=0))
 
 
 def _solve(gram: Tensor, products: Tensor) -> Tensor:
-    """Give ``gram^-1 products_i^T``, ``[T, k, r]``."""
+    """Give ``products_i gram^-1``, ``[T, r, k]``."""
     inverse = gram_root(gram).inverse
-    return inverse @ (inverse.T @ products.mT)
+    return products @ (inverse @ inverse.T)
 
 
 def _canonical(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Give ``b_i a_i^T`` as orthonormal left times orthogonal right columns, by size, and which are not zero.
+    """Give ``b_i^T a_i`` as orthonormal left times orthogonal right rows, by size, and which are not zero.
 
-    Left columns are orthonormal, so rounding a right column costs that share of its own size: a factor pair of any
-    gauge is stored with the same accuracy.
+    Left rows are orthonormal, so rounding a right one costs that share of its own size: a factor pair of any gauge is
+    stored with the same accuracy.
     """
-    root = gram_root(b.mT @ b)
-    inner = root.r @ (a.mT @ a) @ root.r.mT
-    values, vectors = eigh((inner + inner.mT) / 2)
+    root = gram_root(b @ b.mT)
+    middle = root.r @ (a @ a.mT) @ root.r.mT
+    values, vectors = eigh((middle + middle.mT) / 2)
     present = (values > _RANK_FLOOR**2 * values[:, :1]) & (values > 0)
-    return b @ (root.inverse @ vectors), a @ (root.r.mT @ vectors), present
+    return (root.inverse @ vectors).mT @ b, (root.r.mT @ vectors).mT @ a, present
 
 
-def _factored(left: Tensor, right: Tensor, present: Tensor, width: Width) -> tuple[Part, Tensor]:
-    weights = left.norm(dim=-2) * right.norm(dim=-2) * present
-    ends = [store_rows(unit(side).mT[present], width) for side in (left, right)]
-    kept = []
-    for side, rows in zip((left, right), ends, strict=True):
-        held = torch.zeros_like(side.mT)
-        held[present] = values_of(rows).double()
-        kept.append(held)
-    cores = (kept[0].mT * weights.float().double().unsqueeze(-2)) @ kept[1]
-    return Part("ss", present.sum(-1), weights[present], ends[0], ends[1]), cores
+def _factored(left: Tensor, right: Tensor, present: Tensor, width: Width) -> tuple[Part, Tensor, Tensor]:
+    norms = [side.square().sum(-1).sqrt() for side in (left, right)]
+    weights = norms[0] * norms[1] * present
+    is_full = bool(present.all())
+    ends, kept = [], []
+    for side, norm in zip((left, right), norms, strict=True):
+        rows = side / torch.where(norm > 0, norm, 1.0).unsqueeze(-1)
+        ends.append(store_rows(rows.flatten(0, 1) if is_full else rows[present], width))
+        if is_full:
+            kept.append(values_of(ends[-1]).double().view(side.shape))
+        else:
+            kept.append(torch.zeros_like(side))
+            kept[-1][present] = values_of(ends[-1]).double()
+    part = Part("ss", present.sum(-1), weights[present], ends[0], ends[1])
+    return part, kept[0] * weights.float().double().unsqueeze(-1), kept[1]
 
 
 def _dense(cores: Tensor, width: Width) -> tuple[Part, Tensor]:
@@ -151,8 +166,7 @@ def _dense(cores: Tensor, width: Width) -> tuple[Part, Tensor]:
     left = store_rows(unit(cores).mT.reshape(-1, cores.shape[1]), width)
     counts = torch.full((cores.shape[0],), cores.shape[2])
     held = values_of(left).double().view(cores.shape[0], cores.shape[2], cores.shape[1])
-    stored = held.mT * weights.float().double().unsqueeze(-2)
-    return Part("ss", counts, weights.flatten(), left, None), stored
+    return Part("ss", counts, weights.flatten(), left, None), held * weights.float().double().unsqueeze(-1)
 
 
 def unit(columns: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from loraspan.linalg.eig import top_eigenpairs
+from loraspan.ops.dense import inner
 
 
 def energy_by_rank(cores: Tensor) -> Tensor:
@@ -60,6 +61,43 @@ def refine_jointly(cores: Tensor, rank_out: int, rank_in: int, iterations: int) 
         g_out = _leading(cores @ g_in, rank_out)
         g_in = _leading(cores.mT @ g_out, rank_in)
     return g_out, g_in
+
+
+def refine_products(left: Tensor, right: Tensor, rank_out: int, rank_in: int, iterations: int) -> tuple[Tensor, Tensor]:
+    r"""Give :func:`refine_jointly` of cores ``C_i = left_i^T right_i``, which are never formed where ``r`` is small.
+
+    ``C_i G G^T C_i^T = left_i^T (right_i G) (right_i G)^T left_i``: a square of ``r`` in the middle.
+
+    Args:
+        left: ``[T, r, l_out]``, float64, weighted.
+        right: ``[T, r, l_in]``, float64.
+        rank_out: as for :func:`refine_jointly`, and so the rest.
+        rank_in: so.
+        iterations: so.
+
+    Example:
+        >>> import torch
+        >>> left, right = torch.eye(3, dtype=torch.float64)[None], torch.eye(3, dtype=torch.float64)[None]
+        >>> [g.shape for g in refine_products(left, right, 2, 2, 1)]
+        [torch.Size([3, 2]), torch.Size([3, 2])]
+    """
+    # multiply-adds of one turn and task: 2 l^2 k, or r l k + r^2 k + r^2 l + r l^2
+    if 2 * left.shape[1] > max(left.shape[2], right.shape[2]):
+        return refine_jointly(left.mT @ right, rank_out, rank_in, iterations)
+    g_out = torch.eye(left.shape[2], rank_out, dtype=left.dtype)
+    g_in = torch.eye(right.shape[2], rank_in, dtype=right.dtype)
+    for _ in range(iterations):
+        g_out = top_eigenpairs(_spread_through(left, right, g_in), rank_out)[1]
+        g_in = top_eigenpairs(_spread_through(right, left, g_out), rank_in)[1]
+    return g_out, g_in
+
+
+def _spread_through(near: Tensor, far: Tensor, g: Tensor) -> Tensor:
+    """Give ``sum_i near_i^T (far_i g) (far_i g)^T near_i``."""
+    seen = far @ g
+    middle = (seen @ seen.mT) @ near
+    found = inner(near.flatten(0, 1), middle.flatten(0, 1))
+    return (found + found.T) / 2
 
 
 def _leading(images: Tensor, rank: int) -> Tensor:

@@ -9,13 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loraspan.adapters.base import Adapter
+from loraspan.adapters.base import Adapter, Slot
 from loraspan.collection.stack import Stack, pad_square
 from loraspan.collection.vectors import FactorRows, Vectors
 from loraspan.errors import MismatchError, NotFiniteError
 from loraspan.linalg.roots import gram_root
-from loraspan.ops import RowBlocks, gram_many
 from loraspan.ops.dense import svd
+from loraspan.ops.gram import gram_blocks
 
 # Singular values of dW below this share of the largest are rounding of the Grams.
 _RANK_FLOOR = 1e-8
@@ -67,10 +67,8 @@ class SlotFactors:
 
     def stacks(self, weights: Tensor) -> tuple[Stack, Stack]:
         """Give the output and the input side, rows weighted to ``w_i dW_i``; ``weights [T]``."""
-        scale = (weights * self.scales)[:, None, None]
-        up = Stack(self.up, scale * gram_root(self.gram_down).r)
-        down = Stack(self.down, scale * gram_root(self.gram_up).r)
-        return up, down
+        square = (weights * self.scales).square()[:, None, None]
+        return Stack.of_moments(self.up, square * self.gram_down), Stack.of_moments(self.down, square * self.gram_up)
 
     def some(self, rows: list[int]) -> SlotFactors:
         """Give some of the tasks, by their places, of adapters that :func:`read_factors` read."""
@@ -109,57 +107,67 @@ def read_factors(adapters: Sequence[Adapter], place: torch.device | None = None)
             members.setdefault(path, []).append(index)
     for path, indices in members.items():
         _check_shapes(path, [adapters[i] for i in indices])
-    flat = [(i, path) for path, indices in members.items() for i in indices]
-    factors = [adapters[i].slots[path].down for i, path in flat] + [adapters[i].slots[path].up.T for i, path in flat]
+    sides = {path: _both_sides([adapters[i].slots[path] for i in members[path]]) for path in members}
     # where they lie: few rows each, so that sending them costs more than their products
-    grams = gram_many([RowBlocks([factor]) for factor in factors], precision="f64")
-    by_path: dict[str, list[tuple[Tensor, Tensor]]] = {path: [] for path in members}
-    for (_, path), down, up in zip(flat, grams[: len(flat)], grams[len(flat) :], strict=True):
-        by_path[path].append((up, down))
-    return [_slot_factors(adapters, path, members[path], by_path[path], place) for path in members]
+    grams = iter(gram_blocks([side.x for both in sides.values() for side in both], precision="f64"))
+    return [
+        _slot_factors(adapters, path, members[path], both, (_padded(next(grams)), _padded(next(grams))), place)
+        for path, both in sides.items()
+    ]
+
+
+def _both_sides(slots: Sequence[Slot]) -> tuple[FactorRows, FactorRows]:
+    rank = max(slot.lora_rank for slot in slots)
+    return FactorRows([slot.up.T for slot in slots], rank), FactorRows([slot.down for slot in slots], rank)
+
+
+def _padded(grams: Tensor | list[Tensor]) -> Tensor:
+    return grams if isinstance(grams, Tensor) else pad_square(grams)
 
 
 def _slot_factors(
     adapters: Sequence[Adapter],
     path: str,
     members: list[int],
-    grams: list[tuple[Tensor, Tensor]],
+    sides: tuple[FactorRows, FactorRows],
+    grams: tuple[Tensor, Tensor],
     place: torch.device | None,
 ) -> SlotFactors:
-    slots = [adapters[i].slots[path] for i in members]
-    up, down = (pad_square([pair[side] for pair in grams]) for side in (0, 1))
+    up, down = grams
     for name, gram in (("up", up), ("down", down)):
-        finite = gram.isfinite().all(-1).all(-1)
-        if not finite.all():
+        if not gram.isfinite().all():
+            finite = gram.isfinite().all(-1).all(-1)
             raise NotFiniteError(
                 f"adapter {adapters[members[int((~finite).nonzero()[0])]].name!r}: the factor {name!r} "
                 f"(lora_{'B' if name == 'up' else 'A'}) of slot {path!r} holds a NaN or an infinity; "
                 f"leave the adapter out or repair its file"
             )
+    slots = [adapters[i].slots[path] for i in members]
     scales = torch.tensor([slot.scale for slot in slots], dtype=torch.float64)
     squares = scales.square() * (up * down).sum((-1, -2)).clamp(min=0)
-    first, rank = slots[0], up.shape[-1]
+    first = slots[0]
     return SlotFactors(
         path,
         first.shape,
         first.kind,
         first.kernel,
         members,
-        FactorRows([slot.up.T for slot in slots], rank, place),
-        FactorRows([slot.down for slot in slots], rank, place),
+        sides[0].on(place),
+        sides[1].on(place),
         up,
         down,
         scales,
         squares,
-        any(torch.float64 in (slot.up.dtype, slot.down.dtype) for slot in slots),
+        any(torch.float64 in side.x.dtypes for side in sides),
     )
 
 
 def _check_shapes(path: str, adapters: list[Adapter]) -> None:
     first = adapters[0].slots[path]
+    shape = first.shape
     for adapter in adapters[1:]:
         slot = adapter.slots[path]
-        if slot.shape != first.shape or slot.kind != first.kind or slot.kernel != first.kernel:
+        if slot.shape != shape or slot.kind != first.kind or slot.kernel != first.kernel:
             raise MismatchError(
                 f"slot {path!r} is a {first.kind} of shape {list(first.shape)} in adapter {adapters[0].name!r} and a "
                 f"{slot.kind} of shape {list(slot.shape)} in {adapter.name!r}: they are for different base models"

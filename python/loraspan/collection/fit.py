@@ -14,7 +14,7 @@ from loraspan.adapters.base import Adapter
 from loraspan.collection.assemble import assemble
 from loraspan.collection.bases import make_basis, shared_cores
 from loraspan.collection.collection import Collection, Segment, SlotSpace, Task
-from loraspan.collection.core_space import energy_by_rank, refine_jointly
+from loraspan.collection.core_space import energy_by_rank, refine_products
 from loraspan.collection.factors import SlotFactors, read_factors
 from loraspan.collection.layout import collection_bytes
 from loraspan.collection.plans import CANDIDATES, Options, Outcome, PlanLine, fit_bytes, fit_smallest
@@ -216,8 +216,9 @@ def fit_shared(slot: SlotFactors, squares: Tensor, goal: Goal, widths: Widths) -
     fine = slot.is_double or (goal.energy is not None and goal.energy > _FINE_ENERGY)
     precision = "f64" if fine else "f32"
     with held([side.x for side in sides]):
-        ranges, cores, ranks = _choose_ranks(slot, sides, goal, precision)
-        turns = refine_jointly(cores * weights[:, None, None], *ranks, goal.refine)
+        ranges, ranks = _choose_ranks(slot, sides, goal, precision)
+        left, right = (side.pad(found.xv) for side, found in zip(sides, ranges, strict=True))
+        turns = refine_products(left * (weights * slot.scales)[:, None, None], right, *ranks, goal.refine)
         out, inn = (
             make_basis(side, found.w @ turn, widths.basis)
             for side, found, turn in zip(sides, ranges, turns, strict=True)
@@ -229,21 +230,21 @@ def fit_shared(slot: SlotFactors, squares: Tensor, goal: Goal, widths: Widths) -
 
 def _choose_ranks(
     slot: SlotFactors, sides: tuple[Stack, Stack], goal: Goal, precision: str
-) -> tuple[tuple[Range, Range], Tensor, tuple[int, int]]:
-    """Find ranges wide enough for the goal, the cores in them, and the ranks to cut them to."""
+) -> tuple[tuple[Range, Range], tuple[int, int]]:
+    """Find ranges wide enough for the goal, and the ranks to cut them to."""
     width = _FIRST_WIDTH if goal.rank is None else math.ceil((goal.rank + _OVERSAMPLE) / _VECTOR) * _VECTOR
     while True:
         out, inn = (find_range(side, width, precision=precision, seed=goal.seed + i) for i, side in enumerate(sides))
-        cores = sides[0].pad(out.xv).mT @ sides[1].pad(inn.xv) * slot.scales[:, None, None]
-        limits = cores.shape[1:]
+        limits = len(out.energies), len(inn.energies)
         if goal.rank is not None:
-            return (out, inn), cores, (min(goal.rank, limits[0]), min(goal.rank, limits[1]))
+            return (out, inn), (min(goal.rank, limits[0]), min(goal.rank, limits[1]))
+        cores = sides[0].pad(out.xv).mT @ sides[1].pad(inn.xv) * slot.scales[:, None, None]
         energies = energy_by_rank(cores)
         wanted = (goal.energy or 0.0) * float(slot.squares.sum()) * (1 - 1e-12)
         enough = (energies >= wanted).nonzero()
         if len(enough) or max(limits) < width:
             rank = int(enough[0]) if len(enough) else max(limits)
-            return (out, inn), cores, (min(rank, limits[0]), min(rank, limits[1]))
+            return (out, inn), (min(rank, limits[0]), min(rank, limits[1]))
         width *= 2
 
 
@@ -252,9 +253,9 @@ def describe(adapters: Sequence[Adapter], squares: Tensor, lost: Tensor) -> tupl
     return tuple(
         Task(
             name=adapter.name,
-            error=math.sqrt(float(lost[i] / squares[i])) if squares[i] > 0 else 0.0,
+            error=math.sqrt(missing / square) if square > 0 else 0.0,
             error_kind="measured",
-            norm=math.sqrt(float(squares[i])),
+            norm=math.sqrt(square),
             scales={path: slot.scale for path, slot in adapter.slots.items()},
             lora_ranks={path: slot.lora_rank for path, slot in adapter.slots.items()},
             config=adapter.config,
@@ -263,7 +264,7 @@ def describe(adapters: Sequence[Adapter], squares: Tensor, lost: Tensor) -> tupl
             factor_dtype=_factor_dtype(adapter),
             extras=adapter.extras,
         )
-        for i, adapter in enumerate(adapters)
+        for adapter, missing, square in zip(adapters, lost.tolist(), squares.tolist(), strict=True)
     )
 
 

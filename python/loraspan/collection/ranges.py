@@ -10,7 +10,7 @@ from loraspan.collection.stack import Stack
 from loraspan.linalg.eig import top_eigenpairs
 from loraspan.linalg.roots import gram_root, orthonormalize
 from loraspan.ops import gram, power, sketch
-from loraspan.ops.dense import eigh
+from loraspan.ops.dense import eigh, inner
 from loraspan.ops.stream import held
 
 # Energies below this share of the largest are rounding: a Gram squares the condition number (float32 sums flushed to
@@ -18,6 +18,8 @@ from loraspan.ops.stream import held
 _FLOOR = {"f32": 1e-7, "f64": 1e-15}
 # What one multiply-add of the sketch costs against one of the Gram, measured: its tiles are narrower.
 _SKETCH_COST = 1.3
+# How far from orthonormal directions may be that only float32 passes follow on.
+_ROUNDOFF, _DEFECT = 2.0**-53, 1e-8
 
 
 class Range(NamedTuple):
@@ -64,33 +66,52 @@ def _find_range(stack: Stack, width: int, precision: str, seed: int) -> Range:
     kept = int((values > _FLOOR[precision] * values[:1]).sum()) if values.numel() else 0
     values, vectors, image = values[:kept], vectors[:, :kept], image[:, :kept]
     inverse = values.rsqrt()
-    return Range(values, stack.weigh_transposed(vectors) * inverse, image * inverse)
+    return Range(values, vectors * inverse, image * inverse)
 
 
 def _by_rows(stack: Stack, width: int, precision: str) -> Range:
     """Where the vectors of all tasks are more than the rows that they are made of: in coordinates of the rows."""
-    inner = gram(stack.x, precision=precision)
-    root = gram_root(inner)
+    rows = gram(stack.x, precision=precision)
+    root = gram_root(rows)
     weighted = gram([stack.weigh(root.r.T.contiguous()).T], precision="f64")
     values, vectors = top_eigenpairs(weighted, width)
     kept = int((values > _FLOOR[precision] * values[:1]).sum()) if values.numel() else 0
     w = root.inverse @ vectors[:, :kept]
-    return Range(values[:kept], w, inner @ w)
+    return Range(values[:kept], w, rows @ w)
 
 
 def _by_gram(stack: Stack, width: int, precision: str) -> tuple[Tensor, Tensor, Tensor]:
-    inner = gram(stack.x, precision=precision)
-    weighted = stack.weigh(stack.weigh(inner).T.contiguous())
+    rows = gram(stack.x, precision=precision)
+    weighted = stack.weigh(stack.weigh(rows).T.contiguous())
     values, vectors = top_eigenpairs((weighted + weighted.T) / 2, width)
-    return values, vectors, inner @ stack.weigh_transposed(vectors)
+    w = stack.weigh_transposed(vectors)
+    return values, w, rows @ w
 
 
 def _by_sketch(stack: Stack, width: int, precision: str, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    block = stack.weigh(sketch(stack.x, width, seed=seed, precision=precision))
+    image = sketch(stack.x, width, seed=seed, precision=precision)
     for _ in range(2):
-        q = orthonormalize(block)
-        image = power(stack.x, stack.weigh_transposed(q), precision=precision)
-        block = stack.weigh(image)
-    inner = q.T @ block
-    values, vectors = eigh((inner + inner.T) / 2)
-    return values, q @ vectors, image @ vectors
+        w = _orthonormal(stack, image, precision)
+        image = power(stack.x, w, precision=precision)
+    held = inner(w, image)
+    values, vectors = eigh((held + held.T) / 2)
+    return values, w @ vectors, image @ vectors
+
+
+def _orthonormal(stack: Stack, block: Tensor, precision: str) -> Tensor:
+    r"""Give ``D^T q [R, l]`` for orthonormal ``q`` that span the weighted ``D y``, ``y`` the block ``[R, l]``.
+
+    From ``(D y)^T (D y) = y^T (D^T D y)`` in one round, without ``D``, where ``q`` is then orthonormal far beyond the
+    precision of the passes: the rounding of the product, which its asymmetry shows, grows with the square of the
+    inverse root of columns made unit ones.
+    """
+    if precision == "f32":
+        image = stack.weigh_twice(block)
+        gram_ = inner(block, image)
+        root = gram_root((gram_ + gram_.T) / 2)
+        size = gram_.diagonal().clamp(min=0).sqrt()
+        noise = _ROUNDOFF + ((gram_ - gram_.T) / size / size[:, None]).abs().amax()
+        # a column of zeros makes it a NaN
+        if bool(noise * (size[:, None] * root.inverse).abs().amax().square() <= _DEFECT):
+            return image @ root.inverse
+    return stack.weigh_transposed(orthonormalize(stack.weigh(block)))

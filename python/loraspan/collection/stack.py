@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from loraspan.collection.vectors import Vectors
+from loraspan.linalg.roots import gram_root
 from loraspan.ops import RowBlocks
 
 
@@ -31,11 +33,30 @@ class Stack:
     Attributes:
         vectors: of every task.
         weights: ``D``, ``[T, r, r]``, float64, ``r`` the largest rank; zeros around the smaller.
+        moments: ``D^T D``, likewise: all that inner products between weighted rows need. One is made from the other
+            when it is first asked for.
     """
 
     def __init__(self, vectors: Vectors, weights: Tensor) -> None:
         self.vectors = vectors
         self.weights = weights
+
+    @classmethod
+    def of_moments(cls, vectors: Vectors, moments: Tensor) -> Stack:
+        """Take ``D^T D`` of any ``D``."""
+        made = cls.__new__(cls)
+        made.vectors, made.moments = vectors, moments
+        return made
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """See above."""
+        return gram_root(self.moments).r
+
+    @cached_property
+    def moments(self) -> Tensor:
+        """See above."""
+        return self.weights.mT @ self.weights
 
     @property
     def x(self) -> RowBlocks:
@@ -58,3 +79,7 @@ class Stack:
     def weigh_transposed(self, packed: Tensor) -> Tensor:
         """Give the adjoint of :meth:`weigh`, ``[R, l]``."""
         return self.vectors.spread(self.weights.mT @ self.vectors.unpack(packed))
+
+    def weigh_twice(self, flat: Tensor) -> Tensor:
+        """Give ``D^T D y``, ``[R, l]``, without ``D``."""
+        return self.vectors.spread(self.moments @ self.pad(flat))

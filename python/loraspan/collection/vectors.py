@@ -65,13 +65,18 @@ class Vectors(Protocol):
 class FactorRows:
     """The factors of tasks as they come: each is a block of rows. See :class:`Vectors`."""
 
-    def __init__(self, factors: Sequence[Tensor], rank: int, place: torch.device | None = None) -> None:
-        self.x = RowBlocks(factors).on(place)
+    def __init__(self, factors: Sequence[Tensor] | RowBlocks, rank: int, place: torch.device | None = None) -> None:
+        self.x = RowBlocks.of(factors).on(place)
         self.count = len(self.x.rows)
         self.total = sum(self.x.rows)
         self._rank = rank
-        ranks = torch.tensor(self.x.rows)
-        self._mask = None if bool((ranks == rank).all()) else torch.arange(rank) < ranks[:, None]
+        ranks = self.x.rows
+        is_full = all(r == rank for r in ranks)
+        self._mask = None if is_full else torch.arange(rank) < torch.tensor(ranks)[:, None]
+
+    def on(self, place: torch.device | None) -> FactorRows:
+        """Give the same, for ``place`` to compute with; see :meth:`RowBlocks.on`."""
+        return self if place is None else FactorRows(self.x, self._rank, place)
 
     def pad(self, flat: Tensor) -> Tensor:
         """See :class:`Vectors`; so for the others."""

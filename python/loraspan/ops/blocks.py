@@ -29,6 +29,7 @@ class RowBlocks:
         columns: ``d``; needed only where ``blocks`` is empty.
 
     Attributes:
+        dtypes: of the blocks.
         device: where the blocks lie; None where there are none.
         target: the device that computes with them, if that is another one; see :meth:`on`.
         held: the same on that device, while it is kept there; see :func:`loraspan.ops.stream.held`.
@@ -63,11 +64,11 @@ class RowBlocks:
                     f"use torch.as_tensor, .to_dense() or .resolve_neg()"
                 )
         self.columns = int(blocks[0].shape[-1]) if columns is None and blocks[0].ndim else int(columns or 0)
-        for i, block in enumerate(self.blocks):
-            self._check(i, block)
-        self.rows = [block.shape[0] for block in self.blocks]
+        device = self.blocks[0].device if self.blocks else None
+        self.rows = [self._check(i, block, device) for i, block in enumerate(self.blocks)]
+        self.dtypes = {block.dtype for block in self.blocks}
         self.shape = (sum(self.rows), self.columns)
-        self.device = self.blocks[0].device if self.blocks else None
+        self.device = device
         # torch.device.type takes a microsecond
         if self.blocks and self.blocks[0].is_mps:
             self.plain = False
@@ -78,16 +79,17 @@ class RowBlocks:
         """Bytes of all entries."""
         return sum(block.numel() * block.element_size() for block in self.blocks)
 
-    def _check(self, i: int, block: Tensor) -> None:
-        if block.ndim != 2 or block.shape[1] != self.columns:
-            raise ShapeError(f"RowBlocks: blocks are [rows, {self.columns}] matrices; block {i} is {list(block.shape)}")
+    def _check(self, i: int, block: Tensor, device: torch.device | None) -> int:
+        shape = block.shape
+        if len(shape) != 2 or shape[1] != self.columns:
+            raise ShapeError(f"RowBlocks: blocks are [rows, {self.columns}] matrices; block {i} is {list(shape)}")
         if block.dtype not in _native.DTYPE_CODES:
             raise ShapeError(f"RowBlocks: blocks are float16, bfloat16, float32 or float64; block {i} is {block.dtype}")
-        if block.device != self.blocks[0].device:
+        if block.device != device:
             raise ShapeError(
-                f"RowBlocks: blocks lie on one device; block 0 is on {self.blocks[0].device}, "
-                f"block {i} on {block.device}"
+                f"RowBlocks: blocks lie on one device; block 0 is on {device}, block {i} on {block.device}"
             )
+        return shape[0]
 
     @classmethod
     def of(cls, x: RowBlocks | Sequence[Tensor] | Tensor) -> RowBlocks:
@@ -119,8 +121,8 @@ class RowBlocks:
         if self._table is None:
             self._table = _native.table(
                 [
-                    (b.data_ptr(), b.shape[0], b.stride(0), b.stride(1), _native.DTYPE_CODES[b.dtype])
-                    for b in self.blocks
+                    (b.data_ptr(), rows, *b.stride(), _native.DTYPE_CODES[b.dtype])
+                    for b, rows in zip(self.blocks, self.rows, strict=True)
                 ],
                 5,
             )

@@ -44,12 +44,32 @@ class Root(NamedTuple):
 
 T = TypeVar("T", Eigen, Svd)
 
+# Rows of one sum of `inner`.
+_SUM_ROWS = 128
 # Past so many columns the blocked methods of LAPACK are faster than one thread a matrix.
 _LARGEST = 512
 # A pivot of the scaled Gram below this goes to the eigendecomposition, which tells small from absent.
 _PIVOT_FLOOR = 1e-10
 # Eigenvalues of the scaled Gram below this, times its size, are rounding.
 _RANK_FLOOR = 1e-15
+
+
+def inner(a: Tensor, b: Tensor) -> Tensor:
+    """Give ``a^T b`` of tall float64 blocks ``[m, k]`` and ``[m, n]``, ``[k, n]``.
+
+    The sums are of 128 rows at a time, and then of those: a BLAS that splits them itself does so by threads.
+
+    Example:
+        >>> import torch
+        >>> inner(torch.ones(3, 1, dtype=torch.float64), torch.eye(3, dtype=torch.float64))
+        tensor([[1., 1., 1.]], dtype=torch.float64)
+    """
+    pieces = a.shape[0] // _SUM_ROWS
+    if pieces < 2:
+        return a.T @ b
+    whole = pieces * _SUM_ROWS
+    heads = [x[:whole].unflatten(0, (pieces, _SUM_ROWS)) for x in (a, b)]
+    return torch.bmm(heads[0].mT, heads[1]).sum(0) + a[whole:].T @ b[whole:]
 
 
 def eigh(a: Tensor, *, backend: str | None = None) -> Eigen:
@@ -144,7 +164,7 @@ def _eigh(a: Tensor, *, isa: str) -> Eigen:
     a = a.detach().contiguous()
     values, vectors = a.new_empty(a.shape[:-1]), torch.empty_like(a)
     _core.eigh(a.data_ptr(), _count(a), a.shape[-1], values.data_ptr(), vectors.data_ptr(), _native.threads(), isa)
-    return _completed(a, Eigen(values, vectors), reference_eigh)
+    return _completed(a, Eigen(values, vectors), values, reference_eigh)
 
 
 def _svd(a: Tensor, *, isa: str) -> Svd:
@@ -155,13 +175,13 @@ def _svd(a: Tensor, *, isa: str) -> Svd:
     u, s, v = torch.empty_like(a), a.new_empty(*batch, n), a.new_empty(*batch, n, n)
     places = u.data_ptr(), s.data_ptr(), v.data_ptr()
     _core.svd(a.data_ptr(), _count(a), m, n, *places, _native.threads(), isa)
-    return _completed(a, Svd(u, s, v), reference_svd)
+    return _completed(a, Svd(u, s, v), s, reference_svd)
 
 
-def _completed(a: Tensor, found: T, otherwise: Callable[[Tensor], T]) -> T:
+def _completed(a: Tensor, found: T, values: Tensor, otherwise: Callable[[Tensor], T]) -> T:
     """Do with LAPACK the finite members whose iteration did not end; none is known, but a NaN must not pass for one."""
-    failed = found[1].isnan().flatten(max(0, a.ndim - 2)).any(-1) if a.shape[-1] else a.new_zeros(0, dtype=torch.bool)
-    if failed.any():
+    if values.isnan().any():
+        failed = values.isnan().any(-1)
         failed &= a.isfinite().flatten(max(0, a.ndim - 2)).all(-1)
         for place, part in zip(found, otherwise(a[failed]), strict=True):
             place[failed] = part

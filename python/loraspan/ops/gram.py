@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -99,6 +100,33 @@ def gram_many(
     return total
 
 
+def gram_blocks(batch: Sequence[RowBlocks], *, precision: str = "f32") -> list[Tensor | list[Tensor]]:
+    """Give :func:`gram` of every block of every matrix, each block alone, on the backend that comes first.
+
+    Args:
+        batch: matrices. Their blocks are read where they lie, whatever computes with the matrices.
+        precision: as for :func:`gram`.
+
+    Returns:
+        Per matrix float64 ``[B, r, r]`` where all its ``B`` blocks have ``r`` rows, and else a list of ``[r_i, r_i]``.
+
+    Raises:
+        ArgumentError: if ``precision`` is neither ``"f32"`` nor ``"f64"``.
+
+    Example:
+        >>> import torch
+        >>> [grams] = gram_blocks([RowBlocks([torch.ones(2, 3), 2 * torch.ones(2, 3)])])
+        >>> grams[:, 0, 1]
+        tensor([ 3., 12.], dtype=torch.float64)
+    """
+    _check_precision(precision)
+    if refuses_device(batch) is None:
+        return _cpu_blocks(batch, precision)
+    alone = gram_many([RowBlocks([block]) for x in batch for block in x.blocks], precision=precision)
+    starts = np.cumsum([0, *(len(x.blocks) for x in batch)])
+    return [alone[start:end] for start, end in itertools.pairwise(starts)]
+
+
 def _check_precision(precision: str) -> None:
     if precision not in _native.PRECISIONS:
         raise ArgumentError(f"gram: precision is 'f32' or 'f64'; got {precision!r}")
@@ -124,6 +152,30 @@ def _cpu_batch(batch: Tensor, precision: str, *, isa: str) -> Tensor:
     jobs[:, 0], jobs[:, 1], jobs[:, 2], jobs[:, 3] = np.arange(count), 1, columns, _native.batch_fields(out)[:, 0]
     _core.gram(blocks, jobs, _native.PRECISIONS[precision], _native.threads(), isa)
     return out
+
+
+def _cpu_blocks(batch: Sequence[RowBlocks], precision: str) -> list[Tensor | list[Tensor]]:
+    tables, out = [x.table for x in batch], []
+    jobs = np.ones((sum(map(len, tables)), 4), dtype=np.int64)
+    jobs[:, 0] = np.arange(len(jobs))
+    start = 0
+    for x, table in zip(batch, tables, strict=True):
+        places = jobs[start : start + len(table)]
+        ends = (table[:, 1] ** 2).cumsum()
+        memory = torch.empty(int(ends[-1]) if len(ends) else 0, dtype=torch.float64)
+        places[:, 2] = x.columns
+        places[:, 3] = memory.data_ptr() + 8 * (ends - table[:, 1] ** 2)
+        out.append(_members(memory, x.rows))
+        start += len(table)
+    blocks = np.concatenate(tables) if tables else _native.table([], 5)
+    _core.gram(blocks, jobs, _native.PRECISIONS[precision], _native.threads(), _native.BEST)
+    return out
+
+
+def _members(memory: Tensor, rows: Sequence[int]) -> Tensor | list[Tensor]:
+    if rows and min(rows) == max(rows):
+        return memory.view(len(rows), rows[0], rows[0])
+    return [g.view(r, r) for g, r in zip(memory.split([r * r for r in rows]), rows, strict=True)]
 
 
 @torch.no_grad()
