@@ -192,13 +192,14 @@ def test_an_iteration_that_does_not_end_goes_to_lapack(monkeypatch, call, kernel
     a = a @ a.mT
     honest = getattr(dense._core, kernel)
 
-    # where the second result begins, and how many numbers of it a member has
-    place, width = {"eigh": (2, 36), "svd": (3, 6)}[kernel]
+    # where each result begins, and how many numbers of it a member has
+    places = {"eigh": ((1, 6), (2, 36)), "svd": ((2, 36), (3, 6), (4, 36))}[kernel]
 
     def fails_on_the_last(address, count, *rest):
         honest(address, count, *rest)
-        numbers = (ctypes.c_double * (width * count)).from_address(rest[place])
-        numbers[-width:] = [float("nan")] * width
+        for place, width in places:
+            numbers = (ctypes.c_double * (width * count)).from_address(rest[place])
+            numbers[-width:] = [float("nan")] * width
 
     expected = call(a)
     monkeypatch.setattr(dense._core, kernel, fails_on_the_last)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 import oracles
 from devices import RowBlocks, gram, gram_many
 from loraspan.errors import ArgumentError, ShapeError
+from loraspan.ops.gram import gram_blocks
 from matrices import KINDS, LAYOUTS, blocks, normal, stored, swallowing
 
 PRECISIONS = ("f32", "f64")
@@ -199,3 +200,23 @@ def test_an_empty_batched_tensor(backend):
     assert gram(torch.ones(0, 3, 4), backend=backend).shape == (0, 3, 3)
     with pytest.raises(ShapeError, match="blocks are float16"):
         gram(torch.ones(0, 3, 4, dtype=torch.int64), backend=backend)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_blocks_alone_have_the_bits_of_matrices(precision):
+    matrices = [
+        RowBlocks(blocks(3, [4, 4, 4], 131, "mixed")),
+        RowBlocks(blocks(4, [3, 0, 17], 260, "f16")),
+        RowBlocks([], 5),
+        RowBlocks(blocks(5, [2], 0, "f32")),
+    ]
+
+    found = gram_blocks(matrices, precision=precision)
+
+    assert [isinstance(grams, torch.Tensor) for grams in found] == [True, False, False, True]
+    for x, grams in zip(matrices, found, strict=True):
+        alone = gram_many([[block] for block in x.blocks], precision=precision)
+        assert len(grams) == len(alone)
+        assert all(torch.equal(one, other) for one, other in zip(grams, alone, strict=True))
+    with pytest.raises(ArgumentError, match="precision is 'f32' or 'f64'"):
+        gram_blocks(matrices, precision="f16")
