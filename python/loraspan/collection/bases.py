@@ -112,6 +112,7 @@ def shared_cores(out: Basis, inn: Basis, scales: Tensor, squares: Tensor, width:
     left, right, present = _canonical(b, a)
     k_out, k_in = b.shape[2], a.shape[2]
     columns = int(present.sum())
+    y: Tensor | None
     out_bytes, in_bytes = row_bytes(k_out, width), row_bytes(k_in, width)
     if columns * (out_bytes + in_bytes + 4) > b.shape[0] * k_in * (out_bytes + 4):
         part, x = _dense(left.mT @ right, width)

@@ -155,7 +155,8 @@ def _cpu_batch(batch: Tensor, precision: str, *, isa: str) -> Tensor:
 
 
 def _cpu_blocks(batch: Sequence[RowBlocks], precision: str) -> list[Tensor | list[Tensor]]:
-    tables, out = [x.table for x in batch], []
+    tables = [x.table for x in batch]
+    out: list[Tensor | list[Tensor]] = []
     jobs = np.ones((sum(map(len, tables)), 4), dtype=np.int64)
     jobs[:, 0] = np.arange(len(jobs))
     start = 0
