@@ -92,6 +92,22 @@ def test_wrong_usage_is_one_line_and_leaves_nothing(options, code, word, sources
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
+def test_a_number_of_bytes_for_all_does_not_go_with_groups(sources, tmp_path):
+    done = run(sources, "-o", tmp_path / "out", "--memory", "1GB", "--max-bytes", "1MB")
+    assert done.exit_code == 2
+    assert "--max-bytes does not go with --memory or --jobs" in done.stderr
+
+
+def test_in_memory_bad_adapters_are_set_aside_and_bytes_kept_to(sources, tmp_path):
+    (sources / "007" / "adapter_model.safetensors").write_bytes(b"nothing")
+    done = run(sources, "-o", tmp_path / "out", "--max-bytes", "100kB", "--on-error", "skip", "--json")
+    document = json.loads(done.stdout)
+    assert [one["source"] for one in document["aside"]] == [str(sources / "007")]
+    assert document["nbytes"] <= 100_000
+    assert len(document["tasks"]) == COUNT - 1
+    assert not (tmp_path / "out.progress").exists()
+
+
 def test_bytes_are_shown_as_bytes(monkeypatch):
     """A stage that counts bytes says so; one that was done in part before counts its speed from there."""
     from rich.progress import Progress

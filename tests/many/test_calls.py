@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,6 +11,9 @@ import pytest
 import torch
 
 import loraspan
+from loraspan import subspace
+from loraspan.collection.fit import Goal
+from loraspan.collection.rows import WIDTHS
 from loraspan.errors import ArgumentError, StoreError
 from many_runs import COUNT, cut_by, files_of, run
 
@@ -44,6 +48,34 @@ def test_an_executor_alone_calls_for_groups_within_1_gb(shared, tmp_path):
     with ThreadPoolExecutor(2) as threads:
         run(shared[0], tmp_path / "out", memory=None, executor=threads)
     assert files_of(tmp_path / "out") == files_of(tmp_path / "named")
+
+
+def test_every_argument_reaches_the_groups(tmp_path, monkeypatch):
+    asked = {}
+
+    def groups(*given, **options):
+        asked.update(options, given=given)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subspace, "compress_in_groups", groups)
+    options = {"memory": 7, "executor": object(), "hash_files": True, "overwrite": True, "progress": print}
+    goal = {"energy": 0.9, "dtype": "int8", "refine": 5, "seed": 3}
+    with pytest.raises(KeyboardInterrupt):
+        loraspan.compress(["a"], out=tmp_path / "out", on_error="skip", **goal, **options)
+    meant = Goal(energy=0.9, dtype=WIDTHS["int8"], refine=5, seed=3)
+    assert asked == {**options, "skip": True, "given": (["a"], tmp_path / "out", meant)}
+
+
+@pytest.mark.parametrize("memory", [None, "1GB"], ids=["at-once", "groups"])
+@pytest.mark.parametrize("on_error", ["stop", "skip"])
+def test_files_are_hashed_when_asked(memory, on_error, shared, tmp_path):
+    root, _ = shared
+    options = {"rank": 2, "memory": memory, "on_error": on_error}
+    space = loraspan.compress(root / "000", hash_files=True, out=tmp_path / "out", **options)
+    wanted = hashlib.sha256((root / "000" / "adapter_model.safetensors").read_bytes()).hexdigest()
+    assert space.collection.task("000").source.sha256 == wanted
+    without = loraspan.compress(root / "000", out=tmp_path / "without", **options)
+    assert without.collection.task("000").source.sha256 is None
 
 
 REFUSED = {
