@@ -1,4 +1,4 @@
-"""What ``benches/fidelity.py`` prints and draws."""
+"""What ``benches/fidelity.py`` prints."""
 
 from __future__ import annotations
 
@@ -10,13 +10,6 @@ from _bench import table
 Point = dict[str, Any]
 OURS = "loraspan"
 FAMILIES = ("SVD", "vlora", "lorashare", "random basis", "mean")
-_STYLES: dict[str, dict[str, Any]] = {
-    "SVD": {"color": "#0072b2", "marker": "s", "ms": 3, "lw": 1.2},
-    "vlora": {"color": "#d55e00", "marker": "^", "ms": 3.5, "lw": 1.2},
-    "lorashare": {"color": "#009e73", "marker": "v", "ms": 3.5, "lw": 1.2},
-    "random basis": {"color": "#999999", "marker": "x", "ms": 4, "lw": 0.8},
-    "mean": {"color": "#cc79a7", "marker": "*", "ms": 7, "lw": 0},
-}
 FOLDERS, ONE_FILE = "folders", "SVD in one file"
 # Both are then as good as float32 holds: what is left is the rounding of the last bits.
 EXACT = 1e-6
@@ -44,7 +37,7 @@ def others_of(rows: Sequence[Point]) -> list[Point]:
 
 def show(records: Sequence[Point]) -> None:
     """Print every way's points that no other of it beats, with the best of ours in as many bytes; how many are met."""
-    by_case = _by_case(records)
+    by_case = by_case_of(records)
     for case, rows in by_case.items():
         mine, others = ours_of(rows), others_of(rows)
         print(f"\n{case}: {rows[0]['adapters']} adapters, {rows[0]['factor_bytes']:,} bytes of factors in float32")
@@ -59,7 +52,8 @@ def show(records: Sequence[Point]) -> None:
         _show_missed(case, others_of(rows), ours_of(rows))
 
 
-def _by_case(records: Sequence[Point]) -> dict[str, list[Point]]:
+def by_case_of(records: Sequence[Point]) -> dict[str, list[Point]]:
+    """Give the points of every case."""
     found: dict[str, list[Point]] = {}
     for record in records:
         if "case" in record:
@@ -67,12 +61,13 @@ def _by_case(records: Sequence[Point]) -> dict[str, list[Point]]:
     return found
 
 
-def _family(row: Point) -> str:
+def family_of(row: Point) -> str:
+    """Say whose point it is."""
     return next(family for family in FAMILIES if row["way"].startswith(family))
 
 
 def _at_front(row: Point, others: Sequence[Point]) -> bool:
-    same = [one for one in others if _family(one) == _family(row) and one is not row]
+    same = [one for one in others if family_of(one) == family_of(row) and one is not row]
     return not any(one["nbytes"] <= row["nbytes"] and one["worst"] <= row["worst"] for one in same)
 
 
@@ -98,7 +93,7 @@ def _best(mine: Sequence[Point], nbytes: int) -> Point | None:
 
 def _counts(case: str, rows: Sequence[Point]) -> Point:
     mine, others = ours_of(rows), others_of(rows)
-    groups = {family: [row for row in others if _family(row) == family] for family in FAMILIES}
+    groups = {family: [row for row in others if family_of(row) == family] for family in FAMILIES}
     found = {name: (sum(met(row, mine, FOLDERS) for row in group), len(group)) for name, group in groups.items()}
     found[ONE_FILE] = (sum(met(row, mine) for row in groups["SVD"]), len(groups["SVD"]))
     return {"case": case, **{name: f"{count} of {size}" if size else None for name, (count, size) in found.items()}}
@@ -131,41 +126,3 @@ def _show_accuracy(rows: Sequence[Point], mine: Sequence[Point]) -> None:
         if original is not None and "accuracy" in row:
             share = row["nbytes"] / row["factor_bytes"]
             print(f"  ours in {share:.1%} of the bytes keeps {row['accuracy'] / original:.1%} of the accuracy")
-
-
-def draw(records: Sequence[Point], path: str) -> None:
-    """Draw worst error over bytes, a panel a case; of every way what no other point of it beats."""
-    import matplotlib.pyplot as plt
-
-    by_case = _by_case(records)
-    figure, axes = plt.subplots(-(-len(by_case) // 3), 3, figsize=(13, 3.4 * -(-len(by_case) // 3)), squeeze=False)
-    for axis in axes.flat[len(by_case) :]:
-        axis.set_axis_off()
-    for axis, (case, rows) in zip(axes.flat, by_case.items(), strict=False):
-        _draw_case(axis, others_of(rows), ours_of(rows))
-        axis.set_title(case, fontsize=11)
-    for axis in axes[-1]:
-        axis.set_xlabel("kB on disk")
-    for axis in axes[:, 0]:
-        axis.set_ylabel("worst relative error on $dW$")
-    handles = {
-        label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
-    }
-    figure.tight_layout(rect=(0, 0.04, 1, 1))
-    figure.legend(handles.values(), handles.keys(), ncols=len(handles), loc="lower center", frameon=False)
-    figure.savefig(path)
-
-
-def _draw_case(axis: Any, others: Sequence[Point], mine: Sequence[Point]) -> None:
-    for family in FAMILIES:
-        points = [(row["nbytes"] / 1e3, row["worst"]) for row in others if _family(row) == family]
-        front = [(x, y) for x, y in points if not any(a <= x and b <= y and (a, b) != (x, y) for a, b in points)]
-        if front:
-            axis.plot(*zip(*front, strict=True), label=family, **_STYLES[family])
-    points = sorted((row["nbytes"] / 1e3, row["worst"]) for row in mine)
-    front = [(x, y) for x, y in points if not any(a <= x and b <= y and (a, b) != (x, y) for a, b in points)]
-    if front:
-        axis.plot(*zip(*front, strict=True), label=OURS, color="black", marker="o", ms=3.5, lw=1.8, zorder=5)
-    axis.set(xscale="log", yscale="log", ylim=(3e-8, 2))
-    axis.grid(alpha=0.2)
-    axis.spines[["top", "right"]].set_visible(False)

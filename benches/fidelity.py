@@ -27,8 +27,9 @@ from torch import Tensor
 import loraspan
 from _bench import machine
 from _fidelity_cases import Case, Factors, cases
+from _fidelity_draw import GOAL_SHARE, draw
 from _fidelity_peers import NAMES, peers
-from _fidelity_show import OURS, Point, draw, met, others_of, ours_of, show
+from _fidelity_show import OURS, Point, met, others_of, ours_of, show
 from _fidelity_ways import Kept, controls, svds
 from compress_runs import peers_python
 from loraspan.adapters import Adapter
@@ -36,8 +37,6 @@ from loraspan.adapters.base import Slot
 from loraspan.errors import ArgumentError
 
 VENV = Path.home() / ".cache" / "loraspan-bench" / "venv"
-# of the float32 bytes of the factors: where accuracy is asked for
-GOAL_SHARE = 0.08
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
