@@ -1,6 +1,4 @@
-"""shared_lora: every form of column against dW in float64, rows without a task, mixtures, bits, refusals."""
-
-import dataclasses
+"""shared_lora: every form of column against dW in float64, rows without a task, mixtures."""
 
 import numpy as np
 import pytest
@@ -10,17 +8,11 @@ from hypothesis import strategies as st
 
 import oracles
 from devices import shared_lora, shared_lora_
-from loraspan.errors import ArgumentError, BackendError, ShapeError
-from loraspan.ops import Cores
 from loraspan.ops.shared_lora_run import TRANSPOSED
 from matrices import LAYOUTS, normal, stored
 from oracles import BF16, DTYPES, F16, F32, F64
+from shared_lora_runs import COUNTS, SCALE, assert_right, run
 from task_cores import batch, delta, expected, planted, random_tasks
-
-# never a power of two: that would hide a scale applied twice, or a rounding before it
-SCALE = 0.3
-# columns of each form (ss, sp, ps, pp) of six tasks: shared, none, ragged, each form alone, all of them
-COUNTS = [(5, 0, 0, 0), (0, 0, 0, 0), (2, 1, 3, 2), (0, 4, 0, 0), (1, 0, 2, 0), (0, 0, 0, 3)]
 
 # rows, n, d, k_out, k_in: one row, below, at and past a tile, prime, one basis missing, nothing
 SIZES = [
@@ -37,24 +29,6 @@ SIZES = [
     pytest.param(0, 9, 9, 3, 3, id="no-rows"),
 ]
 seeds = st.integers(0, 2**32 - 1)
-
-
-def run(y, x, v, u, cores, tasks, **options):
-    """Call it, or skip where a GPU's kernels have no such dtype."""
-    try:
-        return shared_lora(y, x, v, u, cores, tasks, **options)
-    except BackendError as refusal:
-        if "float64" in str(refusal):
-            pytest.skip(str(refusal))
-        raise
-
-
-def assert_right(y, x, v, u, cores, tasks, *, shares=None, backend=None):
-    out = run(y, x, v, u, cores, tasks, shares=shares, scale=SCALE, backend=backend)
-    assert out.dtype == y.dtype
-    assert out is not y
-    oracles.assert_within(out, *expected(y, x, v, u, cores, tasks, shares, SCALE))
-    return out
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -181,42 +155,6 @@ def test_any_sizes(backend, rows, mixture, n, d, seed):
     assert_right(*batch(seed, rows, n, d, k_out, k_in), cores, tasks, shares=shares, backend=backend)
 
 
-@given(rows=st.integers(1, 70), mixture=st.integers(1, 2), dtype=st.sampled_from(DTYPES), seed=seeds)
-def test_company_and_threads_change_no_bit(compiled, on_threads, rows, mixture, dtype, seed):
-    """Each row of a batch alone, or all together on any number of threads; no task has rows enough to go alone."""
-    cores = planted(seed, COUNTS, 130, 700, 20, 17, dtype=dtype, dense=[4])
-    y, x, v, u = batch(seed, rows, 130, 700, 20, 17, dtype)
-    tasks = random_tasks(seed, rows, mixture, 6)
-
-    def together():
-        return shared_lora(y, x, v, u, cores, tasks, scale=SCALE, backend=compiled)
-
-    one, two, three = (on_threads(count, together) for count in (1, 2, 3))
-    assert oracles.same_bits(one, two)
-    assert oracles.same_bits(one, three)
-    for row in range(0, rows, 7):
-        at = slice(row, row + 1)
-        alone = shared_lora(y[at], x[at], v, u, cores, tasks[at], scale=SCALE, backend=compiled)
-        assert oracles.same_bits(alone, one[at])
-
-
-@pytest.mark.parametrize("dtype", [F32, BF16])
-def test_threads_change_no_bit_of_a_large_batch(compiled, on_threads, dtype):
-    cores = planted(29, [(16, 1, 1, 1), (8, 0, 0, 0), (4, 0, 0, 2)], 700, 1100, 64, 64, dtype=dtype, dense=[1])
-    data, tasks = batch(30, 900, 700, 1100, 64, 64, dtype), torch.arange(900) % 3
-    one, two, three = (
-        on_threads(count, lambda: shared_lora(*data, cores, tasks, backend=compiled)) for count in (1, 2, 3)
-    )
-    assert oracles.same_bits(one, two)
-    assert oracles.same_bits(one, three)
-
-
-def test_a_run_gives_the_same_bits_again(backend):
-    cores, data, tasks = planted(31, COUNTS, 60, 700, 9, 9), batch(32, 30, 60, 700, 9, 9), random_tasks(33, 30, 2, 6)
-    first, again = (shared_lora(*data, cores, tasks, backend=backend) for _ in range(2))
-    assert oracles.same_bits(first, again)
-
-
 @pytest.mark.parametrize("name", ["cpu", "cpu:baseline", "reference"])
 @pytest.mark.parametrize("rows", [9, 300])
 def test_transposed_kernels_take_dw_transposed(name, rows):
@@ -233,138 +171,3 @@ def test_transposed_kernels_take_dw_transposed(name, rows):
         wanted = x[row].numpy() + (SCALE * float(shares[row]) * (y[row].numpy() @ deltas[task]) if task >= 0 else 0.0)
         # sums of at most 70 + 30 + 28 + 8 + 8 products of numbers below 1e3
         np.testing.assert_allclose(out[row].numpy(), wanted, rtol=0, atol=144 * 2.0**-53 * 1e3)
-
-
-def test_what_is_kept_from_call_to_call_is_not_kept_too_long():
-    """Bases and tables turned, moved or replaced between two calls with the very same tensors."""
-    cores, (y, x, v, u) = planted(46, COUNTS, 12, 12, 3, 3), batch(47, 6, 12, 12, 3, 3)
-    tasks = torch.tensor([0, 2, 3, 4, 5, -1])
-
-    def changed(change):
-        shared_lora(y, x, v, u, cores, tasks)
-        change()
-        assert_right(y, x, v, u, cores, tasks)
-
-    square = v[:3].clone()
-    u.data, v.data = normal(48, 12, 3, dtype=F32), normal(49, 12, 3, dtype=F32)
-    changed(lambda: None)
-    changed(lambda: setattr(v, "data", normal(50, 12, 3, dtype=F32)))
-    changed(lambda: u.copy_(normal(51, 12, 3, dtype=F32)))
-    changed(lambda: cores.left.mul_(2))
-    changed(lambda: setattr(cores.right, "data", normal(52, *cores.right.shape, dtype=F32)))
-    changed(lambda: setattr(v, "data", normal(53, 3, 12, dtype=F32).T))
-    small, short = planted(54, [(2, 0, 0, 0)], 12, 3, 3, 3), x[:, :3].contiguous()
-    shared_lora(y, short, square, u, small, tasks.clamp(max=0))
-    square.t_()
-    assert_right(y, short, square, u, small, tasks.clamp(max=0))
-    with pytest.raises(ArgumentError, match=r"row 1 has \[2\]"):
-        shared_lora(y, short, square, u, small, tasks)
-    with pytest.raises(ShapeError, match="have to fit"):
-        shared_lora(y, x, square, u, small, tasks)
-
-
-def test_the_functional_form_leaves_y_alone():
-    cores, (y, x, v, u) = planted(34, COUNTS, 9, 8, 3, 3), batch(35, 4, 9, 8, 3, 3)
-    before = y.clone()
-    out = shared_lora(y, x, v, u, cores, torch.tensor([0, 1, 2, 3]))
-    assert torch.equal(y, before)
-    assert torch.equal(out, shared_lora_(y, x, v, u, cores, torch.tensor([0, 1, 2, 3])))
-
-
-@pytest.mark.parametrize("name", ["cpu", "reference"])
-@pytest.mark.parametrize("task", [6, -2, 2**40])
-def test_a_task_out_of_range_is_refused_and_nothing_written(name, task):
-    cores, (y, x, v, u) = planted(36, COUNTS, 9, 8, 3, 3), batch(37, 5, 9, 8, 3, 3)
-    before, tasks = y.clone(), torch.tensor([0, 1, 2, task, 3])
-    with pytest.raises(ArgumentError, match=rf"^shared_lora: tasks are .* below 6, .* row 3 has \[{task}\]$"):
-        shared_lora_(y, x, v, u, cores, tasks, backend=name)
-    assert torch.equal(y, before)
-
-
-@pytest.mark.parametrize("field", range(10))
-def test_a_table_that_points_past_its_tensors_is_refused(compiled, field):
-    cores, (y, x, v, u) = planted(38, COUNTS, 9, 8, 3, 3, dense=[4]), batch(39, 2, 9, 8, 3, 3)
-    before = y.clone()
-    # task 3 has no ps columns, so any start of its right rows is one past none; task 4 is dense
-    row = 4 if field == 9 else 2
-    for wrong in (2**62, -1, 30) if field < 9 else (0,):
-        index = cores.index.clone()
-        index[row, field] = wrong
-        if field == 9:
-            index[row, 3] = 10
-        with pytest.raises(ArgumentError, match=r"whose columns lie in its tables; row 1 has"):
-            shared_lora_(y, x, v, u, dataclasses.replace(cores, index=index), torch.tensor([0, row]), backend=compiled)
-    assert torch.equal(y, before)
-
-
-def valid():
-    return {
-        **dict(zip("yxvu", batch(40, 4, 9, 8, 3, 2), strict=True)),
-        "cores": planted(41, COUNTS, 9, 8, 3, 2),
-        "tasks": torch.tensor([0, 1, 2, 3]),
-        "shares": None,
-    }
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"y": torch.ones(4, 8)}, r"have to fit; got \[4, 8\], \[4, 8\], \[8, 2\], \[9, 3\]"),
-        ({"x": torch.ones(5, 8)}, r"got \[4, 9\], \[5, 8\]"),
-        ({"x": torch.ones(4, 8, 1)}, r"got \[4, 9\], \[4, 8, 1\]"),
-        ({"tasks": torch.tensor(3)}, r"\[9, 3\], \[\] and None"),
-        ({"tasks": torch.ones(4, 1, 1, dtype=torch.int64)}, r"\[4, 1, 1\]"),
-        ({"shares": torch.ones(4, 2)}, r"\[4\] and \[4, 2\]"),
-        ({"v": torch.ones(8, 5)}, r"cores.right has 2 columns and needs 5"),
-        ({"u": torch.ones(9, 2)}, r"cores.left has 3 columns and needs 2"),
-        ({"cores": planted(41, COUNTS, 7, 8, 3, 2)}, r"cores.left_private has 7 columns and needs 9"),
-        ({"cores": planted(41, COUNTS, 9, 7, 3, 2)}, r"cores.right_private has 7 columns and needs 8"),
-        ({"x": torch.ones(4, 8).int()}, r"x is torch.int32 on cpu"),
-        ({"v": torch.ones(8, 2, dtype=torch.complex64)}, r"v is torch.complex64 on cpu"),
-        ({"u": torch.ones(9, 3, device="meta")}, r"u is torch.float32 on meta"),
-        ({"tasks": torch.ones(4, dtype=torch.int32)}, r"tasks are int64 .* got torch.int32"),
-        ({"shares": torch.ones(4, dtype=F64)}, r"shares float32; got torch.int64 and torch.float64"),
-        ({"tasks": torch.ones(4, dtype=torch.int64, device="meta")}, r"tasks are on meta"),
-        ({"y": torch.ones(1, 9).expand(4, 9)}, r"rows of y share memory"),
-    ],
-)
-def test_what_does_not_fit_is_refused(change, message):
-    arguments = {**valid(), **change}
-    shares = arguments.pop("shares")
-    before = arguments["y"].clone()
-    with pytest.raises(ShapeError, match=f"^shared_lora: .*{message}"):
-        shared_lora_(*arguments.values(), shares=shares)
-    assert torch.equal(arguments["y"], before)
-
-
-def test_an_unknown_backend_is_refused():
-    arguments = valid()
-    del arguments["shares"]
-    with pytest.raises(BackendError, match=r"^shared_lora: no backend 'tpu'; it has 'cpu', .*'triton', .*'reference'$"):
-        shared_lora(*arguments.values(), backend="tpu")
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"weights": torch.ones(3)}, r"weights is \[4\]; got \[3\]"),
-        ({"left": torch.ones(1, 3)}, r"left is \[2, \.\]; got \[1, 3\]"),
-        ({"left_private": torch.ones(3, 9)}, r"left_private is \[2, \.\]"),
-        ({"right": torch.ones(2)}, r"right is \[2, \.\]; got \[2\]"),
-        ({"right": torch.ones(2, 2, dtype=F16)}, r"right is torch.float16 on cpu, left torch.float32"),
-        ({"left": torch.ones(2, 3).int()}, r"left is torch.int32"),
-        ({"right_private": torch.ones(8, 2).T}, r"right_private needs to be contiguous"),
-        ({"dense": [True]}, r"as many ss columns as right has, 2; got counts of \[1\]"),
-    ],
-)
-def test_columns_that_do_not_fit_are_refused(change, message):
-    fields = {
-        "counts": [(1, 1, 1, 1)],
-        "weights": torch.ones(4),
-        "left": torch.ones(2, 3),
-        "left_private": torch.ones(2, 9),
-        "right": torch.ones(1 if "dense" in change else 2, 2),
-        "right_private": torch.ones(2, 8),
-    }
-    with pytest.raises(ShapeError, match=rf"^Cores: .*{message}"):
-        Cores.of(**{**fields, **change})

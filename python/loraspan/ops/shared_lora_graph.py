@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import compress
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ _CORES = (
     "Tensor v, Tensor u, Tensor index, Tensor weights, Tensor left, Tensor left_private, Tensor right, "
     "Tensor right_private, SymInt[] most, Tensor tasks, Tensor? shares, float scale"
 )
+_WANTS = attrgetter("requires_grad")
 # of the operands of shared_lora: x, and what gradients of columns and shares need x for
 _X, _COLUMNS = 1, (5, 6, 7, 8, 9, 12)
 
@@ -53,32 +56,31 @@ class _Differentiable(torch.autograd.Function):
     """The operator for eager code: a gradient registered with torch.library would cost several times the call.
 
     Each tensor that torch is handed by itself costs microseconds: of the tables and shares there are those that train,
-    ``places`` says which.
+    as ``trains`` says.
     """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, rest: tuple[Any, ...], places: list[int], *trained: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, y: Tensor, x: Tensor, rest: tuple[Any, ...], trains: tuple[bool, ...], *trained: Tensor
+    ) -> Tensor:
         out = y.clone()
         add(out, x, *rest)
-        ctx.rest, ctx.places = rest, places
-        # all but the bases may change before torch goes back: it refuses to, then
-        ctx.save_for_backward(x, rest[2].index, rest[3], rest[4], *trained)
+        ctx.rest, ctx.trains = rest, trains
+        # these may change before torch goes back: it refuses to, then
+        ctx.save_for_backward(x, rest[2].index, *rest[3:5], *trained)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, index, tasks, shares, *trained = ctx.saved_tensors
+        x, _, tasks, shares, *_ = ctx.saved_tensors
         v, u, cores, _, _, scale, backend = ctx.rest
-        tables = [*_tables(cores), shares]
-        for place, tensor in zip(ctx.places, trained, strict=True):
-            tables[place] = tensor
-        args = (v, u, index, *tables[:-1], cores.most, tasks, tables[-1], scale)
+        args = (v, u, *cores.fields(), tasks, shares, scale)
         of_x = None
         if ctx.needs_input_grad[_X]:
             of_x = torch.ops.loraspan.shared_lora_transposed(grad, x.dtype, *args, backend)
         found = torch.ops.loraspan.shared_lora_columns(grad, x, *args)
-        return (grad, of_x, None, None, *(found[place] for place in ctx.places))
+        return (grad, of_x, None, None, *compress(found, ctx.trains))
 
 
 _apply = applied(_Differentiable)
@@ -86,9 +88,9 @@ _apply = applied(_Differentiable)
 
 def differentiable(y: Tensor, x: Tensor, *rest: Any) -> Tensor:
     """Give what the operator does, in eager code, where a column or share trains; ``rest`` are its other arguments."""
-    trains = [*_tables(rest[2]), rest[4]]
-    places = [i for i, tensor in enumerate(trains) if tensor is not None and tensor.requires_grad]
-    found: Tensor = _apply(y, x, rest, places, *[trains[i] for i in places])
+    tables, shares = _tables(rest[2]), rest[4]
+    trains = (*map(_WANTS, tables), shares is not None and shares.requires_grad)
+    found: Tensor = _apply(y, x, rest, trains, *compress((*tables, shares), trains))
     return found
 
 
