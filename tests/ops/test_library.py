@@ -104,6 +104,27 @@ def test_tasks_that_changed_on_the_way_back_are_refused(trains):
         out.sum().backward()
 
 
+@pytest.mark.parametrize("changed", ["x", "weights", "left", "index"])
+def test_columns_that_changed_on_the_way_back_are_refused(changed):
+    """As where an optimizer stepped between the two."""
+    _, (y, x, weights, left, *_), (v, u, cores, tasks, _) = problem()
+    cores = dataclasses.replace(cores, weights=weights, left=left)
+    out = shared_lora(y, x, v, u, cores, tasks)
+    with torch.no_grad():
+        {"x": x, "weights": weights, "left": left, "index": cores.index}[changed].mul_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_transforms_of_functions_are_refused(trains):
+    """Torch says what it needs for them; nothing of ours passes it by."""
+    _, (y, x, weights, *_), (v, u, cores, tasks, _) = problem()
+    cores = dataclasses.replace(cores, weights=weights if trains else weights.detach())
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.func.vjp(lambda row: shared_lora(y, row, v, u, cores, tasks), x.detach())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, F32])
 def test_gradients_have_the_dtype_of_what_they_are_of(dtype):
     function, leaves, _ = problem(dtype)
