@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,8 @@ from loraspan import subspace
 from loraspan.collection.fit import Goal
 from loraspan.collection.rows import WIDTHS
 from loraspan.errors import ArgumentError, StoreError
+from loraspan.many.ledger import Ledger
+from loraspan.many.run import Run
 from many_runs import COUNT, cut_by, files_of, run
 
 
@@ -44,9 +47,15 @@ def test_written_at_once_is_what_saving_writes(shared, tmp_path):
 
 
 def test_an_executor_alone_calls_for_groups_within_1_gb(shared, tmp_path):
-    run(shared[0], tmp_path / "named", memory=10**9)
+    seen = []
+
+    def look(*_):
+        seen.append(json.loads((tmp_path / "out.progress" / "run.json").read_text())["memory"])
+
+    run(shared[0], tmp_path / "named", memory="1GB")
     with ThreadPoolExecutor(2) as threads:
-        run(shared[0], tmp_path / "out", memory=None, executor=threads)
+        run(shared[0], tmp_path / "out", memory=None, executor=threads, progress=look)
+    assert set(seen) == {10**9}
     assert files_of(tmp_path / "out") == files_of(tmp_path / "named")
 
 
@@ -98,17 +107,23 @@ def test_what_does_not_go_together_is_refused_by_name(options, words, shared, tm
     assert list(tmp_path.iterdir()) == []
 
 
-def test_sources_that_can_be_looked_through_once_are_gone_on_with(shared, tmp_path):
+def test_sources_that_can_be_looked_through_once_are_gone_on_with(shared, tmp_path, monkeypatch):
     folders = sorted(shared[0].iterdir())
 
-    def interrupt(stage, done, _total):
-        if stage == "express" and done:
-            raise KeyboardInterrupt
+    def interrupt(*_):
+        raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        run(iter(folders), tmp_path / "out", progress=interrupt)
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "segments", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(iter(folders), tmp_path / "out", overwrite=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "drop", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(iter(folders), tmp_path / "out", overwrite=True)
+    # all was done, and not cleared away: with other sources it is another run, which looks at them once more
     assert (tmp_path / "out.progress").exists()
-    assert len(run(iter(folders), tmp_path / "out").tasks) == COUNT
+    assert len(run(iter(folders[1:]), tmp_path / "out", overwrite=True).tasks) == COUNT - 1
 
 
 def test_here_is_a_folder_too(shared, tmp_path, monkeypatch):
