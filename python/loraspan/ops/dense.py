@@ -68,7 +68,7 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
     if pieces < 2:
         return a.T @ b
     whole = pieces * _SUM_ROWS
-    heads = [x[:whole].unflatten(0, (pieces, _SUM_ROWS)) for x in (a, b)]
+    heads = [x[:whole].reshape(pieces, _SUM_ROWS, x.shape[1]) for x in (a, b)]
     return torch.bmm(heads[0].mT, heads[1]).sum(0) + a[whole:].T @ b[whole:]
 
 

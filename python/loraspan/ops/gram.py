@@ -176,7 +176,7 @@ def _cpu_blocks(batch: Sequence[RowBlocks], precision: str) -> list[Tensor | lis
 def _members(memory: Tensor, rows: Sequence[int]) -> Tensor | list[Tensor]:
     if rows and min(rows) == max(rows):
         return memory.view(len(rows), rows[0], rows[0])
-    return [g.view(r, r) for g, r in zip(memory.split([r * r for r in rows]), rows, strict=True)]
+    return [g.view(r, r) for g, r in zip(torch.split(memory, [r * r for r in rows]), rows, strict=True)]
 
 
 @torch.no_grad()
