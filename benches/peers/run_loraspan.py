@@ -47,7 +47,7 @@ class Shares:
 
     def __init__(self) -> None:
         from loraspan import _core, adapters, store
-        from loraspan.collection import bases, core_space, factors
+        from loraspan.collection import bases, core_space, factors, ranges
         from loraspan.linalg import eig, roots
 
         self.seconds: dict[str, float] = {}
@@ -56,8 +56,8 @@ class Shares:
         for name in ("gram", "sketch", "power", "combine"):
             self._wrap(f"pass: {name}", getattr(_core, name))
         self._wrap("top-k: eigenpairs", eig.top_eigenpairs)
-        self._wrap("top-k: orthonormalize", roots.orthonormalize)
-        self._wrap("small: joint refinement", core_space.refine_jointly)
+        self._wrap("top-k: orthonormalize", roots.orthonormalize, ranges._orthonormal)
+        self._wrap("small: joint refinement", core_space.refine_jointly, core_space.refine_products)
         self._wrap("small: cores", bases.shared_cores)
         self._wrap("small: roots", roots.gram_root)
         self._wrap("small: r x r Grams of all", factors.read_factors)
