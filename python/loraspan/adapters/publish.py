@@ -34,7 +34,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         end = at + tensor.nbytes
         fields[name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, end]}
         at = end
-    header = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
+    # half a pair of UTF-16, which a licence out of a damaged store may hold, is no text: a question mark
+    header = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
     header += b" " * (-len(header) % 8)
     _write(path, [len(header).to_bytes(8, "little") + header, *(_memory(tensors[name]) for name in names)])
 

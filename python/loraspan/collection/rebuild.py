@@ -29,7 +29,7 @@ def rebuild(collection: Collection, name: str, *, dtype: torch.dtype = torch.flo
     Raises:
         UnknownTaskError: if there is no such task.
         ArgumentError: if ``dtype`` is none of those.
-        NotFiniteError: if a factor overflows ``dtype``.
+        NotFiniteError: if a factor overflows ``dtype``, or what is stored is not finite.
     """
     if dtype not in _DTYPES:
         raise ArgumentError(f"reconstruct: dtype is float32, bfloat16 or float16; got {dtype}")
@@ -41,7 +41,7 @@ def rebuild(collection: Collection, name: str, *, dtype: torch.dtype = torch.flo
         columns = segment.columns.get(path)
         row = None if columns is None else columns.row_of(index)
         if columns is not None and row is not None:
-            slots[path], wanted = _slot_pieces(space, columns, row, dtype)
+            slots[path], wanted = _slot_pieces(space, columns, row, dtype, f"task {name!r}: slot {path!r}")
             pieces += wanted
     reconstruct_many(pieces)
     if dtype == torch.float16:
@@ -49,14 +49,16 @@ def rebuild(collection: Collection, name: str, *, dtype: torch.dtype = torch.flo
     return Adapter(task.name, slots, task.extras, task.config, task.source)
 
 
-def _slot_pieces(space: SlotSpace, columns: Columns, row: int, dtype: torch.dtype) -> tuple[Slot, list[Piece]]:
+def _slot_pieces(
+    space: SlotSpace, columns: Columns, row: int, dtype: torch.dtype, what: str
+) -> tuple[Slot, list[Piece]]:
     """Give a slot with factors yet to be written, and the products that write them."""
     ss, sp, ps, pp = (int(count) for count in columns.counts[row])
     weights, left, left_own, right, right_own = columns.of_row(row).values()
     assert isinstance(weights, Tensor)
     root = weights.sqrt()
     if columns.dense[row]:
-        ss, left, right, root = _factor_dense(values_of(left), values_of(right), weights, ss, sp)
+        ss, left, right, root = _factor_dense(values_of(left), values_of(right), weights, ss, sp, what)
     total = ss + sp + ps + pp
     up = torch.empty(space.shape[0], total, dtype=dtype)
     down = torch.empty(total, space.shape[1], dtype=dtype)
@@ -79,9 +81,13 @@ def _piece(basis: Rows | None, rows: Rows, root: Tensor, out: Tensor) -> Piece:
     return Piece(basis, (values_of(rows).float() * root[:, None]).T, out)
 
 
-def _factor_dense(left: Tensor, right: Tensor, weights: Tensor, ss: int, sp: int) -> tuple[int, Tensor, Tensor, Tensor]:
+def _factor_dense(
+    left: Tensor, right: Tensor, weights: Tensor, ss: int, sp: int, what: str
+) -> tuple[int, Tensor, Tensor, Tensor]:
     """Factor a dense core ``[k_out, k_in]`` into as many columns as it has rank, balanced."""
     core = left[:ss].double().T * weights[:ss].double()
+    if not core.isfinite().all():
+        raise NotFiniteError(f"{what} has a NaN or an infinity in its core: take another generation, or its original")
     u, s, vh = torch.linalg.svd(core, full_matrices=False)
     rank = int((s > _RANK_FLOOR * s[:1]).sum())
     root = torch.cat([s[:rank].sqrt(), weights[ss:].double().sqrt()]).float()
