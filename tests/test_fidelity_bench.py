@@ -222,11 +222,15 @@ def test_a_missed_point_is_named(bench, capsys):
     about = {"case": "one", "adapters": 2, "factor_bytes": 1000}
     other = {**about, "way": "SVD f16, rank 1", "nbytes": 90, "folders": 120, "worst": 0.2, "mean": 0.1}
     mine = {**about, "way": "loraspan", "asked": 90, "nbytes": 100, "worst": 0.1, "mean": 0.1}
+    bench.show.show([other])
+    out = capsys.readouterr().out
+    assert "0 of 1, 1 open" in out
+    assert "not met" not in out
     bench.show.show([other, mine])
     out = capsys.readouterr().out
     assert "not met in one file: one: SVD f16, rank 1" in out
     assert "not met:" not in out
-    bench.show.show([{**other, "folders": 99}, mine])
+    bench.show.show([{**other, "folders": 99}, {**mine, "asked": 99}])
     out = capsys.readouterr().out
     assert "not met: one: SVD f16, rank 1: 0.2 in 99; ours refuses, no worse with 1.0% more bytes" in out
     bench.show.show([other, {**mine, "nbytes": 90}])
