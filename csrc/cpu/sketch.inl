@@ -1,11 +1,6 @@
 namespace loraspan {
 namespace LORASPAN_ISA {
 
-// Columns whose products are summed in T before they are added in float64.
-constexpr std::int64_t kSumColumns = 128;
-// Rows that are packed, and multiplied, together.
-constexpr std::int64_t kPanelRows = 16;
-
 // Where one job's partial sums are: one [round_up(R, kPanelRows), row_sums] float64 matrix per slab of columns. The
 // slabs depend on the shape alone, so that neither the threads nor the other jobs change how sums are grouped.
 struct SlabPlan {
@@ -65,91 +60,6 @@ inline void add_slabs(const SlabPlan& plan, std::int64_t width, double* y, int t
   });
 }
 
-// Adds the products of a panel of rows, packed as strips, with n rows of b to its sums. Vector v of row k of b is at
-// b + v * b_stride + k * L.
-template <typename T>
-inline void multiply_panel(const T* strips, std::int64_t strip, const T* b, std::int64_t b_stride, std::int64_t n,
-                           double* sums, std::int64_t row_sums, Ahead ahead) {
-  constexpr int L = kLanes<T>;
-  for_vectors(row_sums / L, [&](std::int64_t first, auto vectors) {
-    constexpr int kVectors = decltype(vectors)::value, kRows = kRowsBeside<kVectors>;
-    const T* columns = b + first * b_stride;
-    for (std::int64_t i = 0; i < kPanelRows; i += kRows) {
-      const Ahead near = {ahead.rows && first == 0 ? ahead.rows + i : nullptr, ahead.bytes};
-      Vec<T> sum[kRows][kVectors] = {};
-      for (std::int64_t k = 0; k < n; k += L) {
-        prefetch_line<kRows>(near, k / L);
-        sum_across<T, kRows, kVectors>(strips + k / L * strip + i * L, strip, columns + k * L, b_stride,
-                                       min_of(n - k, L), sum);
-      }
-      double* y = sums + i * row_sums + first * L;
-#pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) flush<true>(y + r * row_sums + v * L, sum[r][v]);
-    }
-  });
-}
-
-// The rows of a panel as memory: where column 0 of each is, and how far the next column is, both in bytes. A panel of
-// a column-major block is one stretch of memory, of which each row counts a part.
-struct PanelMemory {
-  std::uintptr_t start[kPanelRows];
-  std::uintptr_t step[kPanelRows];
-};
-
-inline void locate_panel(const Rows& x, Cursor at, PanelMemory* panel) {
-  for (int i = 0; i < kPanelRows; ++i) {
-    while (at.block < x.count && at.row >= x.blocks[at.block].rows) at = {at.block + 1, 0};
-    if (at.block == x.count) {
-      panel->start[i] = i > 0 ? panel->start[i - 1] : 0;
-      panel->step[i] = i > 0 ? panel->step[i - 1] : 0;
-      continue;
-    }
-    const Block& b = x.blocks[at.block];
-    const std::int64_t bytes = entry_bytes(b.dtype), row = is_column_major(b) ? kSumColumns : b.row_stride;
-    panel->start[i] = reinterpret_cast<std::uintptr_t>(b.data) + static_cast<std::uintptr_t>(at.row * row * bytes);
-    panel->step[i] = static_cast<std::uintptr_t>(b.col_stride * bytes);
-    ++at.row;
-  }
-}
-
-inline Cursor skip_rows(const Rows& x, Cursor at, std::int64_t rows) {
-  at.row += rows;
-  while (at.block < x.count && at.row >= x.blocks[at.block].rows) at.row -= x.blocks[at.block++].rows;
-  return at;
-}
-
-// Rows [first_row, last_row) times the signs of columns [first, last), added to the sums of these rows.
-template <typename T>
-void sketch_columns(const SketchJob& job, std::int64_t first_row, std::int64_t last_row, std::int64_t first,
-                    std::int64_t last, const T* omega, std::int64_t omega_stride, double* sums, std::int64_t row_sums) {
-  constexpr std::int64_t L = kLanes<T>;
-  T* strips = scratch<T>(Use::packed, kSumColumns * kPanelRows);
-  PanelMemory here, next;
-  Cursor at = find_row(job.x, first_row);
-  locate_panel(job.x, at, &next);
-  for (std::int64_t i = first_row; i < last_row; i += kPanelRows) {
-    const Cursor after = skip_rows(job.x, at, kPanelRows);
-    here = next;
-    locate_panel(job.x, after, &next);
-    const Rows rest = {job.x.blocks + at.block, job.x.count - at.block, job.x.columns};
-    for (std::int64_t c = first; c < last; c += kSumColumns) {
-      const std::int64_t n = min_of(last - c, kSumColumns);
-      pack_strips(rest, at.row, min_of(last_row - i, kPanelRows), c, n, strips, kPanelRows * L);
-      const bool wraps = c + kSumColumns >= last;
-      const PanelMemory& memory = wraps ? next : here;
-      const std::uintptr_t column = static_cast<std::uintptr_t>(wraps ? first : c + kSumColumns);
-      std::uintptr_t rows[kPanelRows];
-      for (int r = 0; r < kPanelRows; ++r) rows[r] = memory.start[r] + column * memory.step[r];
-      const Ahead ahead = {rows, kSumColumns * entry_bytes(rest.blocks[0].dtype)};
-      multiply_panel(strips, kPanelRows * L, omega + (c - first) * L, omega_stride, n, sums + i * row_sums, row_sums,
-                     ahead);
-    }
-    at = after;
-  }
-}
-
 template <typename T>
 void sketch_task(const SketchJob& job, const SlabPlan& plan, std::int64_t slab, std::int64_t piece) {
   constexpr std::int64_t kOmegaBytes = std::int64_t{1} << 18;  // a part of the second-level cache
@@ -168,7 +78,7 @@ void sketch_task(const SketchJob& job, const SlabPlan& plan, std::int64_t slab, 
     for (std::int64_t j = c; j < stop; j += kSumColumns)
       draw_signs<T>(job.seed, j, min_of(stop - j, kSumColumns), plan.row_sums / kLanes<T>, omega + (j - c) * kLanes<T>,
                     omega_stride);
-    sketch_columns<T>(job, first_row, last_row, c, stop, omega, omega_stride, sums, plan.row_sums);
+    add_products<T>(job.x, first_row, last_row, c, stop, omega, omega_stride, sums, plan.row_sums);
   }
 }
 

@@ -1,0 +1,120 @@
+// Products of rows of X with a matrix that is at hand, panel by panel: what sketch, power and combine have in common.
+namespace loraspan {
+namespace LORASPAN_ISA {
+
+// Columns whose products are summed in T before they are added in float64.
+constexpr std::int64_t kSumColumns = 128;
+// Rows that are packed, and multiplied, together.
+constexpr std::int64_t kPanelRows = 16;
+
+// Adds the products of a panel of rows, packed as strips (kAcross) or as panels `stride` apart, with n rows of b to its
+// sums. Vector v of row k of b is at b + v * b_stride + k * L.
+template <bool kAcross, typename T>
+inline void multiply_panel(const T* packed, std::int64_t stride, const T* b, std::int64_t b_stride, std::int64_t n,
+                           double* sums, std::int64_t row_sums, Ahead ahead) {
+  constexpr int L = kLanes<T>;
+  for_vectors(row_sums / L, [&](std::int64_t first, auto vectors) {
+    constexpr int kVectors = decltype(vectors)::value, kRows = kRowsBeside<kVectors>;
+    const T* columns = b + first * b_stride;
+    for (std::int64_t i = 0; i < kPanelRows; i += kRows) {
+      const Ahead near = {ahead.rows && first == 0 ? ahead.rows + i : nullptr, ahead.bytes};
+      Vec<T> sum[kRows][kVectors] = {};
+      if constexpr (kAcross) {
+        for (std::int64_t k = 0; k < n; k += L) {
+          prefetch_line<kRows>(near, k / L);
+          sum_across<T, kRows, kVectors>(packed + k / L * stride + i * L, stride, columns + k * L, b_stride,
+                                         min_of(n - k, L), sum);
+        }
+      } else {
+        sum_along<T, kRows, kVectors>(packed + i / L * stride + i % L, stride, columns, b_stride, n, sum);
+      }
+      double* y = sums + i * row_sums + first * L;
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) flush<true>(y + r * row_sums + v * L, sum[r][v]);
+    }
+  });
+}
+
+// The rows of a panel as memory: where column 0 of each is, and how far the next column is, both in bytes. A panel of
+// a column-major block is one stretch of memory, of which each row counts a part.
+struct PanelMemory {
+  std::uintptr_t start[kPanelRows];
+  std::uintptr_t step[kPanelRows];
+};
+
+inline void locate_panel(const Rows& x, Cursor at, PanelMemory* panel) {
+  for (int i = 0; i < kPanelRows; ++i) {
+    while (at.block < x.count && at.row >= x.blocks[at.block].rows) at = {at.block + 1, 0};
+    if (at.block == x.count) {
+      panel->start[i] = i > 0 ? panel->start[i - 1] : 0;
+      panel->step[i] = i > 0 ? panel->step[i - 1] : 0;
+      continue;
+    }
+    const Block& b = x.blocks[at.block];
+    const std::int64_t bytes = entry_bytes(b.dtype), row = is_column_major(b) ? kSumColumns : b.row_stride;
+    panel->start[i] = reinterpret_cast<std::uintptr_t>(b.data) + static_cast<std::uintptr_t>(at.row * row * bytes);
+    panel->step[i] = static_cast<std::uintptr_t>(b.col_stride * bytes);
+    ++at.row;
+  }
+}
+
+inline Cursor skip_rows(const Rows& x, Cursor at, std::int64_t rows) {
+  at.row += rows;
+  while (at.block < x.count && at.row >= x.blocks[at.block].rows) at.row -= x.blocks[at.block++].rows;
+  return at;
+}
+
+// The kPanelRows rows from `at` on, of which `rows` exist, in at most kSumColumns columns, as panels that lie
+// kSumColumns * L apart.
+template <typename T>
+inline void pack_group(const Rows& x, Cursor at, std::int64_t rows, std::int64_t c0, std::int64_t n, T* panels) {
+  constexpr std::int64_t L = kLanes<T>;
+  for (std::int64_t i = 0; i < kPanelRows; i += L) {
+    pack_panel(x, at, max_of(0, min_of(rows - i, L)), c0, n, panels + i * kSumColumns);
+    at = skip_rows(x, at, L);
+  }
+}
+
+// Rows [first_row, last_row) and columns [first, last) of X, times the rows of b for these columns, added to the sums
+// of these rows. Vector v of the row of b for column c is at b + v * b_stride + (c - first) * L.
+template <typename T>
+void add_products(const Rows& x, std::int64_t first_row, std::int64_t last_row, std::int64_t first, std::int64_t last,
+                  const T* b, std::int64_t b_stride, double* sums, std::int64_t row_sums) {
+  constexpr std::int64_t L = kLanes<T>;
+  T* packed = scratch<T>(Use::packed, kSumColumns * kPanelRows);
+  PanelMemory here, next;
+  Cursor at = find_row(x, first_row);
+  locate_panel(x, at, &next);
+  for (std::int64_t i = first_row; i < last_row; i += kPanelRows) {
+    const Cursor after = skip_rows(x, at, kPanelRows);
+    here = next;
+    locate_panel(x, after, &next);
+    const Rows rest = {x.blocks + at.block, x.count - at.block, x.columns};
+    for (std::int64_t c = first; c < last; c += kSumColumns) {
+      const std::int64_t n = min_of(last - c, kSumColumns);
+      const std::int64_t height = min_of(last_row - i, kPanelRows);
+      if (is_column_major(rest.blocks[0])) {
+        // columns lie one after the other: nothing to transpose, and the hardware fetches ahead
+        pack_group(x, at, height, c, n, packed);
+        multiply_panel<false>(packed, kSumColumns * L, b + (c - first) * L, b_stride, n, sums + i * row_sums, row_sums,
+                              Ahead{nullptr, 0});
+        continue;
+      }
+      pack_strips(rest, at.row, height, c, n, packed, kPanelRows * L);
+      const bool wraps = c + kSumColumns >= last;
+      const PanelMemory& memory = wraps ? next : here;
+      const std::uintptr_t column = static_cast<std::uintptr_t>(wraps ? first : c + kSumColumns);
+      std::uintptr_t rows[kPanelRows];
+      for (int r = 0; r < kPanelRows; ++r) rows[r] = memory.start[r] + column * memory.step[r];
+      const Ahead ahead = {rows, kSumColumns * entry_bytes(rest.blocks[0].dtype)};
+      multiply_panel<true>(packed, kPanelRows * L, b + (c - first) * L, b_stride, n, sums + i * row_sums, row_sums,
+                           ahead);
+    }
+    at = after;
+  }
+}
+
+}  // namespace LORASPAN_ISA
+}  // namespace loraspan
