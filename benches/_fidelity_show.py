@@ -118,9 +118,9 @@ def _show_missed(case: str, rows: Sequence[Point]) -> None:
         if not met(row, mine, FOLDERS) and not is_open(row, rows, FOLDERS):
             nbytes = row.get(FOLDERS, row["nbytes"])
             best = _best(mine, nbytes)
-            ours = f"ours {best['worst']:.3g} in {best['nbytes']:,}" if best else "ours refuses"
+            ours = f"ours {best['worst']:.4g} in {best['nbytes']:,}" if best else "ours refuses"
             print(
-                f"  not met: {case}: {row['way']}: {row['worst']:.3g} in {nbytes:,}; {ours}{_more(row, mine, nbytes)}"
+                f"  not met: {case}: {row['way']}: {row['worst']:.4g} in {nbytes:,}; {ours}{_more(row, mine, nbytes)}"
             )
         elif not met(row, mine) and not is_open(row, rows):
             in_one_file.append(row["way"])
