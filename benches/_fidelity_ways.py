@@ -12,7 +12,7 @@ from torch import Tensor
 
 from _fidelity_cases import Factors
 from loraspan.adapters import Adapter
-from loraspan.collection.layout import Entry, header
+from loraspan.collection.headers import Entry, header
 from loraspan.collection.rows import Width, row_bytes, store_rows, tensors_of, values_of
 
 WIDTHS: dict[str, Width] = {"f16": torch.float16, "8 bits": 8, "4 bits": 4}

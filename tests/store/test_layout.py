@@ -1,4 +1,5 @@
 import json
+import zlib
 
 import numpy as np
 import pytest
@@ -7,8 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loraspan import store
+from loraspan.adapters.mapped import map_tensors
 from loraspan.collection import layout
-from store.samples import FORMS_CASES, ODD_EXTRAS, collection, columns
+from loraspan.errors import FormatError
+from loraspan.store.manifest import DataFile
+from loraspan.store.mapped import TensorFile, listed_in
+from store.samples import FORMS_CASES, ODD_EXTRAS, assert_same, collection, columns, edit_tensors
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -81,3 +86,63 @@ def test_a_larger_collection_takes_what_is_said(tmp_path):
     _, total = sizes(tmp_path / "a")
 
     assert abs(layout.collection_bytes(held) / total - 1) < 0.01
+
+
+def test_long_headers_become_directories(tmp_path):
+    """Many small slots: their names are compressed, the bytes are as said, and all comes back as views."""
+    held = collection(3, slots=60, tasks=3)
+    store.save(held, tmp_path / "a")
+
+    _, total = sizes(tmp_path / "a")
+    starts = [layout.file_start(entries, {}) for entries in (wide(60, 8), wide(60, 8 << 20), wide(3, 8))]
+
+    assert _header(tmp_path / "a", "tasks-*").count(b"dtype") == 2
+    assert abs(layout.collection_bytes(held) - total) <= max(500, total // 100)
+    assert_same(store.open(tmp_path / "a"), held)
+    assert store.verify(tmp_path / "a") == []
+    # a 64th of the data, or a few names, are let be
+    assert [b"directory" in start[:99] for start in starts] == [True, False, False]
+    assert len(starts[0]) < len(starts[1]) / 4
+
+
+def wide(slots, size):
+    return [(f"left_private.layers.{i}.self_attn.q_proj", torch.float32, [size]) for i in range(slots)]
+
+
+HOSTILE = {
+    "compressed by zlib": lambda d: torch.zeros_like(d),
+    "one zlib stream": lambda d: d[: len(d) // 2].clone(),
+    "with one dimension each": lambda d: d[None],
+    "of bytes": lambda d: d.view(torch.int8),
+    "its own length": lambda _: _bytes(zlib.compress(bytes(1 << 20), 9)),
+    "needs tensor names|not JSON|JSON object": lambda _: _bytes(zlib.compress(b"{]")),
+    "one zlib stream, of": lambda d: torch.cat([d, torch.ones_like(d)]),
+}
+
+
+def _bytes(raw):
+    return torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("said", HOSTILE)
+def test_directories_that_are_none(tmp_path, said):
+    store.save(collection(3, slots=60, tasks=3), tmp_path / "a")
+    name = edit_tensors(tmp_path / "a", "tasks", lambda t: t.update(directory=HOSTILE[said](t["directory"])))
+
+    with pytest.raises(FormatError, match=said) as caught:
+        store.open(tmp_path / "a")
+    assert name in str(caught.value)
+    (finding,) = store.verify(tmp_path / "a")
+    assert finding.file == name
+
+
+def test_data_that_lie_askew_are_copied(tmp_path):
+    """Behind a directory of an odd length, as another writer may leave it."""
+    held = collection(3, slots=60, tasks=3)
+    store.save(held, tmp_path / "a")
+    path = next((tmp_path / "a").glob("tasks-*"))
+    data = DataFile(path.name, "", path.stat().st_size, 3)
+    whole = map_tensors(str(path)).tensors
+    inner = listed_in(whole["directory"], _bytes(b"x" + whole["data"].numpy().tobytes())[1:], path.name)
+    for name, tensor in inner.items():
+        assert torch.equal(tensor.view(torch.uint8), TensorFile(path.parent, data).tensor(name).view(torch.uint8))

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from loraspan import store
 from loraspan.adapters.header import DTYPES
 from loraspan.collection.collection import Collection, Segment, SlotSpace, Task
-from loraspan.collection.layout import DTYPE_NAMES
+from loraspan.collection.headers import DTYPE_NAMES
 from store.samples import (
     NAMES,
     ODD_EXTRAS,

@@ -15,6 +15,9 @@ from loraspan.adapters.header import DTYPES, Header, header_bytes, parse_header
 from loraspan.adapters.regular import open_regular
 from loraspan.errors import FormatError
 
+# bytes of the largest items
+_WIDEST = 8
+
 
 @dataclass(frozen=True)
 class MappedFile:
@@ -61,6 +64,11 @@ def map_tensors(path: str) -> MappedFile:
     return MappedFile(_views(whole, header, start), header, hashlib.sha256(raw).hexdigest())
 
 
+def views_of(data: Tensor, header: Header) -> dict[str, Tensor]:
+    """Give the tensors of a checked header of ``data``, bytes ``[size]``, as views; of a copy where those lie askew."""
+    return _views(data if data.storage_offset() % _WIDEST == 0 else data.clone(), header, 0)
+
+
 def file_sha256(path: str) -> str:
     """Give the sha256 of a whole file, in hex; it is read through once."""
     digest = hashlib.sha256()
@@ -98,7 +106,7 @@ def _views(whole: Tensor, header: Header, start: int) -> dict[str, Tensor]:
         if first % typed.itemsize:
             tensors[name] = whole[first : start + end].clone().view(typed.dtype).view(shape)
         else:
-            tensors[name] = typed.as_strided(shape, _row_major(shape), first // typed.itemsize)
+            tensors[name] = typed.as_strided(shape, _row_major(shape), typed.storage_offset() + first // typed.itemsize)
     return tensors
 
 

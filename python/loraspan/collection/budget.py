@@ -164,24 +164,35 @@ class Planner:
         return found
 
     def plans(self) -> list[Plan]:
-        """Every form, at widths that double up to those of the ranges; the all-private one first."""
-        widest = max(self._out.shape[2], self._in.shape[2])
-        widths = sorted({2**i for i in range(2, widest.bit_length()) if 2**i < widest} | {widest}) if widest else []
-        found = [self._plan("pp", 0, 0, self._alone())]
-        for width in widths:
-            rank_out, rank_in = min(width, self._out.shape[2]), min(width, self._in.shape[2])
-            both = [self._plan("ss", rank_out, rank_in, columns) for columns in self._both(rank_out, rank_in)]
-            found += [
-                min(both, key=lambda plan: plan.nbytes),
-                self._plan("ps", 0, rank_in, self._one_sided("ps", rank_in)),
-                self._plan("sp", rank_out, 0, self._one_sided("sp", rank_out)),
-            ]
-        return found
+        """Every form, at widths that grow by a half or a third up to those of the ranges; the all-private one first."""
+        return [self._plan("pp", 0, 0), *(self._plan(*shared) for shared in self._shared())]
 
-    def _plan(self, form: str, rank_out: int, rank_in: int, columns: NDArray[np.int64]) -> Plan:
-        n, d = self._shape
+    def cheapest(self) -> Plan:
+        """Give the plan of the fewest bytes; what would take more for its bases alone is not counted."""
+        best = self._plan("pp", 0, 0)
+        for form, rank_out, rank_in in self._shared():
+            if basis_bytes(*self._shape, rank_out, rank_in, self._widths) < best.nbytes:
+                best = min(best, self._plan(form, rank_out, rank_in), key=lambda plan: plan.nbytes)
+        return best
+
+    def _shared(self) -> list[tuple[str, int, int]]:
+        """Forms with bases, and the ranks of those."""
+        most_out, most_in = self._out.shape[2], self._in.shape[2]
+        widest = max(most_out, most_in)
+        steps = (step << i for i in range(widest.bit_length()) for step in (4, 6))
+        widths = sorted({step for step in steps if step < widest} | {widest}) if widest else []
+        pairs = [(min(width, most_out), min(width, most_in)) for width in widths]
+        return [shared for out, inn in pairs for shared in (("ss", out, inn), ("ps", 0, inn), ("sp", out, 0))]
+
+    def _plan(self, form: str, rank_out: int, rank_in: int) -> Plan:
+        if form == "pp":
+            columns = self._alone()
+        elif form == "ss":
+            columns = min(self._both(rank_out, rank_in), key=lambda each: int(each.sum()))
+        else:
+            columns = self._one_sided(form, rank_out or rank_in)
         total = min(int(columns.sum()), NEVER)
-        return Plan(form, rank_out, rank_in, total + basis_bytes(n, d, rank_out, rank_in, self._widths))
+        return Plan(form, rank_out, rank_in, total + basis_bytes(*self._shape, rank_out, rank_in, self._widths))
 
     def _alone(self) -> NDArray[np.int64]:
         allowed, possible = self._left_by_rounding(2 * rounding_of(self._widths.private))

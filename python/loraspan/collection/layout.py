@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from loraspan.collection.headers import Entry, count, deflate, file_start, order
 from loraspan.collection.rows import Rows, Width, Widths, row_bytes, tensors_of
 from loraspan.errors import ArgumentError
 
@@ -19,39 +19,6 @@ if TYPE_CHECKING:
     from loraspan.collection.collection import Collection, Segment, Task
     from loraspan.collection.columns import Columns
 
-# the names that the safetensors format gives to dtypes
-DTYPE_NAMES: Mapping[torch.dtype, str] = {
-    getattr(torch, ours): name
-    for name, ours in {
-        "F64": "float64",
-        "F32": "float32",
-        "F16": "float16",
-        "BF16": "bfloat16",
-        "I64": "int64",
-        "I32": "int32",
-        "I16": "int16",
-        "I8": "int8",
-        "U64": "uint64",
-        "U32": "uint32",
-        "U16": "uint16",
-        "U8": "uint8",
-        "BOOL": "bool",
-        "F8_E4M3": "float8_e4m3fn",
-        "F8_E5M2": "float8_e5m2",
-    }.items()
-    if hasattr(torch, ours)
-}
-
-# a tensor of a file: its name, dtype and shape
-Entry = tuple[str, torch.dtype, Sequence[int]]
-
-# Data begins at a multiple of a cache line. Tensors follow each other without gaps, widest items first, so that each
-# starts at a multiple of its item.
-ALIGNMENT = 64
-_LENGTH_BYTES = 8
-# Text in a store is at most so many times as long as the bytes that it was compressed to: a reader has a limit.
-INFLATED = 64
-_ZLIB_LEVEL = 6
 _BYTES = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kMGTKmgt]?B?)", re.ASCII)
 _UNITS = {"": 1, "B": 1, **{f"{unit}{b}": 10 ** (3 * i) for i, unit in enumerate("KMGT", 1) for b in ("", "B")}}
 # of a manifest beside its names and numbers, and of its lists' elements; see `manifest_bytes`
@@ -67,30 +34,6 @@ def narrow(largest: int) -> torch.dtype:
     """
     limits = ((255, torch.uint8), (2**15 - 1, torch.int16), (2**31 - 1, torch.int32))
     return next((dtype for limit, dtype in limits if largest <= limit), torch.int64)
-
-
-def order(entries: Iterable[Entry]) -> list[int]:
-    """Give the order in which entries lie in a file: wider items first, otherwise as given."""
-    widths = [-dtype.itemsize for _, dtype, _ in entries]
-    return sorted(range(len(widths)), key=widths.__getitem__)
-
-
-def header(entries: Iterable[Entry], metadata: Mapping[str, str]) -> bytes:
-    """Give the first bytes of a safetensors file, up to where the data of ``entries`` begin, in the order given.
-
-    Example:
-        >>> len(header([("x", torch.float32, [2, 3])], {}))
-        128
-    """
-    table: dict[str, object] = {"__metadata__": dict(metadata)}
-    start = 0
-    for name, dtype, shape in entries:
-        stop = start + _size(shape) * dtype.itemsize
-        table[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, stop]}
-        start = stop
-    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-(_LENGTH_BYTES + len(text)) % ALIGNMENT)
-    return len(text).to_bytes(_LENGTH_BYTES, "little") + text
 
 
 def basis_bytes(n: int, d: int, k_out: int, k_in: int, dtype: Widths | Width) -> int:
@@ -193,12 +136,6 @@ def records_bytes(tasks: Sequence[Task]) -> int:
     return len(deflate(text.encode()))
 
 
-def deflate(text: bytes) -> bytes:
-    """Give text as a store keeps it: compressed by zlib where that is shorter, as it is otherwise."""
-    packed = zlib.compress(text, _ZLIB_LEVEL)
-    return packed if len(packed) < len(text) <= INFLATED * len(packed) else text
-
-
 def manifest_bytes(collection: Collection) -> int:
     """Give the bytes of the manifest and of ``CURRENT``, to about one per cent."""
     text = len(_dumps([collection.summary, collection.base_model]))
@@ -252,9 +189,10 @@ def _origin_entries(tasks: Sequence[Task], slots: Mapping[str, Columns]) -> list
 
 
 def _file_bytes(kind: str, entries: Sequence[Entry]) -> int:
-    kept = [entry for entry in entries if _size(entry[2])]
-    data = sum(_size(shape) * dtype.itemsize for _, dtype, shape in kept)
-    return len(header((kept[i] for i in order(kept)), {"loraspan": kind})) + data
+    # as a writer does: of what has no element, only extras are told of
+    kept = [entry for entry in entries if count(entry[2]) or entry[0].startswith("extra.")]
+    data = sum(count(shape) * dtype.itemsize for _, dtype, shape in kept)
+    return len(file_start([kept[i] for i in order(kept)], {"loraspan": kind})) + data
 
 
 def _source(task: Task) -> list[object]:
@@ -268,10 +206,3 @@ def _plain(value: object) -> object:
 
 def _dumps(value: object) -> str:
     return json.dumps(value, separators=(",", ":"), default=str)
-
-
-def _size(shape: Sequence[int]) -> int:
-    size = 1
-    for axis in shape:
-        size *= int(axis)
-    return size

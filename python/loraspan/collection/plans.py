@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -138,9 +138,7 @@ def fit_bytes(
     best: tuple[float, float, Widths, list[Fitted]] | None = None
     least, last = NEVER, 0
     for _ in range(_BUILDS):
-        aims = {w: curves[w].error_for(limit - beside.get(w, last)) for w in candidates}
-        widths = min(candidates, key=lambda w: aims[w])
-        error = aims[widths]
+        widths, error = _least_error(curves, {w: limit - beside.get(w, last) for w in candidates})
         if error > _MOST and best is not None:
             break
         fitted = fitters.build(min(error, _MOST), widths, report)
@@ -161,6 +159,19 @@ def fit_bytes(
     return Outcome(fitted, widths, worst, _lines(fitters, candidates, error, widths))
 
 
+def _least_error(curves: Mapping[Widths, _Curve], limits: Mapping[Widths, int]) -> tuple[Widths, float]:
+    """Give the widths whose plan has the smallest error within their limit of bytes, and that error."""
+    best, error = next(iter(curves)), math.inf
+    # narrow ones first, which win where bytes are few: one count then says that most others cannot do better
+    for widths, curve in reversed(curves.items()):
+        if error <= _MOST and not curve.is_within(error, limits[widths]):
+            continue
+        found = curve.error_for(limits[widths])
+        if found < error:
+            best, error = widths, found
+    return best, error
+
+
 class _Curve:
     """Bytes over errors of the plans of one choice of widths, counted where they are asked for."""
 
@@ -177,6 +188,10 @@ class _Curve:
     def rule_out(self, error: float) -> None:
         """Keep to errors from this one on."""
         self._floor = min(error, _MOST)
+
+    def is_within(self, error: float, limit: int) -> bool:
+        """Say whether a plan of that error takes at most ``limit`` bytes."""
+        return error > self._floor and self.bytes_at(error) <= limit
 
     def error_for(self, limit: int) -> float:
         """Give about the smallest error whose plan takes at most ``limit`` bytes, infinity if there is none."""

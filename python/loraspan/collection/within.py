@@ -138,7 +138,7 @@ class SlotFitter:
             if self._planner is None:
                 self._widen(allowed, widths)
             assert self._planner is not None
-            plan = min(self._planner.at(allowed, widths).plans(), key=lambda p: p.nbytes)
+            plan = self._planner.at(allowed, widths).cheapest()
             if max(plan.rank_out, plan.rank_in) < self._width:
                 return plan
             self._planner = None

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from loraspan.adapters.mapped import map_tensors
 from loraspan.adapters.strict_json import parse_object
-from loraspan.collection.layout import header, order
+from loraspan.collection.headers import header, order
 from loraspan.errors import FormatError, StoreError
 from loraspan.store import files
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from loraspan.adapters.base import KINDS
 from loraspan.adapters.header import MAX_NAME_CHARS
 from loraspan.collection.collection import Collection, Segment, SlotSpace
-from loraspan.collection.layout import DTYPE_NAMES
+from loraspan.collection.headers import DTYPE_NAMES
 from loraspan.errors import ArgumentError, ShapeError
 from loraspan.ops.packed import Packed
 from loraspan.store.format import LARGEST

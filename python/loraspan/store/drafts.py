@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loraspan.collection.layout import header, order
+from loraspan.collection.headers import file_start, order
 from loraspan.errors import ArgumentError, FormatError, StoreError
 from loraspan.store import files
 from loraspan.store.format import DATA_FILE, MANIFEST_FILE, TEMPORARY, UNFINISHED, data_name
@@ -148,10 +148,10 @@ def tidy(folder: Path, generation: int | None) -> None:
 
 
 def _buffers(kind: str, named: Named) -> list[memoryview]:
-    """Give a file of tensors as pieces of memory: the header, then the tensors where they are."""
+    """Give a file of tensors as pieces of memory: its start, then the tensors where they are."""
     entries = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in named]
     places = order(entries)
-    pieces = [memoryview(header((entries[i] for i in places), {"loraspan": kind}))]
+    pieces = [memoryview(file_start([entries[i] for i in places], {"loraspan": kind}))]
     pieces += [memoryview(_memory(named[i][1])) for i in places if named[i][1].numel()]
     return pieces
 

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 from loraspan.adapters.strict_json import parse_object
 from loraspan.errors import FormatError
 
-# what this version writes, and the newest that it reads
-SCHEMA = 1
+# What this version writes, and the newest that it reads: 1 knew no directories.
+SCHEMA = 2
 
 CURRENT = "CURRENT"
 LOCK = ".lock"

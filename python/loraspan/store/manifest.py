@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from loraspan.adapters.base import KINDS
-from loraspan.collection.layout import DTYPE_NAMES
+from loraspan.collection.headers import DTYPE_NAMES
 from loraspan.errors import UnsupportedError
 from loraspan.store.format import BASIS, DATA_FILE, SCHEMA, TASKS, DamagedError, data_name, parse_json, take, take_size
 from loraspan.store.sizes import slot_problem
@@ -148,10 +148,10 @@ def parse(data: bytes, file: str) -> Manifest:
     if schema > SCHEMA:
         raise UnsupportedError(
             f"{file}: store schema {schema}, written by {table.get('writer')!r}; "
-            f"this is loraspan {_version()}, which reads schema {SCHEMA}: upgrade loraspan"
+            f"this is loraspan {_version()}, which reads schemas up to {SCHEMA}: upgrade loraspan"
         )
-    if schema != SCHEMA:
-        raise DamagedError(file, "manifest", f"'schema' has to be {SCHEMA}; it is {schema}")
+    if schema < 1:
+        raise DamagedError(file, "manifest", f"'schema' has to be from 1 to {SCHEMA}; it is {schema}")
     if hashlib.sha256(data.rpartition(_SEAL)[0]).hexdigest() != take(table, "checksum", str, file, "manifest"):
         raise DamagedError(file, "checksum", "it is not that of the manifest, which has been changed or damaged")
     name = take(table, "dtype", str, file, "manifest")

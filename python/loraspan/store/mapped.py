@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from loraspan.adapters.mapped import map_tensors
+from loraspan.adapters.header import parse_header
+from loraspan.adapters.mapped import map_tensors, views_of
 from loraspan.adapters.regular import open_regular
+from loraspan.collection.headers import DATA, DIRECTORY, INFLATED
 from loraspan.errors import FormatError, StoreError, UnsupportedError
 from loraspan.store.format import DamagedError
 from loraspan.store.manifest import DataFile
@@ -42,6 +45,8 @@ class TensorFile:
             raise DamagedError(self.name, "size", f"the manifest says {data.size} bytes; it has {actual}")
         try:
             self._tensors = map_tensors(str(path)).tensors
+            if self._tensors.keys() == {DIRECTORY, DATA}:
+                self._tensors = listed_in(self._tensors[DIRECTORY], self._tensors[DATA], str(path))
         except (FormatError, UnsupportedError) as error:
             raise DamagedError(self.name, "header", str(error).removeprefix(f"{path}: ")) from None
 
@@ -62,3 +67,21 @@ class TensorFile:
         for name in self._tensors:
             if name not in known:
                 raise DamagedError(self.name, f"tensor {name!r}", "it does not belong in this file")
+
+
+def listed_in(directory: Tensor, data: Tensor, path: str) -> dict[str, Tensor]:
+    """Give the tensors that a directory lists, as views of ``data``.
+
+    Raises:
+        FormatError: naming the file, if the directory is not the header of such data, compressed as a writer does.
+    """
+    if directory.dtype != torch.uint8 or directory.ndim != 1 or data.dtype != torch.uint8 or data.ndim != 1:
+        raise FormatError(f"{path}: needs a directory and data of bytes, with one dimension each")
+    stream = zlib.decompressobj()
+    try:
+        text = stream.decompress(directory.numpy().tobytes(), INFLATED * directory.numel() + 1)
+    except zlib.error as error:
+        raise FormatError(f"{path}: needs a directory compressed by zlib: {error}") from None
+    if not stream.eof or stream.unused_data.strip(b"\0"):
+        raise FormatError(f"{path}: needs a directory of one zlib stream, of at most {INFLATED} times its own length")
+    return views_of(data, parse_header(text, data.numel(), path))

@@ -15,7 +15,7 @@ from torch import Tensor
 from loraspan.adapters.base import Source
 from loraspan.adapters.strict_json import parse_object
 from loraspan.collection.collection import Task
-from loraspan.collection.layout import INFLATED, deflate
+from loraspan.collection.headers import INFLATED, deflate
 from loraspan.errors import ArgumentError, FormatError
 from loraspan.store.format import DamagedError, parse_json, take
 
