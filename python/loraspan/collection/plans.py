@@ -163,7 +163,7 @@ def _least_error(curves: Mapping[Widths, _Curve], limits: Mapping[Widths, int]) 
     """Give the widths whose plan has the smallest error within their limit of bytes, and that error."""
     best, error = next(iter(curves)), math.inf
     # narrow ones first, which win where bytes are few: one count then says that most others cannot do better
-    for widths, curve in reversed(curves.items()):
+    for widths, curve in reversed(list(curves.items())):
         if error <= _MOST and not curve.is_within(error, limits[widths]):
             continue
         found = curve.error_for(limits[widths])
