@@ -234,3 +234,13 @@ def test_a_collection_without_tasks_is_refused():
     held = fit(planted.adapters(count=2), Goal(rank=3))
     with pytest.raises(ArgumentError, match="refit: the collection has no task; add one first"):
         refit(remove(held, ["task 0", "task 1"]), rank=2)
+
+
+def test_what_needs_no_new_bases_keeps_its_own():
+    """Just fitted: new bases would take as many bytes and a record of what each task lost for them."""
+    held = fit(planted.adapters(count=20, slots=1, noise=0.05), Goal(max_error=0.1))
+    same = refit(held, max_forgetting=0.01)
+    assert collection_bytes(same) == collection_bytes(held)
+    assert [task.forgotten for task in same.tasks] == [0.0] * 20
+    for i in range(20):
+        assert np.array_equal(planted.stored_delta(same, PATH, i), planted.stored_delta(held, PATH, i))

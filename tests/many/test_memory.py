@@ -73,7 +73,7 @@ def test_anonymous_memory_stays_within_what_was_allowed(sources, tmp_path):
     space = loraspan.open(tmp_path / "tight").collection
     assert len(space.segments) > 4
     assert all(max(slot.ranks) >= 48 for slot in space.slots.values())
-    # it is the groups that keep it small: one of all takes more than the other may
+    # it is the groups that keep it small: one of all takes more
     whole = peak_of(sources, tmp_path / "whole", 10**9)
     assert len(loraspan.open(tmp_path / "whole").collection.segments) == 1
-    assert whole["peak"] > tight["memory"]
+    assert whole["peak"] > 1.2 * tight["peak"]

@@ -26,6 +26,7 @@ from loraspan.collection.layout import collection_bytes
 from loraspan.collection.plans import Options, fit_bytes
 from loraspan.collection.private import CORRECTIONS
 from loraspan.collection.rows import Widths
+from loraspan.collection.segments import merge
 from loraspan.collection.stored import stored_slots
 from loraspan.collection.within import Fitters, fit_within
 from loraspan.errors import ArgumentError
@@ -49,6 +50,7 @@ def refit(
 ) -> Collection:
     """Give the same tasks on new bases, in one segment.
 
+    With ``max_forgetting`` alone they stay on the old bases, and lose nothing, where new ones would take more bytes.
     What a task loses is its distance from what was stored of it, relative to the norm of its original ``dW``. Its error
     against its original is then at most its error before and that loss, and is reported as a ``"bound"``; the losses of
     its life add up in ``Task.forgotten``.
@@ -88,6 +90,9 @@ def refit(
     made = _collection(collection, slots, fitted, squares)
     if max_forgetting is not None:
         _check_met(collection, made.tasks, max_forgetting)
+    if rank is None and max_bytes is None:
+        joined = replace(collection, segments=(merge(collection.segments),))
+        return made if collection_bytes(made) <= collection_bytes(joined) else joined
     if max_bytes is not None and (size := collection_bytes(made)) > max_bytes:
         raise ArgumentError(
             f"refit: max_bytes={max_bytes:,} cannot be met with rank={rank} and max_forgetting={max_forgetting}: the "
