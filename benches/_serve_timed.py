@@ -19,9 +19,8 @@ from _serve_space import Layers, exact
 
 OF_PEERS = (Goal("x PEFT", 8.0), Goal("x vlora", 50.0))
 OF_BASE = (Goal("x base", 1.15, most=True),)
-# what a row may be off, root mean square, in errors of the base model's worst row; the largest of 300 small models' was
-# 2.2, half of them were at 1.05
-SLACK = 3.0
+# what a row may be off, root mean square, in errors of the base model's worst row; 1.05 is the median of small models
+SLACK = 2.0
 
 
 class Way(NamedTuple):

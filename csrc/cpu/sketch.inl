@@ -10,7 +10,6 @@ struct SlabPlan {
   std::int64_t slabs;
   std::int64_t slab_columns;
   std::int64_t row_sums;
-  std::int64_t weights;  // where its packed weights start among those of all jobs, if it has any
   double* sums;
 };
 

@@ -68,12 +68,12 @@ def peak_of(sources, out, group):
 def test_anonymous_memory_stays_within_what_was_allowed(sources, tmp_path):
     import loraspan
 
-    tight = peak_of(sources, tmp_path / "tight", 8_000_000)
+    tight = peak_of(sources, tmp_path / "tight", 4_000_000)
     assert tight["peak"] <= tight["memory"]
     space = loraspan.open(tmp_path / "tight").collection
     assert len(space.segments) > 4
     assert all(max(slot.ranks) >= 48 for slot in space.slots.values())
-    # it is the groups that keep it small: one of all takes more
+    # it is the groups that keep it small: one of all takes more than the other may
     whole = peak_of(sources, tmp_path / "whole", 10**9)
     assert len(loraspan.open(tmp_path / "whole").collection.segments) == 1
-    assert whole["peak"] > 1.2 * tight["peak"]
+    assert whole["peak"] > tight["memory"]

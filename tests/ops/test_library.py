@@ -104,14 +104,25 @@ def test_tasks_that_changed_on_the_way_back_are_refused(trains):
         out.sum().backward()
 
 
-@pytest.mark.parametrize("changed", ["x", "weights", "left", "index"])
+@pytest.mark.parametrize("changed", ["x", "weights", "left", "right", "right_private", "index"])
 def test_columns_that_changed_on_the_way_back_are_refused(changed):
     """As where an optimizer stepped between the two."""
     _, (y, x, weights, left, *_), (v, u, cores, tasks, _) = problem()
     cores = dataclasses.replace(cores, weights=weights, left=left)
     out = shared_lora(y, x, v, u, cores, tasks)
     with torch.no_grad():
-        {"x": x, "weights": weights, "left": left, "index": cores.index}[changed].mul_(1)
+        (x if changed == "x" else getattr(cores, changed)).mul_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("trains", [True, False])
+@pytest.mark.parametrize("side", [0, 1], ids=["v", "u"])
+def test_bases_that_changed_on_the_way_back_are_refused(side, trains):
+    _, (y, x, weights, *_), (v, u, cores, tasks, _) = problem()
+    cores = dataclasses.replace(cores, weights=weights if trains else weights.detach())
+    out = shared_lora(y, x, v, u, cores, tasks)
+    (v, u)[side].mul_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
 

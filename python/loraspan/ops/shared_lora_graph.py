@@ -60,20 +60,19 @@ class _Differentiable(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, y: Tensor, x: Tensor, rest: tuple[Any, ...], trains: tuple[bool, ...], *trained: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, y: Tensor, x: Tensor, rest: tuple[Any, ...], trains: tuple[bool, ...], *_: Tensor) -> Tensor:
         out = y.clone()
         add(out, x, *rest)
+        v, u, cores, tasks, shares = rest[:5]
         ctx.rest, ctx.trains = rest, trains
         # these may change before torch goes back: it refuses to, then
-        ctx.save_for_backward(x, rest[2].index, *rest[3:5], *trained)
+        ctx.save_for_backward(x, tasks, shares, v, u, cores.index, *_tables(cores))
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, _, tasks, shares, *_ = ctx.saved_tensors
+        x, tasks, shares, *_ = ctx.saved_tensors
         v, u, cores, _, _, scale, backend = ctx.rest
         args = (v, u, *cores.fields(), tasks, shares, scale)
         of_x = None

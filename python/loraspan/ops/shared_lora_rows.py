@@ -22,7 +22,7 @@ class _Differentiable(torch.autograd.Function):
         add(out, x, *rest)
         ctx.rest, ctx.dtype = rest, x.dtype
         # these may be buffers that somebody fills anew: torch then refuses to go back
-        ctx.save_for_backward(*rest[3:5])
+        ctx.save_for_backward(*rest[3:5], *filter(torch.is_tensor, rest[:2]))
         return out
 
     @staticmethod
@@ -34,7 +34,7 @@ class _Differentiable(torch.autograd.Function):
         d = v.length if isinstance(v, Packed) else v.shape[0]
         of_x = grad.new_zeros(grad.shape[0], d, dtype=ctx.dtype)
         named = backend if backend in [b.name for b in TRANSPOSED] else None
-        args = (of_x, grad, u, v, cores, *two_axes(*ctx.saved_tensors), scale)
+        args = (of_x, grad, u, v, cores, *two_axes(*ctx.saved_tensors[:2]), scale)
         choose("shared_lora", TRANSPOSED, named, *args).run(*args)
         return grad, of_x, None
 

@@ -146,7 +146,9 @@ class Subspace(Held):
         """Fit new bases to the tasks as they are stored: what became common among them is shared.
 
         No original adapter is read. What each task loses is known before anything is written. Errors are bounds from
-        then on: a task's error before, and what it lost since.
+        then on: a task's error before, and what it lost since. With ``max_forgetting`` alone, bases that would take
+        more bytes than those that are there are not taken: then nothing is lost, and ``refitted`` of the change is
+        false.
 
         Args:
             rank: width of every basis; without it, what takes the fewest bytes.
