@@ -121,6 +121,19 @@ def test_products_are_of_v_as_stored(backend, precision):
     oracles.assert_within(vtv, as_stored.T @ as_stored, bound_vtv)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_nan_stays_in_its_column_of_v(backend, layout):
+    """Rows that fill no vector, beside columns of W that fill none: what lies next in memory is not theirs."""
+    x, w = blocks(6, [3, 8], 37, "f32", layout), weights(6, 11, 35)
+    w[0] = float("nan")
+    w[:, :34] = weights(7, 11, 34)
+    for products in (True, False):
+        v, _, vtv = combine(x, w, dtype=F32, precision="f32", products=products, backend=backend)
+        assert v[:, :34].isfinite().all()
+        assert vtv[:34, :34].isfinite().all()
+        assert v[:, 34].isnan().all()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("special", [float("nan"), float("inf")])
 def test_nan_and_infinity_stay_in_their_row_of_v(backend, kind, special):
