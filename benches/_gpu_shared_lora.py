@@ -47,7 +47,7 @@ def batches(small: bool) -> list[Batch]:
     if small:
         return [Batch(6, 6, 48, 8, 4, "f32"), Batch(6, 2, 48, 8, 4, "bf16")]
     layer = (4096, 64, 16)
-    counts = ((64, 8), (1024, 64), (1, 1))
+    counts = ((64, 8), (1024, 64), (8192, 64), (1, 1))
     return [Batch(64, 64, *layer, dtype) for dtype in ("f16", "bf16", "f32")] + [
         Batch(rows, distinct, *layer, "bf16") for rows, distinct in counts
     ]

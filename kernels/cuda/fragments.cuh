@@ -4,6 +4,8 @@
 // of them meet in one instruction is nothing to their sum, as long as both sides are held alike.
 #pragma once
 
+#include <vector>
+
 #include "rows.cuh"
 
 namespace loraspan {
@@ -28,6 +30,22 @@ inline void multiply_16x8x8_floats(float (&c)[4], const std::uint32_t (&a)[4], c
       terms[k] = entry(4 * g + k % 4, k / 4 * 2 + e / 2) * entry(4 * (2 * t + e % 2) + k % 4, 4 + k / 4);
     terms[8] = c[e];
     c[e] = tensor_sum(terms, 9);
+  }
+}
+
+// Word m of lane 4 g + t: entries (2 t, g) and (2 t + 1, g) of tile m, [8, 8], whose row r lane 8 m + r points at.
+inline void load_across(std::uint32_t (&tile)[4], const void* row) {
+  const auto address = reinterpret_cast<std::uintptr_t>(row);
+  const std::uint32_t words[2] = {static_cast<std::uint32_t>(address), static_cast<std::uint32_t>(address >> 32)};
+  const auto lanes = emulation::lay_out(words);
+  const int g = static_cast<int>(threadIdx.x % 32 / 4), t = static_cast<int>(threadIdx.x % 4);
+  for (int m = 0; m < 4; ++m) {
+    const auto entry = [&](int r) {
+      const auto* at = lanes[8 * m + r];
+      const auto from = static_cast<std::uintptr_t>(at[0]) | static_cast<std::uintptr_t>(at[1]) << 32;
+      return std::uint32_t{reinterpret_cast<const std::uint16_t*>(from)[g]};
+    };
+    tile[m] = entry(2 * t) | entry(2 * t + 1) << 16;
   }
 }
 
@@ -58,6 +76,16 @@ __device__ __forceinline__ void multiply_16x8x8_floats(float (&c)[4], const std:
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// Word m of lane 4 g + t: entries (2 t, g) and (2 t + 1, g) of tile m, [8, 8], of 16 bits in shared memory, whose row r
+// lane 8 m + r points at.
+__device__ __forceinline__ void load_across(std::uint32_t (&tile)[4], const void* row) {
+  const unsigned place = static_cast<unsigned>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(tile[0]), "=r"(tile[1]), "=r"(tile[2]), "=r"(tile[3])
+               : "r"(place)
+               : "memory");
+}
+
 // Blocks of the next launch may begin once all of this one's have come here; what is written after is not theirs to
 // read until they have waited.
 __device__ __forceinline__ void let_next_begin() {
@@ -78,6 +106,29 @@ __device__ __forceinline__ void expect(const void* address) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(address)));
 }
 
+// Whether a kernel has wait_for_last in it on the current card: code made for an older one has not. To be told takes as
+// long as to launch, and is always the same: asked once by each thread.
+inline int can_wait(const void* kernel, bool* can) {
+  struct Known {
+    const void* kernel;
+    int device;
+    bool can;
+  };
+  thread_local std::vector<Known> known;
+  int device;
+  if (const int error = cudaGetDevice(&device)) return error;
+  for (const Known& one : known) {
+    if (one.kernel != kernel || one.device != device) continue;
+    *can = one.can;
+    return 0;
+  }
+  cudaFuncAttributes found;
+  if (const int error = cudaFuncGetAttributes(&found, kernel)) return error;
+  *can = found.ptxVersion >= 90;
+  known.push_back({kernel, device, *can});
+  return 0;
+}
+
 // As launch_with, but where the kernel calls wait_for_last, and can, its blocks begin while the launch before is at
 // work.
 template <typename... Parameters>
@@ -86,8 +137,8 @@ int launch_after(std::int64_t bytes, void (*kernel)(Parameters...), std::int64_t
   if (blocks == 0) return 0;
   void* pointers[] = {&arguments...};
   const void* function = reinterpret_cast<const void*>(kernel);
-  cudaFuncAttributes found;
-  if (const int error = cudaFuncGetAttributes(&found, function)) return error;
+  bool can = false;
+  if (const int error = can_wait(function, &can)) return error;
   cudaLaunchAttribute early = {};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
@@ -97,8 +148,8 @@ int launch_after(std::int64_t bytes, void (*kernel)(Parameters...), std::int64_t
   config.dynamicSmemBytes = static_cast<std::size_t>(bytes);
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &early;
-  // code made for an older card has no such wait in it, and has to begin when the last launch has ended
-  config.numAttrs = found.ptxVersion >= 90 ? 1 : 0;
+  // what does not wait has to begin when the last launch has ended
+  config.numAttrs = can ? 1 : 0;
   return cudaLaunchKernelExC(&config, function, pointers);
 }
 
@@ -123,16 +174,35 @@ struct Split {
   }
 };
 
+// A float32 as three bfloat16, the largest first, which hold it exactly. What is no number is in the first alone.
+struct Brains {
+  std::uint16_t part[3];
+
+  __device__ __forceinline__ explicit Brains(float value) {
+    const bool finite = (float_to_bits(value) & 0x7f800000u) != 0x7f800000u;
+#pragma unroll
+    for (int i = 0; i < 3; ++i) {
+      const std::uint32_t upper = float_to_bits(value) >> 16;
+      part[i] = finite ? static_cast<std::uint16_t>(upper) : i == 0 ? float_to_bfloat(value) : std::uint16_t{0};
+      value -= bits_to_float(upper << 16);
+    }
+  }
+};
+
 // Entries as they are held, 8 to a run. Of two lines of a, g and g + 8 of a tile of 16, and one of each of kTiles tiles
 // of 8 of b, `multiply` adds the products over 32 columns to the sums: 8 at a time by the tensor cores, from 0, and
 // what they give in float32, to nearest.
 template <bool kBrain>
 struct Halves {
+  static constexpr Dtype kDtype = kBrain ? loraspan::kBrain : kHalf;
   using Entry = std::uint16_t;
   using Run = Eight<Entry>;
 
   __device__ __forceinline__ static float value(Entry entry) {
     return kBrain ? brain_to_float(entry) : half_to_float(entry);
+  }
+  __device__ __forceinline__ static Entry rounded(float value) {
+    return kBrain ? float_to_bfloat(value) : float_to_half(value);
   }
 
   template <int kTiles>
@@ -155,6 +225,7 @@ struct Halves {
 // half precision, else 3.
 template <int kRight>
 struct Floats {
+  static constexpr Dtype kDtype = kFloat;
   using Entry = float;
   using Run = Eight<Entry>;
 

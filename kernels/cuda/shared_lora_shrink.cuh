@@ -3,7 +3,7 @@
 
 #include <type_traits>
 
-#include "shared_lora.cuh"
+#include "shared_lora_many.cuh"
 
 namespace loraspan {
 
@@ -83,59 +83,46 @@ __device__ __forceinline__ void runs_of_v(const SharedLora& call, std::int64_t c
   }
 }
 
-// One tile of x V over one slab of d: kHigh times 16 rows, 8 * kTiles columns. Warps take 32 columns of x in turn, and
-// their sums are added in their order.
-template <typename Policy, int kTiles, int kHigh>
+// One tile of x V over one slab of d: 16 rows, 8 * kTiles columns. Warps take 32 columns of x in turn, and their sums
+// are added in their order.
+template <typename Policy, int kTiles>
 __device__ __forceinline__ void shrink(const SharedLora& call, std::int64_t block) {
   constexpr int kCols = 8 * kTiles;
   // where ptxas would rather spill
-  constexpr bool kApart = kHigh == 1 && sizeof(typename Policy::Entry) == 2;
+  constexpr bool kApart = sizeof(typename Policy::Entry) == 2;
   struct Sums {
     alignas(16) float of[kWarps][kRows][kCols + kSpare];
   };
-  const std::int64_t high = (call.rows + kHigh * kRows - 1) / (kHigh * kRows),
-                     wide = (call.rank_in + kCols - 1) / kCols;
+  const std::int64_t high = (call.rows + kRows - 1) / kRows, wide = (call.rank_in + kCols - 1) / kCols;
   const std::int64_t slab = block / (high * wide);
-  const std::int64_t top = block / wide % high * (kHigh * kRows), side = block % wide * kCols;
+  const std::int64_t top = block / wide % high * kRows, side = block % wide * kCols;
   const std::int64_t begin = slab * call.slab;
   const std::int64_t end = begin + call.slab < call.inputs ? begin + call.slab : call.inputs;
   const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 
-  float sum[kHigh][kTiles][4] = {};
+  float sum[kTiles][4] = {};
 #pragma unroll 1
   for (std::int64_t k = begin + 32 * warp; k < end; k += 32 * kWarps) {
-    typename Policy::Run x[kHigh][2], v[kTiles];
+    typename Policy::Run x[2], v[kTiles];
 #pragma unroll
-    for (int h = 0; h < kHigh; ++h)
-#pragma unroll
-      for (int i = 0; i < 2; ++i)
-        x[h][i] = run_of_x<kApart, typename Policy::Run>(call, top + h * kRows + i * 8 + g, k + 8 * t, end);
+    for (int i = 0; i < 2; ++i) x[i] = run_of_x<kApart, typename Policy::Run>(call, top + i * 8 + g, k + 8 * t, end);
     runs_of_v<kApart>(call, side + kTiles * g, k + 8 * t, end, v);
-#pragma unroll
-    for (int h = 0; h < kHigh; ++h) Policy::multiply(sum[h], x[h], v);
+    Policy::multiply(sum, x, v);
   }
 
   auto& sums = shared<Sums>().of;
-  for (int h = 0; h < kHigh; ++h) {
-    if (h) __syncthreads();
 #pragma unroll
-    for (int j = 0; j < kTiles; ++j)
+  for (int j = 0; j < kTiles; ++j)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        float mine = sum[0][j][e];
-        if (kHigh > 1 && h == 1) mine = sum[kHigh - 1][j][e];
-        sums[warp][e / 2 * 8 + g][kTiles * (2 * t + e % 2) + j] = mine;
-      }
-    __syncthreads();
-    for (int unit = threadIdx.x; unit < kRows * kCols; unit += kThreads) {
-      const int r = unit / kCols, c = unit % kCols;
-      const std::int64_t row = top + h * kRows + r;
-      float total = 0;
+    for (int e = 0; e < 4; ++e) sums[warp][e / 2 * 8 + g][kTiles * (2 * t + e % 2) + j] = sum[j][e];
+  __syncthreads();
+  for (int unit = threadIdx.x; unit < kRows * kCols; unit += kThreads) {
+    const int r = unit / kCols, c = unit % kCols;
+    float total = 0;
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w) total += sums[w][r][c];
-      if (row < call.rows && side + c < call.rank_in)
-        call.z[(slab * call.rows + row) * call.rank_in + side + c] = total;
-    }
+    for (int w = 0; w < kWarps; ++w) total += sums[w][r][c];
+    if (top + r < call.rows && side + c < call.rank_in)
+      call.z[(slab * call.rows + top + r) * call.rank_in + side + c] = total;
   }
 }
 
@@ -168,12 +155,23 @@ __device__ __forceinline__ void meet(const SharedLora& call, std::int64_t row) {
 }
 
 // Grid: (tiles of z) x (slabs), then the rows if there are private right ends.
-template <typename Policy, int kTiles, int kHigh>
+template <typename Policy, int kTiles>
 __global__ __launch_bounds__(kThreads, 2) void shrink_kernel(const __grid_constant__ SharedLora call,
                                                              std::int64_t tiles) {
   let_next_begin();
   if (blockIdx.x < tiles)
-    shrink<Policy, kTiles, kHigh>(call, blockIdx.x);
+    shrink<Policy, kTiles>(call, blockIdx.x);
+  else
+    meet(call, blockIdx.x - tiles);
+}
+
+// The same for many rows, of which x and V are of one half precision and lie in runs of 16 bytes.
+template <bool kBrain>
+__global__ __launch_bounds__(kThreads, 2) void shrink_many_kernel(const __grid_constant__ SharedLora call,
+                                                                  std::int64_t tiles) {
+  let_next_begin();
+  if (blockIdx.x < tiles)
+    shrink_many<kBrain>(call, blockIdx.x);
   else
     meet(call, blockIdx.x - tiles);
 }

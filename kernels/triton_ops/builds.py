@@ -82,6 +82,10 @@ _SHARED_LORA = (
     (("f16", "any"), ("f32", "any"), ("f16", "any"), 32, 128, 512),
     (("f64", "rows"), ("f64", "rows"), ("f64", "rows"), 64, 64, 64),
     (("f64", "rows"), ("f32", "columns"), ("f16", "rows"), 128, 16, 512),
+    # products of float64 of which one side is read in half precision
+    (("bf16", "rows"), ("f16", "rows"), ("f64", "rows"), 64, 64, 64),
+    (("f64", "columns"), ("bf16", "columns"), ("f32", "rows"), 64, 128, 512),
+    (("f32", "any"), ("bf16", "any"), ("f64", "any"), 16, 16, 16),
 )
 
 

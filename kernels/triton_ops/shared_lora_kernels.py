@@ -112,23 +112,27 @@ def expand_kernel(
         j = begin + turn * BLOCK_N + tl.arange(0, BLOCK_N)
         added = tl.zeros((BLOCK_T, BLOCK_N), SUM)
         # columns whose left end is shared; 64 columns of U at a time, as g lies in registers
-        if ONCE:
-            o = tl.arange(0, WIDTH_OUT)
-            on_u = entries(u, u_stride_n.to(tl.int64), u_stride_k.to(tl.int64), j, n, o, k_out, KIND_U, FORM_U).to(SUM)
+        if ONCE and tl.float64 != SUM:
+            on_u = _part_of_u(u, u_stride_n, u_stride_k, j, n, 0, k_out, KIND_U, FORM_U, WIDTH_OUT, SUM)
             added = tl.dot(g, tl.trans(on_u), added, input_precision=PRECISION, out_dtype=SUM)
         else:
+            if tl.float64 == SUM:
+                # carried into the turn that multiplies it, as in products_kernel
+                on_u = _part_of_u(u, u_stride_n, u_stride_k, j, n, 0, k_out, KIND_U, FORM_U, WIDTH_OUT, SUM)
             for start in range(0, k_out, WIDTH_OUT):
-                g = _coefficients(
-                    start, z, own + k_in, step, slabs, t, rows, k_in, k_out, mixture, count, private, index, weights,
-                    left, right, tasks, shares, factor, index_stride_r, index_stride_f, tasks_stride_t, tasks_stride_m,
-                    shares_stride_t, shares_stride_m, KIND_E, FORM_E, WIDTH_IN, WIDTH_OUT, SHARES, SUM, BLOCK_T,
-                    BLOCK_C,
-                )  # fmt: skip
-                o = start + tl.arange(0, WIDTH_OUT)
-                on_u = entries(u, u_stride_n.to(tl.int64), u_stride_k.to(tl.int64), j, n, o, k_out, KIND_U, FORM_U).to(
-                    SUM
-                )
+                if not ONCE:
+                    g = _coefficients(
+                        start, z, own + k_in, step, slabs, t, rows, k_in, k_out, mixture, count, private, index,
+                        weights, left, right, tasks, shares, factor, index_stride_r, index_stride_f, tasks_stride_t,
+                        tasks_stride_m, shares_stride_t, shares_stride_m, KIND_E, FORM_E, WIDTH_IN, WIDTH_OUT, SHARES,
+                        SUM, BLOCK_T, BLOCK_C,
+                    )  # fmt: skip
+                if tl.float64 != SUM:
+                    on_u = _part_of_u(u, u_stride_n, u_stride_k, j, n, start, k_out, KIND_U, FORM_U, WIDTH_OUT, SUM)
                 added = tl.dot(g, tl.trans(on_u), added, input_precision=PRECISION, out_dtype=SUM)
+                if tl.float64 == SUM:
+                    later = start + WIDTH_OUT
+                    on_u = _part_of_u(u, u_stride_n, u_stride_k, j, n, later, k_out, KIND_U, FORM_U, WIDTH_OUT, SUM)
 
         # columns whose left end is private, ps and then pp
         some, wrong = tl.zeros((BLOCK_T,), tl.int32), tl.zeros((BLOCK_T,), tl.int32)
@@ -160,6 +164,16 @@ def expand_kernel(
         # rows without a task are not stored to: their place in the table of rows is past its end
         to = tl.where(some > 0, t, rows)
         put(y, y_stride_t.to(tl.int64), y_stride_n.to(tl.int64), to, rows, j, n, after, KIND_Y, FORM_Y)
+
+
+@triton.jit
+def _part_of_u(
+    u, stride_n, stride_k, j, n, start, k_out, KIND: tl.constexpr, FORM: tl.constexpr, WIDTH: tl.constexpr,
+    SUM: tl.constexpr,
+):  # fmt: skip
+    """Read ``[len(j), WIDTH]`` of U from column ``start`` on."""
+    o = start + tl.arange(0, WIDTH)
+    return entries(u, stride_n.to(tl.int64), stride_k.to(tl.int64), j, n, o, k_out, KIND, FORM).to(SUM)
 
 
 @triton.jit

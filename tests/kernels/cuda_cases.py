@@ -9,6 +9,7 @@ import sys
 import tempfile
 import traceback
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -19,7 +20,8 @@ import oracles
 from kernels.emulation import set_order
 from loraspan._cuda import library
 from loraspan._cuda import reconstruct as cuda_reconstruct
-from loraspan.ops import Piece, combine_many, gram, power, reconstruct_many, shared_lora, sketch
+from loraspan._cuda import shared_lora as cuda_shared_lora
+from loraspan.ops import Cores, Piece, combine_many, gram, power, reconstruct_many, shared_lora, sketch
 from matrices import blocks, normal, stored, swallowing
 from oracles import BF16, F16, F32, F64
 from task_cores import batch, expected, planted
@@ -144,6 +146,42 @@ def check_shared_lora():
         assert oracles.same_bits(found[1], before[1])
         known = (before[at], x[at], v, u, cores, tasks[at], shares[at], 0.3)
         oracles.assert_within(found[at], *expected(*known))
+
+
+def check_many_rows():
+    # by blocks of 64 rows: one for all slabs of d and one for each, two column tiles of x V; slabs of two turns, where
+    # float32 shows the last bit of sums, and few columns, where it shows that g has all of its own
+    for dtype, of_y, rows, n, d, k_out, k_in, at_once in [
+        (BF16, BF16, 270, 136, 552, 40, 72, False),
+        (BF16, BF16, 289, 264, 40, 40, 8, True),
+        (F16, F16, 259, 264, 272, 72, 8, True),
+        (BF16, F32, 257, 16, 4104, 8, 8, True),
+        (BF16, F32, 257, 16, 40, 8, 8, True),
+    ]:
+        # private left ends are not for the second launch of many
+        counts = [(5, 0, 0, 0), (2, 1, 3 * (n == 136), 2 * (n == 136)), (9, 0, 0, 0)]
+        cores = planted(16, counts, n, d, k_out, k_in, dtype=dtype)
+        y, x, v, u = batch(17, rows, n, d, k_out, k_in, dtype)
+        y = y.to(of_y)
+        tasks = torch.randint(-1, 3, (rows, 1), generator=torch.Generator().manual_seed(18))
+        tasks[256:, 0], tasks[1] = torch.arange(rows - 256) % 3, 3
+        with mock.patch.object(cuda_shared_lora, "_ONCE", 1 if at_once else 1000):
+            found = shared_lora(y, x, v, u, cores, tasks, scale=0.3, **CUDA)
+        assert torch.isnan(found[1]).all()
+        # a row's bits are those it has in other company
+        few = shared_lora(y[254:], x[254:], v, u, cores, tasks[254:], scale=0.3, **CUDA)
+        assert oracles.same_bits(found[254:], few)
+        some = torch.arange(rows) % 5 == 2
+        known = (y[some], x[some], v, u, cores, tasks[some], None, 0.3)
+        oracles.assert_within(found[some], *expected(*known))
+    # g of 24 bits that all count, times 1
+    one = torch.zeros(1, 8, dtype=BF16)
+    one[0, 0] = 1
+    basis = torch.cat([one, torch.zeros(7, 8, dtype=BF16)])
+    weight = torch.tensor([2 - 2.0**-23])
+    cores = Cores.of([[1, 0, 0, 0]], weight, one, one[:0], one, one[:0])
+    found = shared_lora(torch.zeros(1, 8), one, basis, basis, cores, torch.zeros(1, dtype=torch.int64), **CUDA)
+    assert float(found[0, 0]) == float(weight)
 
 
 CHECKS = {name.removeprefix("check_"): check for name, check in list(globals().items()) if name.startswith("check_")}

@@ -19,6 +19,7 @@ OPERATORS = {
     "power": ("combine", "gram"),
     "reconstruct": ("reconstruct",),
     "shared_lora": ("shared_lora",),
+    "many_rows": ("shared_lora",),
 }
 WAIT = "    wait_for_copies<kAhead - 1>();\n"
 BARRIER = ("rows.cuh", f"{WAIT}    __syncthreads();", WAIT)
@@ -67,10 +68,14 @@ FAULTS = {
     "shared_lora": {
         "no barrier before warps' sums are read": (
             "shared_lora_shrink.cuh",
-            "    __syncthreads();\n    for (int unit",
-            "    for (int unit",
+            "  __syncthreads();\n  for (int unit",
+            "  for (int unit",
         ),
-        "no barrier before g is read": ("shared_lora.cu", "  __syncthreads();\n\n  float sum", "  float sum"),
+        "no barrier before g is read": (
+            "shared_lora_expand.cuh",
+            "  __syncthreads();\n  return wishes;",
+            "  return wishes;",
+        ),
         "no barrier within a warp": (
             "shared_lora_rows.cuh",
             "  __syncwarp();\n  for (std::int64_t k",
@@ -79,9 +84,25 @@ FAULTS = {
         "no mask on the outputs": ("shared_lora.cu", "if (output + i < call.outputs) put(", "put("),
         "no mask on the columns of V": ("shared_lora_shrink.cuh", "column + j >= call.rank_in || ", ""),
         "rows without a task are written": ("shared_lora.cu", " || wishes[r] == kLeave", ""),
-        "a wrong stride between slabs": ("shared_lora_shrink.cuh", "(slab * call.rows + row)", "(slab + row)"),
+        "a wrong stride between slabs": ("shared_lora_shrink.cuh", "(slab * call.rows + top + r)", "(slab + top + r)"),
         "half of a task's columns are left out": ("shared_lora_rows.cuh", "g[e] += other_lane(g[e], 8);", ""),
         "float32 is cut to 11 bits": ("fragments.cuh", "for (int order = 2; order", "for (int order = 0; order"),
+    },
+    "many_rows": {
+        "no barrier between steps": (
+            "shared_lora_many.cuh",
+            "wait_for_copies<kStages - 2>();\n    __syncthreads();",
+            "wait_for_copies<kStages - 2>();",
+        ),
+        "copies are not waited for": ("shared_lora_many.cuh", "wait_for_copies<kStages - 2>();", ""),
+        "no mask on the rows of x": ("shared_lora_many.cuh", "line + i * kApart < rows && k + c", "k + c"),
+        "no mask on the columns of x": ("shared_lora_many.cuh", " && k + c % 4 * 8 < call.inputs)", ")"),
+        "no mask on the columns of V": ("shared_lora_many.cuh", "8 * c < columns && row + line", "row + line"),
+        "turns of a slab are taken in another order": ("shared_lora_many.cuh", "if (turns > 1) {", "if (false) {"),
+        "a slab's sums run on into the next": ("shared_lora_many.cuh", "        slab[j][e] = 0;\n", ""),
+        "a row of V is read where another lies": ("shared_lora_many.cuh", "8 + 2 * i + lane % 2", "8 + 2 * i"),
+        "bfloat16 keeps two parts of three": ("shared_lora_expand.cuh", "int p = 2; p >= 0", "int p = 1; p >= 0"),
+        "rows of the upper half meet g of the lower": ("shared_lora_expand.cuh", "own_g + 16 * h * room.size", "own_g"),
     },
 }
 

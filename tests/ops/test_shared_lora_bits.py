@@ -52,15 +52,15 @@ def test_a_run_gives_the_same_bits_again(backend):
     assert oracles.same_bits(first, again)
 
 
-def test_what_is_kept_from_call_to_call_is_not_kept_too_long():
-    """Bases and tables turned, moved or replaced between two calls with the very same tensors."""
+def change_between_calls(backend):
+    """Turn, move, fill or replace bases and tables between two calls; give the arguments of the last."""
     cores, (y, x, v, u) = planted(46, COUNTS, 12, 12, 3, 3), batch(47, 6, 12, 12, 3, 3)
     tasks = torch.tensor([0, 2, 3, 4, 5, -1])
 
     def changed(change):
-        shared_lora(y, x, v, u, cores, tasks)
+        shared_lora(y, x, v, u, cores, tasks, backend=backend)
         change()
-        assert_right(y, x, v, u, cores, tasks)
+        assert_right(y, x, v, u, cores, tasks, backend=backend)
 
     square = v[:3].clone()
     u.data, v.data = normal(48, 12, 3, dtype=F32), normal(49, 12, 3, dtype=F32)
@@ -70,14 +70,24 @@ def test_what_is_kept_from_call_to_call_is_not_kept_too_long():
     changed(lambda: cores.left.mul_(2))
     changed(lambda: setattr(cores.right, "data", normal(52, *cores.right.shape, dtype=F32)))
     changed(lambda: setattr(v, "data", normal(53, 3, 12, dtype=F32).T))
+    changed(lambda: setattr(v, "data", v.data.to(BF16)))
     small, short = planted(54, [(2, 0, 0, 0)], 12, 3, 3, 3), x[:, :3].contiguous()
-    shared_lora(y, short, square, u, small, tasks.clamp(max=0))
+    shared_lora(y, short, square, u, small, tasks.clamp(max=0), backend=backend)
     square.t_()
-    assert_right(y, short, square, u, small, tasks.clamp(max=0))
-    with pytest.raises(ArgumentError, match=r"row 1 has \[2\]"):
-        shared_lora(y, short, square, u, small, tasks)
+    assert_right(y, short, square, u, small, tasks.clamp(max=0), backend=backend)
     with pytest.raises(ShapeError, match="have to fit"):
-        shared_lora(y, x, square, u, small, tasks)
+        shared_lora(y, x, square, u, small, tasks, backend=backend)
+    return y, short, square, u, small, tasks
+
+
+def test_what_a_backend_keeps_from_call_to_call_is_not_kept_too_long(backend):
+    change_between_calls(backend)
+
+
+def test_what_is_kept_from_call_to_call_is_not_kept_too_long():
+    call = change_between_calls(None)
+    with pytest.raises(ArgumentError, match=r"row 1 has \[2\]"):
+        shared_lora(*call)
 
 
 def test_the_functional_form_leaves_y_alone():

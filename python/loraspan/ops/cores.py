@@ -15,7 +15,7 @@ from loraspan.ops.packed import Packed
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _PackedEnds = tuple[Packed | None, Packed | None, Packed | None, Packed | None]
-_PLAIN: _PackedEnds = (None, None, None, None)
+PLAIN: _PackedEnds = (None, None, None, None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +40,7 @@ class Cores:
             is better than a count.
         packed: of ``left``, ``left_private``, ``right`` and ``right_private``, the packed rows of which that attribute
             has the codes; None where it holds the ends themselves.
+        tables: the weights and the four tables of ends, in this order: what is trained where columns are.
         known: what the compiled kernels were last told of these tensors; not part of what the object is.
     """
 
@@ -50,8 +51,13 @@ class Cores:
     right: Tensor
     right_private: Tensor
     most: tuple[int, int, int, int]
-    packed: _PackedEnds = _PLAIN
+    packed: _PackedEnds = PLAIN
+    tables: tuple[Tensor, ...] = field(init=False, repr=False)
     known: list[Any] = field(default_factory=list, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        tables = (self.weights, self.left, self.left_private, self.right, self.right_private)
+        object.__setattr__(self, "tables", tables)
 
     @classmethod
     def of(
@@ -116,8 +122,7 @@ class Cores:
 
     def fields(self) -> tuple[Tensor | list[int], ...]:
         """Give the attributes in order, as a torch operator takes them."""
-        tables = (self.weights, self.left, self.left_private, self.right, self.right_private)
-        return (self.index, *tables, list(self.most))
+        return (self.index, *self.tables, list(self.most))
 
     @property
     def ends(self) -> tuple[Tensor | Packed, ...]:
@@ -128,7 +133,7 @@ class Cores:
     @property
     def is_packed(self) -> bool:
         """Whether any of the four tables of ends is."""
-        return self.packed != _PLAIN
+        return self.packed != PLAIN
 
     @property
     def tasks(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -11,21 +11,22 @@ import torch
 _LIBRARY: Any = torch.library.Library("loraspan", "DEF")  # type: ignore[no-untyped-call]
 
 # whether vmap or its kin run; where torch does not say, they may
-_TRANSFORMED: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+transformed: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
 
-def applied(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """Give a function's ``apply``, without what it prepares for `vmap` and its kin where none of them runs.
+class Applied(NamedTuple):
+    """A function's ``apply``, and ``direct``, for where nothing is ``transformed``: without what prepares for that.
 
-    That is a third of what a gradient costs beside the work, and lies outside of torch's compiled code. The function
-    has no ``setup_context``.
+    That is a third of what a gradient costs beside the work, and lies outside of torch's compiled code.
     """
-    direct = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
-    def apply(*args: Any) -> Any:
-        return function.apply(*args) if _TRANSFORMED() else direct(*args)  # type: ignore[no-untyped-call]
+    apply: Callable[..., Any]
+    direct: Callable[..., Any]
 
-    return apply
+
+def applied(function: type[torch.autograd.Function]) -> Applied:
+    """Give both of a function, which has no ``setup_context``."""
+    return Applied(function.apply, super(torch.autograd.Function, function).apply)  # type: ignore[misc]
 
 
 def register(

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from operator import attrgetter
+from itertools import compress
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from loraspan.errors import ArgumentError
-from loraspan.ops.cores import Cores
+from loraspan.ops.cores import PLAIN, Cores
+from loraspan.ops.library import transformed
 from loraspan.ops.packed import Packed
-from loraspan.ops.shared_lora_graph import differentiable
-from loraspan.ops.shared_lora_rows import differentiable as differentiable_in_rows
+from loraspan.ops.shared_lora_graph import differentiable as in_columns
+from loraspan.ops.shared_lora_rows import differentiable as in_rows
 from loraspan.ops.shared_lora_run import BACKENDS, add, check
-
-_WANTS = attrgetter("requires_grad")
 
 __all__ = ["BACKENDS", "shared_lora", "shared_lora_"]
 
@@ -84,17 +85,44 @@ def shared_lora(
         Serving from a shared basis: Gabrielsson et al., *Compress then Serve*, 2024, section 4. The bound: Higham,
         *Accuracy and Stability of Numerical Algorithms*, 2nd ed., section 3.5.
     """
-    if torch.compiler.is_compiling():
+    found: Tensor
+    if is_compiling():
         _refuse_packed(v, u, cores)
         check(y, x, v, u, cores, tasks, shares)
-        found: Tensor = torch.ops.loraspan.shared_lora(y, x, v, u, *cores.fields(), tasks, shares, scale, backend)
+        call = (x, v, u, *cores.fields(), tasks, shares, scale, backend)
+        if not _has_gradient(y, x, v, u, cores, shares):
+            # what a compiler may do in place where nobody needs y any more, and no questions of gradients when it runs
+            out = y.clone()
+            torch.ops.loraspan.shared_lora_(out, *call)
+            return out
+        found = torch.ops.loraspan.shared_lora(y, *call)
         return found
     if torch.is_grad_enabled():
-        if _trains(v, u, cores, shares):
-            _refuse_packed_training(v, u, cores, shares)
-            return differentiable(y, x, v, u, cores, tasks, shares, scale, backend)
+        if (isinstance(v, Tensor) and v.requires_grad) or (isinstance(u, Tensor) and u.requires_grad):
+            _refuse_training_of_bases()
+        # by their names: a loop or a function of its own takes twice the time, at every call
+        weights, left, left_private, right, right_private = cores.tables
+        trains: tuple[bool, ...] = (
+            weights.requires_grad,
+            left.requires_grad,
+            left_private.requires_grad,
+            right.requires_grad,
+            right_private.requires_grad,
+        )
+        if True in trains or (shares is not None and shares.requires_grad):
+            if cores.packed != PLAIN or isinstance(v, Packed) or isinstance(u, Packed):
+                _refuse_packed_training(cores, shares)
+            trained = list(compress(cores.tables, trains))
+            if shares is not None and shares.requires_grad:
+                trained.append(shares)
+                trains = (*trains, True)
+            columns = in_columns.apply if transformed() else in_columns.direct
+            found = columns(y, x, (v, u, cores, tasks, shares, scale, backend, trains), *trained)
+            return found
         if y.requires_grad or x.requires_grad:
-            return differentiable_in_rows(y, x, v, u, cores, tasks, shares, scale, backend)
+            rows = in_rows.apply if transformed() else in_rows.direct
+            found = rows(y, x, (v, u, cores, tasks, shares, scale, backend))
+            return found
     out = y.clone()
     add(out, x, v, u, cores, tasks, shares, scale, backend)
     return out
@@ -142,7 +170,7 @@ def shared_lora_(
         tensor([[0.],
                 [5.]])
     """
-    if torch.compiler.is_compiling():
+    if is_compiling():
         _refuse_packed(v, u, cores)
         check(y, x, v, u, cores, tasks, shares)
         torch.ops.loraspan.shared_lora_(y, x, v, u, *cores.fields(), tasks, shares, scale, backend)
@@ -164,16 +192,29 @@ def _refuse_packed(v: Tensor | Packed, u: Tensor | Packed, cores: Cores) -> None
         )
 
 
+def _has_gradient(y: Tensor, x: Tensor, v: Any, u: Any, cores: Cores, shares: Tensor | None) -> bool:
+    given = (y, x, v, u, *cores.tables) if shares is None else (y, x, v, u, *cores.tables, shares)
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
+
+
 def _trains(v: Tensor | Packed, u: Tensor | Packed, cores: Cores, shares: Tensor | None) -> bool:
     if (isinstance(v, Tensor) and v.requires_grad) or (isinstance(u, Tensor) and u.requires_grad):
-        raise ArgumentError("shared_lora: the bases v and u are frozen: use .detach(); train the columns of cores")
-    tables = (cores.weights, cores.left, cores.right, cores.left_private, cores.right_private)
-    return True in map(_WANTS, tables) or (shares is not None and shares.requires_grad)
+        _refuse_training_of_bases()
+    return (
+        cores.weights.requires_grad
+        or cores.left.requires_grad
+        or cores.left_private.requires_grad
+        or cores.right.requires_grad
+        or cores.right_private.requires_grad
+        or (shares is not None and shares.requires_grad)
+    )
 
 
-def _refuse_packed_training(v: Tensor | Packed, u: Tensor | Packed, cores: Cores, shares: Tensor | None) -> None:
-    if not (isinstance(v, Packed) or isinstance(u, Packed) or cores.is_packed):
-        return
+def _refuse_training_of_bases() -> None:
+    raise ArgumentError("shared_lora: the bases v and u are frozen: use .detach(); train the columns of cores")
+
+
+def _refuse_packed_training(cores: Cores, shares: Tensor | None) -> None:
     names = ("weights", "left", "left_private", "right", "right_private")
     wanted = [f"cores.{name}" for name in names if getattr(cores, name).requires_grad]
     if shares is not None and shares.requires_grad:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import compress
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -13,14 +12,14 @@ from torch import Tensor
 from loraspan._dispatch import choose
 from loraspan.ops.cores import Cores
 from loraspan.ops.library import applied, register
+from loraspan.ops.shared_lora_cpu import run_again, tensors_of
 from loraspan.ops.shared_lora_gradients import column_gradients
-from loraspan.ops.shared_lora_run import TRANSPOSED, add, two_axes
+from loraspan.ops.shared_lora_run import TRANSPOSED, add, again_on_cuda, two_axes
 
 _CORES = (
     "Tensor v, Tensor u, Tensor index, Tensor weights, Tensor left, Tensor left_private, Tensor right, "
     "Tensor right_private, SymInt[] most, Tensor tasks, Tensor? shares, float scale"
 )
-_WANTS = attrgetter("requires_grad")
 # of the operands of shared_lora: x, and what gradients of columns and shares need x for
 _X, _COLUMNS = 1, (5, 6, 7, 8, 9, 12)
 
@@ -55,46 +54,40 @@ def _gradients(ctx: Any, grad: Tensor, wants_x: bool) -> tuple[Tensor | None, tu
 class _Differentiable(torch.autograd.Function):
     """The operator for eager code: a gradient registered with torch.library would cost several times the call.
 
-    Each tensor that torch is handed by itself costs microseconds: of the tables and shares there are those that train,
-    as ``trains`` says.
+    Each tensor that torch is handed by itself costs microseconds: of the tables and shares there are those that train.
     """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, rest: tuple[Any, ...], trains: tuple[bool, ...], *_: Tensor) -> Tensor:
+    def forward(ctx: Any, y: Tensor, x: Tensor, call: tuple[Any, ...], *_: Tensor) -> Tensor:
+        v, u, cores, tasks, shares, scale, backend, _ = call
         out = y.clone()
-        add(out, x, *rest)
-        v, u, cores, tasks, shares = rest[:5]
-        ctx.rest, ctx.trains = rest, trains
+        held = None if backend else run_again(out, x, v, u, cores, tasks, shares, scale)
+        if held is None:
+            add(out, x, v, u, cores, tasks, shares, scale, backend)
+            held = tensors_of(v, u, cores)
+        ctx.call = call
         # these may change before torch goes back: it refuses to, then
-        ctx.save_for_backward(x, tasks, shares, v, u, cores.index, *_tables(cores))
+        if shares is None:
+            ctx.save_for_backward(x, tasks, *held)
+        else:
+            ctx.save_for_backward(x, tasks, shares, *held)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, tasks, shares, *_ = ctx.saved_tensors
-        v, u, cores, _, _, scale, backend = ctx.rest
-        args = (v, u, *cores.fields(), tasks, shares, scale)
+        v, u, cores, _, shares, scale, backend, trains = ctx.call
+        x, tasks, *more = ctx.saved_tensors
+        args = (v, u, *cores.fields(), tasks, None if shares is None else more[0], scale)
         of_x = None
         if ctx.needs_input_grad[_X]:
             of_x = torch.ops.loraspan.shared_lora_transposed(grad, x.dtype, *args, backend)
         found = torch.ops.loraspan.shared_lora_columns(grad, x, *args)
-        return (grad, of_x, None, None, *compress(found, ctx.trains))
+        return (grad, of_x, None, *compress(found, trains))
 
 
-_apply = applied(_Differentiable)
-
-
-def differentiable(y: Tensor, x: Tensor, *rest: Any) -> Tensor:
-    """Give what the operator does, in eager code, where a column or share trains; ``rest`` are its other arguments."""
-    tables, shares = _tables(rest[2]), rest[4]
-    trains = (*map(_WANTS, tables), shares is not None and shares.requires_grad)
-    found: Tensor = _apply(y, x, rest, trains, *compress((*tables, shares), trains))
-    return found
-
-
-def _tables(cores: Cores) -> tuple[Tensor, ...]:
-    return cores.weights, cores.left, cores.left_private, cores.right, cores.right_private
+# to be applied to y, x, the other arguments and which of tables and shares train, and these
+differentiable = applied(_Differentiable)
 
 
 def _cores(fields: Sequence[Any]) -> Cores:
@@ -104,7 +97,9 @@ def _cores(fields: Sequence[Any]) -> Cores:
 
 def _add(y: Tensor, x: Tensor, v: Tensor, u: Tensor, *rest: Any) -> None:
     *fields, tasks, shares, scale, backend = rest
-    add(y, x, v, u, _cores(fields), tasks, shares, scale, backend)
+    # to make an object of the tables takes longer than to find that they are the ones of before
+    if not again_on_cuda(y, x, v, u, fields[:-1], fields[-1], tasks, shares, scale, backend):
+        add(y, x, v, u, _cores(fields), tasks, shares, scale, backend)
 
 
 def _add_to_copy(y: Tensor, *rest: Any) -> Tensor:
@@ -126,7 +121,7 @@ def _columns(grad: Tensor, x: Tensor, v: Tensor, u: Tensor, *rest: Any) -> tuple
     *fields, tasks, shares, scale = rest
     cores = _cores(fields)
     found = column_gradients(grad, x, v, u, cores, *two_axes(tasks, shares), scale)
-    narrowed = [t.to(like.dtype) for t, like in zip(found, _tables(cores), strict=False)]
+    narrowed = [t.to(like.dtype) for t, like in zip(found, cores.tables, strict=False)]
     return (*narrowed, found.shares.to(torch.float32).reshape(tasks.shape))
 
 

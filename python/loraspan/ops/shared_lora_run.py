@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+import importlib
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -34,12 +35,43 @@ def add(
     """Check and run: what the form in place is where nobody asks for a gradient or a graph."""
     if backend is None and run_again(y, x, v, u, cores, tasks, shares, scale):
         return
+    tables = (cores.index, cores.weights, cores.left, cores.left_private, cores.right, cores.right_private)
+    if again_on_cuda(y, x, v, u, tables, cores.most, tasks, shares, scale, backend):
+        return
     check(y, x, v, u, cores, tasks, shares)
     if 0 in y.stride() and y.numel() > 1 and not y.is_contiguous():
         raise ShapeError(f"shared_lora: rows of y share memory, strides {y.stride()}: use .contiguous() or shared_lora")
     remember(v, u, cores)
     args = (y, x, v, u, cores, *two_axes(tasks, shares), scale)
     choose("shared_lora", BACKENDS, backend, *args).run(*args)
+
+
+def again_on_cuda(
+    y: Tensor,
+    x: Tensor,
+    v: Tensor | Packed,
+    u: Tensor | Packed,
+    tables: Sequence[Tensor],
+    most: Sequence[int],
+    tasks: Tensor,
+    shares: Tensor | None,
+    scale: float,
+    backend: str | None,
+) -> bool:
+    """Run with what was checked before, if the kernels of CUDA did so for the like; or give False, with nothing done.
+
+    ``tables`` are those of the cores, the index first.
+    """
+    if not (y.is_cuda if backend is None else backend == "cuda") or isinstance(v, Packed) or isinstance(u, Packed):
+        return False
+    return _again()(y, x, v, u, tables, most, tasks, shares, scale)
+
+
+@cache
+def _again() -> Callable[..., bool]:
+    # imported when it is asked for, as all that runs on a GPU
+    found: Callable[..., bool] = importlib.import_module("loraspan._cuda.shared_lora").run_again
+    return found
 
 
 def two_axes(tasks: Tensor, shares: Tensor | None) -> tuple[Tensor, Tensor | None]:

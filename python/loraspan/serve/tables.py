@@ -144,7 +144,8 @@ class SlotTables:
             return basis.to(self.form.device, self.form.dtype)
         if self.form.packed:
             return basis.to(self.form.device)
-        return unpack(basis).T.to(self.form.device, self.form.dtype)
+        # rows in runs of 16 bytes, as the kernels of GPUs read them
+        return unpack(basis).T.contiguous().to(self.form.device, self.form.dtype)
 
     def _retire(self, now: Triple, refusal: Any) -> None:
         self._old.append((TensorWeakRef(now.cores.index), refusal))
