@@ -7,7 +7,7 @@ namespace LORASPAN_ISA {
 inline std::int64_t combine_slab_width(const CombineJob& job) {
   const std::int64_t parts = job.xv ? 1 : 4;
   return slab_columns(job.x.columns,
-                      max_of(parts * kImageColumns, parts * (std::int64_t{1} << 17) / max_of(row_count(job.x), 1)), 32);
+                      max_of(parts * kSlabColumns, parts * (std::int64_t{1} << 17) / max_of(row_count(job.x), 1)), 32);
 }
 
 // Rounds the first n lanes of x to the entries of type S from p on, `stride` apart; gives them as they are now.
@@ -33,7 +33,7 @@ inline void store_image(const CombineJob& job, const Image& s, std::int64_t c0, 
     S* out = const_cast<S*>(v);
     for (std::int64_t j = 0; j < s.k; ++j)
       for (std::int64_t c = 0; c < n; c += L) {
-        T* entries = image + j * kImageColumns + c;
+        T* entries = image + j * kImageStride<T> + c;
         S* p = out + (c0 + c) * job.v_row_stride + j * job.v_col_stride;
         store(entries, round_to<S, T>(p, job.v_row_stride, min_of(L, n - c), load(static_cast<const T*>(entries))));
       }
@@ -48,18 +48,20 @@ inline double add_all_lanes(Vec<float> x) {
   return add_lanes(load_as<double>(entries) + load_as<double>(entries + L));
 }
 
-// Adds to row i and columns [j, j + N) of V^T V. A lane's sum runs over at most kImageColumns / kLanes<T> columns.
+// Adds to row i and columns [j, j + N) of V^T V. A lane's sum runs over at most kSumColumns columns.
 template <typename T, int N>
 inline void image_products(const T* image, std::int64_t i, std::int64_t j, std::int64_t n, double* out) {
   constexpr int L = kLanes<T>;
-  Vec<T> sums[N] = {};
-  for (std::int64_t c = 0; c < n; c += L) {
-    const Vec<T> x = load(image + i * kImageColumns + c);
+  for (std::int64_t start = 0; start < n; start += kSumColumns * L) {
+    Vec<T> sums[N] = {};
+    for (std::int64_t c = start; c < min_of(n, start + kSumColumns * L); c += L) {
+      const Vec<T> x = load(image + i * kImageStride<T> + c);
+      LORASPAN_UNROLL
+      for (int q = 0; q < N; ++q) sums[q] = x * load(image + (j + q) * kImageStride<T> + c) + sums[q];
+    }
     LORASPAN_UNROLL
-    for (int q = 0; q < N; ++q) sums[q] = x * load(image + (j + q) * kImageColumns + c) + sums[q];
+    for (int q = 0; q < N; ++q) out[q] += add_all_lanes(sums[q]);
   }
-  LORASPAN_UNROLL
-  for (int q = 0; q < N; ++q) out[q] += add_all_lanes(sums[q]);
 }
 
 // The sums of a slab: X V, if it is asked for, and V^T V.
@@ -67,7 +69,7 @@ template <typename T>
 inline void combine_slab(const CombineJob& job, std::int64_t slab, double* xv, double* vtv) {
   const Image s = image_of(job.x, job.w, job.k);
   const T* weights = pack_weights<T>(s);
-  T* image = scratch<T>(Use::basis, s.groups * kTileRows * kImageColumns);
+  T* image = scratch<T>(Use::basis, s.groups * kTileRows * kImageStride<T>);
   T* basis = scratch<T>(Use::factors, s.width / kLanes<T> * kBasisStride<T>);
   for (std::int64_t i = 0; xv && i < s.product_entries(); ++i) xv[i] = 0;
   for (std::int64_t i = 0; i < s.k * s.k; ++i) vtv[i] = 0;

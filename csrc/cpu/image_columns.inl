@@ -22,12 +22,12 @@ inline void pack_weight_vectors(const Image& s, T* out) {
 // Adds the products of kTileRows columns of a panel with `rows` rows of W to as many rows of X^T W, in N vectors.
 template <typename T, int N>
 __attribute__((noinline)) void columns_tile(const T* panel, std::int64_t rows, const T* weights, std::int64_t stride,
-                                            T* basis) {
+                                            Run<T> basis) {
   constexpr int L = kLanes<T>, M = kTileRows;
   Vec<T> sums[M][N];
   LORASPAN_UNROLL
   for (int c = 0; c < M; ++c) LORASPAN_UNROLL
-  for (int v = 0; v < N; ++v) sums[c][v] = load(basis + v * kBasisStride<T> + c * L);
+  for (int v = 0; v < N; ++v) sums[c][v] = basis.begin(v * kBasisStride<T> + c * L);
   for (std::int64_t i = 0; i < rows; ++i) {
     Vec<T> row[N];
     LORASPAN_UNROLL
@@ -41,7 +41,7 @@ __attribute__((noinline)) void columns_tile(const T* panel, std::int64_t rows, c
   }
   LORASPAN_UNROLL
   for (int c = 0; c < M; ++c) LORASPAN_UNROLL
-  for (int v = 0; v < N; ++v) store(basis + v * kBasisStride<T> + c * L, sums[c][v]);
+  for (int v = 0; v < N; ++v) basis.end(v * kBasisStride<T> + c * L, sums[c][v]);
 }
 
 // Rows [c0, c0 + n) of X^T W: vector v of row c at basis[v * kBasisStride + c * L]. What lies behind row n
@@ -50,7 +50,9 @@ template <typename T>
 inline void form_columns(const Image& s, const T* weights, std::int64_t c0, std::int64_t n, T* basis) {
   constexpr std::int64_t L = kLanes<T>;
   T* panels = scratch<T>(Use::packed, kSumColumns * kPanelRows);
-  for (std::int64_t i = 0; i < s.width / L * kBasisStride<T>; ++i) basis[i] = 0;
+  const std::int64_t entries = s.width / L * kBasisStride<T>;
+  const Run<T> sums = {scratch<T>(Use::part, entries), basis, true, true};
+  for (std::int64_t i = 0; i < entries; ++i) basis[i] = 0;
   Cursor at = find_row(s.x, 0);
   for (std::int64_t i = 0; i < s.rows; i += kPanelRows, at = skip_rows(s.x, at, kPanelRows)) {
     const std::int64_t rows = min_of(kPanelRows, s.rows - i);
@@ -59,19 +61,20 @@ inline void form_columns(const Image& s, const T* weights, std::int64_t c0, std:
       pack_group(s.x, at, rows, c0 + c, some, panels);
       for (std::int64_t p = 0; p < rows; p += L) {
         T* panel = panels + p * kSumColumns;
+        const std::int64_t height = min_of(L, rows - p);
+        const Run<T> run = sums.of(i + p, height, s.rows);
         for (std::int64_t q = some * L; q < round_up(some, kTileRows) * L; ++q) panel[q] = 0;
         for (std::int64_t q = 0; q < some; q += kTileRows)
           for_vectors(s.width / L, [&](std::int64_t first, auto vectors) {
-            columns_tile<T, decltype(vectors)::value>(panel + q * L, min_of(L, rows - p),
-                                                      weights + (first * s.rows + i + p) * L, s.rows * L,
-                                                      basis + first * kBasisStride<T> + (c + q) * L);
+            columns_tile<T, decltype(vectors)::value>(panel + q * L, height, weights + (first * s.rows + i + p) * L,
+                                                      s.rows * L, run.from(first * kBasisStride<T> + (c + q) * L));
           });
       }
     }
   }
 }
 
-// W^T X [k, n], its rows kImageColumns apart, from rows of X^T W.
+// W^T X [k, n], its rows kImageStride apart, from rows of X^T W.
 template <typename T>
 inline void turn_basis(const T* basis, const Image& s, std::int64_t n, T* image) {
   constexpr std::int64_t L = kLanes<T>;
@@ -80,7 +83,7 @@ inline void turn_basis(const T* basis, const Image& s, std::int64_t n, T* image)
       Vec<T> rows[L];
       for (std::int64_t i = 0; i < L; ++i) rows[i] = load(basis + v / L * kBasisStride<T> + (c + i) * L);
       transpose(rows);
-      for (std::int64_t i = 0; i < min_of(L, s.k - v); ++i) store(image + (v + i) * kImageColumns + c, rows[i]);
+      for (std::int64_t i = 0; i < min_of(L, s.k - v); ++i) store(image + (v + i) * kImageStride<T> + c, rows[i]);
     }
 }
 
@@ -91,7 +94,7 @@ inline void turn_image(const T* image, const Image& s, std::int64_t n, T* out) {
   for (std::int64_t v = 0; v < s.width; v += L)
     for (std::int64_t c = 0; c < n; c += L) {
       Vec<T> rows[L];
-      for (int i = 0; i < L; ++i) rows[i] = v + i < s.k ? load(image + (v + i) * kImageColumns + c) : Vec<T>{};
+      for (int i = 0; i < L; ++i) rows[i] = v + i < s.k ? load(image + (v + i) * kImageStride<T> + c) : Vec<T>{};
       transpose(rows);
       T* to = out + v / L * kBasisStride<T> + c * L;
       for (int i = 0; i < L; ++i) store(to + i * L, rows[i]);
@@ -106,7 +109,7 @@ inline const T* pack_weights(const Image& s) {
   return weights;
 }
 
-// Columns [c0, c0 + n) of W^T X, whichever way X lies in memory: row j at image + j * kImageColumns.
+// Columns [c0, c0 + n) of W^T X, whichever way X lies in memory: row j at image + j * kImageStride.
 template <typename T>
 inline void make_image(const Image& s, const T* weights, std::int64_t c0, std::int64_t n, T* image) {
   if (!s.by_columns) return form_image(s, weights, c0, n, image);
@@ -119,7 +122,7 @@ inline void make_image(const Image& s, const T* weights, std::int64_t c0, std::i
 template <typename T>
 inline void make_basis(const Image& s, const T* weights, std::int64_t c0, std::int64_t n, T* basis) {
   if (s.by_columns) return form_columns(s, weights, c0, n, basis);
-  T* image = scratch<T>(Use::basis, s.groups * kTileRows * kImageColumns);
+  T* image = scratch<T>(Use::basis, s.groups * kTileRows * kImageStride<T>);
   form_image(s, weights, c0, n, image);
   turn_image(image, s, n, basis);
 }

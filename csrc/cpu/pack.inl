@@ -73,10 +73,34 @@ inline void transpose_lines(const T* lines, std::int64_t n, T* panel) {
   }
 }
 
+// Columns [c0, c0 + n) of L rows of one block that lie along memory, to one panel; n is whole vectors.
+template <typename T, typename S>
+inline void transpose_rows(const S* p, std::int64_t row_stride, std::int64_t n, T* panel) {
+  constexpr int L = kLanes<T>;
+  for (std::int64_t c = 0; c < n; c += L) {
+    Vec<T> v[L];
+    LORASPAN_UNROLL
+    for (int i = 0; i < L; ++i) {
+      // rows lie pages apart: no hardware prefetcher follows them
+      __builtin_prefetch(p + i * row_stride + c + kLineColumns);
+      v[i] = load_as<T>(p + i * row_stride + c);
+    }
+    transpose(v);
+    LORASPAN_UNROLL
+    for (int i = 0; i < L; ++i) store(panel + (c + i) * L, v[i]);
+  }
+}
+
 // Columns [c0, c0 + n) of the L rows from `at` on, to one panel. `rows` of them exist.
 template <typename T>
 inline void pack_panel(const Rows& x, Cursor at, std::int64_t rows, std::int64_t c0, std::int64_t n, T* panel) {
   constexpr int L = kLanes<T>;
+  if (rows == L && n % L == 0 && x.blocks[at.block].rows - at.row >= L && x.blocks[at.block].col_stride == 1) {
+    const Block& b = x.blocks[at.block];
+    with_type(b.data, b.dtype,
+              [&](auto* p) { transpose_rows(p + at.row * b.row_stride + c0, b.row_stride, n, panel); });
+    return;
+  }
   alignas(64) T lines[L * kLineColumns];
   for (std::int64_t start = 0; start < n; start += kLineColumns) {
     const std::int64_t width = min_of(n - start, kLineColumns);

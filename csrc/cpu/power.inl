@@ -3,7 +3,7 @@
 namespace loraspan {
 namespace LORASPAN_ISA {
 
-inline std::int64_t power_slab_width(const PowerJob& job) { return slab_columns(job.x.columns, kImageColumns, 32); }
+inline std::int64_t power_slab_width(const PowerJob& job) { return slab_columns(job.x.columns, kSlabColumns, 32); }
 
 template <typename T>
 inline void power_slab(const PowerJob& job, std::int64_t slab, double* sums) {
