@@ -114,9 +114,9 @@ def build(base: nn.Module, batch: Batch, at: Place, peers: Sequence[str]) -> Bui
 
 
 @lru_cache(maxsize=2)
-def whole(width: int, hidden: int, layers: int, batch: Batch, at: Place) -> Built:
+def whole(width: int, hidden: int, layers: int, batch: Batch, at: Place, peers: Sequence[str] = PEERS) -> Built:
     """Give a whole model and everyone around it, built once: PEFT takes seconds for 64 adapters."""
-    return build(Llama(width, hidden, layers, at.clock.device, at.kind), batch, at, PEERS)
+    return build(Llama(width, hidden, layers, at.clock.device, at.kind), batch, at, peers)
 
 
 def contenders(built: Built, x: Tensor, axis: int, batch: Batch) -> dict[str, Contender]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 
 from _bench import Timing
 from _gpu_cases import ROUNDOFF, U32, Goal, excess_of, worst_of
-from _gpu_device import WARM_UP, Candidate, take_turns
+from _gpu_device import WARM_UP, Candidate, summary, take_turns
 from _gpu_report import Record
 from _serve_contenders import FEW, PEERS, Batch, Contender, Place, build, contenders, gathered, whole
 from _serve_peers import told
@@ -21,6 +23,8 @@ OF_PEERS = (Goal("x PEFT", 8.0), Goal("x vlora", 50.0))
 OF_BASE = (Goal("x base", 1.15, most=True),)
 # what a row may be off, root mean square, in errors of the base model's worst row; 1.05 is the median of small models
 SLACK = 2.0
+# ours and the base model take up to so many times the rounds, for so many seconds
+MORE, SECONDS = 4, 20.0
 
 
 class Way(NamedTuple):
@@ -54,10 +58,15 @@ def adapter_records(size: int, layers: int, batch: Batch, at: Place, *, goals: S
 
 
 def model_records(
-    shape: tuple[int, int, int], tokens: int, batch: Batch, at: Place, compiler: str | None
+    shape: tuple[int, int, int],
+    tokens: int,
+    batch: Batch,
+    at: Place,
+    compiler: str | None,
+    peers: Sequence[str] = PEERS,
 ) -> list[Record]:
     """Time a whole model beside itself without adapters; give a record for each contender."""
-    built = whole(*shape, batch, at)
+    built = whole(*shape, batch, at, peers)
     base, x = built.base, at.normal(batch.rows, tokens, shape[0])
     found = contenders(built, x, 0, batch)
     found["base"] = Contender(lambda: base(x))
@@ -145,24 +154,42 @@ def _timed_way(
     runs = {who: run for who, run in way.runs.items() if who not in wrong}
     if "loraspan" not in runs:
         return records
-    warm_up = WARM_UP if at.clock.device.type == "cuda" else 1
-    timings = {
-        who: Timing(*(took / found[who].part for took in timing))
-        for who, timing in take_turns(at.clock, runs, at.rounds, warm_up).items()
-    }
+    taken, beside = _turns(runs, at)
+    timings = {who: Timing(*(took / found[who].part for took in timing)) for who, timing in taken.items()}
     # those that cannot be captured stay what they are
     theirs |= {peer: timings[peer].median for peer in PEERS if peer in timings}
     for who, timing in timings.items():
         record = name | {"backend": who, "status": "timed", "error": excess.get(who)}
         record |= {"ms": timing.median, "low": timing.low, "high": timing.high}
         if "base" in timings:
-            record["x base"] = timing.median / timings["base"].median
+            ratio = beside.get(who) or Timing(*[timing.median / timings["base"].median] * 3)
+            record |= {"x base": ratio.median, "x base low": ratio.low, "x base high": ratio.high}
         if who == "loraspan":
             record |= {f"x {peer}": took / timing.median for peer, took in theirs.items()}
             judged = [goal.judge(float(str(record[goal.figure]))) for goal in goals if goal.figure in record]
             record["goals"] = "; ".join(judged) or None
         records.append(record)
     return records
+
+
+def _turns(runs: Mapping[str, Candidate], at: Place) -> tuple[dict[str, Timing], dict[str, Timing]]:
+    """Time everyone in turns, and give what ours took over the base model, if there is one.
+
+    These two keep away from peers, who leave gigabytes behind for the next to wait for. They are compared within a
+    round, where both met the same machine, and by turns one or the other comes first.
+    """
+    warm_up = WARM_UP if at.clock.device.type == "cuda" else 1
+    near = [who for who in runs if who not in PEERS and "base" in runs]
+    timings = take_turns(at.clock, {who: run for who, run in runs.items() if who not in near}, at.rounds, warm_up)
+    took: dict[str, list[float]] = {who: [] for who in near}
+    start, turn = time.monotonic(), 0
+    while near and (turn < warm_up + at.rounds or (turn < MORE * at.rounds and time.monotonic() - start < SECONDS)):
+        for who in near if turn % 2 else reversed(near):
+            took[who].append(at.clock.timed(partial(runs[who], turn)))
+        turn += 1
+    timings |= {who: summary(values[warm_up:]) for who, values in took.items()}
+    rounds = {who: zip(values[warm_up:], took["base"][warm_up:], strict=True) for who, values in took.items()}
+    return timings, {who: summary([own / base for own, base in pairs]) for who, pairs in rounds.items()}
 
 
 def _ways(found: Mapping[str, Contender], at: Place, compiler: str | None) -> dict[str, Callable[[], Way]]:

@@ -25,7 +25,7 @@ import torch
 from _bench import table
 from _gpu_device import WallClock, clock_of, facts, missing
 from _gpu_report import Record, Report
-from _serve_contenders import Batch, Place
+from _serve_contenders import PEERS, Batch, Place
 from _serve_held import graph_records, memory_records, switching_records
 from _serve_space import Sizes
 from _serve_timed import OF_PEERS, adapter_records, model_records, resident_records
@@ -69,7 +69,7 @@ class Lines(Report):
             print(f"NOT RIGHT: {record['operator']}, {record.get('case')}, {record.get('backend')}: {record['reason']}")
 
 
-def jobs(at: Place, small: bool, compiler: str | None) -> dict[str, list[Job]]:
+def jobs(at: Place, small: bool, compiler: str | None, peers: tuple[str, ...] = PEERS) -> dict[str, list[Job]]:
     """Give what is to be measured, part by part."""
     gpu = at.clock.device.type == "cuda"
     rows, sizes = (4, ((32, 2),)) if small else (64, ((1024, 8), (4096, 2)))
@@ -85,7 +85,7 @@ def jobs(at: Place, small: bool, compiler: str | None) -> dict[str, list[Job]]:
         for tokens in (1, many):
             # one compilation, of the largest layers by single tokens: what an engine decodes with
             chosen = compiler if shape is shapes[-1] and tokens == 1 else None
-            run = partial(model_records, shape, tokens, all_of, at, chosen)
+            run = partial(model_records, shape, tokens, all_of, at, chosen, peers)
             found["model"].append((f"{shape[2]} layers of {shape[0]}, {tokens} tokens", run))
     series = [Batch(rows, distinct, resident) for resident, distinct in (SMALL_SERIES if small else SERIES)]
     found["resident"].append(("series", partial(resident_records, sizes[-1][0], series, at)))
@@ -117,6 +117,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", default=",".join(PARTS), help=f"of {', '.join(PARTS)}, by commas")
     parser.add_argument("--small", action="store_true", help="tiny shapes, no use but to see that all of it runs")
     parser.add_argument("--rounds", type=int, help="turns of everyone: 9, or 2 if small")
+    parser.add_argument("--alone", action="store_true", help="whole models without peers, in a minute or two")
     parser.add_argument("--compile", action="store_true", help="compiled models too, as on a GPU; a minute on a CPU")
     parser.add_argument("--out", type=Path, metavar="FILE", help="of JSON lines; one that is there is replaced")
     options = parser.parse_args(arguments)
@@ -173,9 +174,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # a node without a network: nobody is to wait for one
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     here, place = _start(options)
+    peers = () if options.alone else PEERS
     report = Lines(here, options.out)
     with torch.no_grad():
-        for part, runs in jobs(place, options.small, _compiler(options)).items():
+        for part, runs in jobs(place, options.small, _compiler(options), peers).items():
             for case, run in runs if part in options.only else ():
                 # tiny shapes have no goals
                 more: Record = {"operator": part} | ({"goals": None} if options.small else {})

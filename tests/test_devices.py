@@ -17,6 +17,7 @@ import oracles
 from lazy_cuda import REAL
 from loraspan import _core, _device
 from loraspan.cli import main
+from loraspan.collection import fit as fitting
 from loraspan.errors import ArgumentError, BackendError
 from loraspan.linalg import IncrementalSVD, factored_svd, merged_svd, randomized_svd
 from loraspan.ops import RowBlocks
@@ -44,6 +45,16 @@ def test_compress_sends_factors_and_keeps_the_collection_here():
             held = [t for c in there.collection.segments[0].columns.values() for t in c.tensors().values()]
             held += [t for slot in there.collection.slots.values() for t in (slot.u, slot.v)]
             assert {t.device for t in held} == {CPU}
+
+
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("device", [None, "cuda"])
+def test_bases_are_turned_where_the_rounding_of_sums_is_known(monkeypatch, device):
+    """By the compiled kernels alone: what else sums in float32 has not been asked by how much it may be off."""
+    made, make_basis = [], fitting.make_basis
+    monkeypatch.setattr(fitting, "make_basis", lambda *args: made.append(args) or make_basis(*args))
+    loraspan.compress(planted.adapters(count=240, shape=(72, 96), ranks=(4,), slots=1, noise=0.3), rank=6, device=device)
+    assert len(made) == (0 if device is None else 2)
 
 
 @pytest.mark.parametrize("shape", [(40, 700), (700, 40), (400, 450)])

@@ -39,11 +39,12 @@ def document(done):
     return json.loads(done.stdout)
 
 
-def six(tmp_path):
-    """The store of them."""
+def six(tmp_path, dtype="int8"):
+    """The store of them: in 8 bits each on its own, in 16 on bases that they share."""
     for i, name in enumerate(NAMES):
         write_adapter(tmp_path / "in" / name, i)
-    assert run("compress", tmp_path / "in", "-o", tmp_path / "team.span", "--max-error", 0.05).exit_code == 0
+    goal = ("--max-error", 0.05, "--dtype", dtype)
+    assert run("compress", tmp_path / "in", "-o", tmp_path / "team.span", *goal).exit_code == 0
     return tmp_path / "team.span"
 
 

@@ -148,7 +148,8 @@ def test_replace_is_one_step(store, new):
     assert loraspan.open(store).errors["legal"] <= 0.01
 
 
-def test_project_tells_one_adapter_by_modules_and_several_by_lines(store, new):
+def test_project_tells_one_adapter_by_modules_and_several_by_lines(tmp_path, new):
+    store = six(tmp_path / "shared", "f16")
     before = contents(store)
     one = run("project", store, new[0], "--max-error", 0.1)
     several = run("project", store, *new)

@@ -17,7 +17,7 @@ from loraspan.collection import build, private
 from loraspan.collection.fit import Goal, fit
 from loraspan.collection.rebuild import rebuild
 from loraspan.collection.refit import refit
-from loraspan.collection.rows import Packed, Widths, flip_rows, rounding_of, row_bytes, store_rows, values_of
+from loraspan.collection.rows import CODED, Packed, Widths, flip_rows, rounding_of, row_bytes, store_rows, values_of
 from loraspan.collection.update import add, remove
 from loraspan.errors import ArgumentError, FormatError
 
@@ -37,7 +37,7 @@ def measured(adapter, collection):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, 4, CODED])
 def test_the_reported_error_is_that_of_what_comes_back(case, bits):
     """To float32's rounding of the factors that come back, over a life with additions, removals and a refit."""
     adapters = planted.adapters(count=9, shape=SHAPE, **CASES[case])
@@ -157,8 +157,10 @@ def test_a_weight_that_would_be_negative_turns_an_end(monkeypatch, case, width):
 
 def test_names_of_widths():
     assert str(Widths.of(4)) == "int4"
+    assert str(Widths.of(CODED)) == "int8 bases, int8 loadings, coded private ends"
+    assert Widths.from_bits(torch.float32, Widths.of(CODED).bits) == Widths.of(CODED)
     assert str(Widths(torch.float32, 8, 8, 4)) == "int8 bases, int8 loadings, int4 private ends"
-    with pytest.raises(ArgumentError, match="dtype is float32, bfloat16, float16, int8 or 'int4'"):
+    with pytest.raises(ArgumentError, match=r"dtype is float32, bfloat16, float16, int8, 'int4'.* or 'coded'"):
         loraspan.compress(planted.adapters(count=2), rank=2, dtype=torch.int16)
 
 

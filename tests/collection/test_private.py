@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from loraspan.collection.factors import read_factors
-from loraspan.collection.private import Residual, columns_within, make_frame, private_columns
+from loraspan.collection.formed import make_frame
+from loraspan.collection.private import Residual, columns_within, private_columns
 
 
 def whole_residual(adapters):

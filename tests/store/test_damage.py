@@ -98,7 +98,7 @@ def slot(table):
 
 MANIFESTS = {
     "'format' has to be 'loraspan'": lambda t: t.update(format="zip"),
-    "'schema' has to be from 1 to 2; it is 0": lambda t: t.update(schema=0),
+    "'schema' has to be from 1 to 3; it is 0": lambda t: t.update(schema=0),
     "'schema' has to be int; it is bool": lambda t: t.update(schema=True),
     "'dtype' has to be one of": lambda t: t.update(dtype="I64"),
     "'summary' has to be str; it is list": lambda t: t.update(summary=[]),
@@ -154,10 +154,10 @@ def test_a_manifest_without_its_seal(tmp_path):
 
 def test_a_newer_version_is_named(tmp_path):
     path = saved(tmp_path)
-    name = edit_manifest(path, lambda t: {**t, "schema": 3, "writer": "loraspan 9.1"}, seal=False)
+    name = edit_manifest(path, lambda t: {**t, "schema": 4, "writer": "loraspan 9.1"}, seal=False)
 
     for look in (store.open, store.verify):
-        with pytest.raises(UnsupportedError, match=rf"{name}: store schema 3, written by 'loraspan 9.1'.*upgrade"):
+        with pytest.raises(UnsupportedError, match=rf"{name}: store schema 4, written by 'loraspan 9.1'.*upgrade"):
             look(path)
 
 

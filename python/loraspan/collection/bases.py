@@ -18,7 +18,7 @@ from loraspan.ops.packed_products import packed_products
 from loraspan.ops.places import fetched
 
 # How far from orthonormal a stored basis may be, beyond what its dtype's rounding does: it is mended above this.
-_ORTHOGONALITY = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+ORTHOGONALITY = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 # Singular values of a core below this share of its largest are rounding.
 _RANK_FLOOR = 1e-7
 
@@ -57,7 +57,7 @@ def make_basis(stack: Stack, w: Tensor, width: Width) -> Basis:
     v, xv, gram = combine(stack.x, w, dtype=dtype, precision="f64")
     for _ in range(2):
         eye = torch.eye(gram.shape[0], dtype=torch.float64)
-        if not gram.numel() or (gram - eye).abs().max() <= _ORTHOGONALITY[dtype]:
+        if not gram.numel() or (gram - eye).abs().max() <= ORTHOGONALITY[dtype]:
             break
         w = w @ gram_root(gram).inverse
         v, xv, gram = combine(stack.x, w, dtype=dtype, precision="f64")

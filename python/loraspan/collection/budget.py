@@ -1,4 +1,4 @@
-"""Shares of an error budget, and which form of a slot meets its share in the fewest bytes."""
+"""Which form of a slot meets its share of an error budget in the fewest bytes."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from torch import Tensor
 from loraspan.collection.factors import Canonical
 from loraspan.collection.layout import basis_bytes
 from loraspan.collection.private import columns_within
-from loraspan.collection.rows import Width, Widths, rounding_of, row_bytes
+from loraspan.collection.rows import CODED, Width, Widths, rounding_of, row_bytes
+from loraspan.collection.steps import Curve, Ends
 from loraspan.linalg.roots import gram_root
 from loraspan.ops.dense import eigh
 
-# Share of the squared budget that no truncation takes, beside what rounding is expected to: so that what is measured
-# in the end need not be compared with a sum that is equal to the last bit.
-_SLACK = 1e-6
-# What rounding may take above its expected share.
-_CAUTION = 1.1
+# What a header takes for a side with a basis, about: the names of the basis, of the loadings, and of their scales.
+_NAMES = 200
+# Share of the bytes of coded private columns below which a basis is worth it. What truncation to a basis loses lies in
+# a few directions, what rounding loses in all: at the same error and bytes tasks do better with rounding.
+_WORTH = 0.9
 # More than any plan takes: of forms that rounding rules out.
 NEVER = 1 << 60
 
@@ -38,80 +39,6 @@ class Plan(NamedTuple):
     rank_out: int
     rank_in: int
     nbytes: int
-
-
-def allotments(
-    spectra: Sequence[tuple[Sequence[int], Tensor]],
-    count: int,
-    max_error: float | Tensor,
-    *,
-    prices: Sequence[int] | None = None,
-    rounding: float = 0.0,
-) -> list[Tensor]:
-    r"""Share every task's squared budget out over its slots.
-
-    A share is what rounding takes there, what the cheapest all-private form would drop (the squared singular values of
-    the task, over all its slots, that cost the least per byte and fit the budget), and a part of the rest in proportion
-    to the slot's energy.
-
-    Args:
-        spectra: per slot, its tasks and their singular values ``[T, r]``.
-        count: the number of tasks.
-        max_error: relative, for every task or ``[N]``.
-        prices: bytes of a private column in each slot; one price for all if left out.
-        rounding: share of the energy of what is stored that rounding takes.
-
-    Returns:
-        Per slot ``[T]``: squared Frobenius norms; those of a task sum to ``max_error^2 |dW|^2``.
-
-    Example:
-        >>> import torch
-        >>> one, two = allotments([([0], torch.tensor([[3.0]])), ([0], torch.tensor([[1.0]]))], 1, 0.5)
-        >>> round(float(one + two), 6)
-        2.5
-    """
-    if not spectra:
-        return []
-    members = [torch.tensor(tasks) for tasks, _ in spectra]
-    squares = [s.double().square() for _, s in spectra]
-    energies = [value.sum(-1) for value in squares]
-    totals = _per_task(members, energies, count)
-    budgets = max_error**2 * totals
-    expected = _CAUTION * rounding
-    prices = prices or [1] * len(spectra)
-    dropped = _cheapest_within(members, squares, ((1 - _SLACK) * budgets - expected * totals).clamp(min=0), prices)
-    shares = [drop + expected * energy for drop, energy in zip(dropped, energies, strict=True)]
-    rest = (budgets - _per_task(members, shares, count)) / torch.where(totals > 0, totals, 1.0)
-    return [share + rest[tasks] * energy for tasks, share, energy in zip(members, shares, energies, strict=True)]
-
-
-def _per_task(members: Sequence[Tensor], values: Sequence[Tensor], count: int) -> Tensor:
-    """Sum values ``[T]`` of every slot by task."""
-    totals = torch.zeros(count, dtype=torch.float64)
-    for tasks, value in zip(members, values, strict=True):
-        totals.index_add_(0, tasks, value)
-    return totals
-
-
-def _cheapest_within(
-    members: Sequence[Tensor], squares: Sequence[Tensor], budgets: Tensor, prices: Sequence[int]
-) -> list[Tensor]:
-    """Per slot ``[T]``: the sum of the values that drop the most bytes for a task's budget, over all its slots."""
-    values = torch.cat([value.flatten() for value in squares])
-    per_byte = torch.cat([value.flatten() / price for value, price in zip(squares, prices, strict=True)])
-    owners = torch.cat([t.repeat_interleave(v.shape[1]) for t, v in zip(members, squares, strict=True)])
-    order = torch.argsort(per_byte, stable=True)
-    order = order[torch.argsort(owners[order], stable=True)]
-    owner, running = owners[order], values[order].cumsum(0)
-    starts = torch.searchsorted(owner, torch.arange(len(budgets)))
-    before = torch.cat([running.new_zeros(1), running])[starts]
-    dropped = torch.zeros_like(values)
-    dropped[order] = torch.where(running - before[owner] <= budgets[owner], values[order], 0.0)
-    shares, start = [], 0
-    for value in squares:
-        shares.append(dropped[start : start + value.numel()].view_as(value).sum(-1))
-        start += value.numel()
-    return shares
 
 
 class Planner:
@@ -144,6 +71,7 @@ class Planner:
         self._energy = self._s.square().sum(-1)
         self._zero = (self._s == 0).all(-1)
         self._spectra: dict[tuple[str, int, int], tuple[Tensor, ...]] = {}
+        self._curves: dict[tuple[tuple[str, int, int], Widths], Curve] = {}
 
     def at(self, allowed: Tensor, widths: Widths) -> Planner:
         """Give the planner of the same slot for other allotments and widths; spectra are shared."""
@@ -169,11 +97,12 @@ class Planner:
 
     def cheapest(self) -> Plan:
         """Give the plan of the fewest bytes; what would take more for its bases alone is not counted."""
-        best = self._plan("pp", 0, 0)
+        best = alone = self._plan("pp", 0, 0)
+        worth = _WORTH if self._widths.private == CODED else 1.0
         for form, rank_out, rank_in in self._shared():
-            if basis_bytes(*self._shape, rank_out, rank_in, self._widths) < best.nbytes:
+            if self._basis_bytes(rank_out, rank_in) < best.nbytes:
                 best = min(best, self._plan(form, rank_out, rank_in), key=lambda plan: plan.nbytes)
-        return best
+        return best if best.nbytes < worth * alone.nbytes else alone
 
     def _shared(self) -> list[tuple[str, int, int]]:
         """Forms with bases, and the ranks of those."""
@@ -192,9 +121,15 @@ class Planner:
         else:
             columns = self._one_sided(form, rank_out or rank_in)
         total = min(int(columns.sum()), NEVER)
-        return Plan(form, rank_out, rank_in, total + basis_bytes(*self._shape, rank_out, rank_in, self._widths))
+        return Plan(form, rank_out, rank_in, total + self._basis_bytes(rank_out, rank_in))
+
+    def _basis_bytes(self, rank_out: int, rank_in: int) -> int:
+        sides = (rank_out > 0) + (rank_in > 0)
+        return basis_bytes(*self._shape, rank_out, rank_in, self._widths) + _NAMES * sides
 
     def _alone(self) -> NDArray[np.int64]:
+        if self._widths.private == CODED:
+            return self._coded(("pp", 0, 0), [Ends(self._s, self._shape)], self._left_by_rounding(0))
         allowed, possible = self._left_by_rounding(2 * rounding_of(self._widths.private))
         return self._columns(0, 0, {"pp": columns_within(self._s, allowed)}, possible)
 
@@ -219,11 +154,14 @@ class Planner:
         (spectrum,) = self._spectra["ss", rank_out, rank_in]
         share = 2 * rounding_of(self._widths.basis) + 2 * rounding_of(self._widths.loadings)
         allowed, possible = self._left_by_rounding(share)
-        private = columns_within(spectrum, allowed)
-        core = (self._s > 0).sum(-1).clamp(max=min(rank_out, rank_in))
-        ranks, whole = (rank_out, rank_in), torch.full_like(core, rank_in)
-        factored = self._columns(*ranks, {"ss": core, "pp": private}, possible)
-        return factored, self._columns(*ranks, {"ss": whole, "pp": private}, possible, dense=True)
+        ranks, core = (rank_out, rank_in), (self._s > 0).sum(-1).clamp(max=min(rank_out, rank_in))
+        whole, counts, coded = torch.full_like(core, rank_in), {}, np.zeros(len(core), dtype=np.int64)
+        if self._widths.private == CODED:
+            coded = self._coded(("ss", *ranks), [Ends(spectrum, self._shape)], (allowed, possible))
+        else:
+            counts["pp"] = columns_within(spectrum, allowed)
+        factored = self._columns(*ranks, {"ss": core, **counts}, possible)
+        return factored + coded, self._columns(*ranks, {"ss": whole, **counts}, possible, dense=True) + coded
 
     def _rest_of_both(self, rank_out: int, rank_in: int) -> Tensor:
         b, a = self._out[..., :rank_out], self._in[..., :rank_in]
@@ -243,11 +181,32 @@ class Planner:
             self._spectra[form, rank, 0] = (product_spectrum(other, inside), product_spectrum(other, other - inside))
         shared, private = self._spectra[form, rank, 0]
         ranks = (0, rank) if form == "ps" else (rank, 0)
+        if self._widths.private == CODED:
+            share = rounding_of(self._widths.basis) + rounding_of(self._widths.loadings)
+            ends = one_sided_ends(form, self._shape, (shared, private), rank, self._widths)
+            return self._coded((form, rank, 0), ends, self._left_by_rounding(share))
         prices = [column_bytes(kind, self._shape, ranks, self._widths) for kind in (form, "pp")]
         share = sum(map(rounding_of, self._widths[1:]))
         allowed, possible = self._left_by_rounding(share)
         counts = one_sided_counts(shared, private, allowed, *prices)
         return self._columns(*ranks, {form: counts[0], "pp": counts[1]}, possible)
+
+    def _coded(self, key: tuple[str, int, int], ends: Sequence[Ends], left: tuple[Tensor, Tensor]) -> NDArray[np.int64]:
+        """Give the bytes of coded ends within what rounding of the rest leaves, ``left``."""
+        found = self._curves.get((key, self._widths))
+        if found is None:
+            found = self._curves[key, self._widths] = Curve(ends)
+        nbytes, within = found.bytes_at(left[0])
+        possible = (within & left[1]) | self._zero
+        return torch.where(possible, nbytes, NEVER // max(len(nbytes), 1)).numpy()
+
+
+def one_sided_ends(
+    form: str, shape: tuple[int, int], spectra: tuple[Tensor, Tensor], rank: int, widths: Widths
+) -> list[Ends]:
+    """Give the private ends of columns with one end on a basis of ``rank``, and of those with none; of both spectra."""
+    far = shape[0] if form == "ps" else shape[1]
+    return [Ends(spectra[0], [far], row_bytes(rank, widths.loadings)), Ends(spectra[1], shape)]
 
 
 def column_bytes(

@@ -9,19 +9,13 @@ from torch import Tensor
 
 from loraspan.collection.assemble import Part
 from loraspan.collection.bases import Basis, shared_cores, unit
-from loraspan.collection.budget import column_bytes, one_sided_counts, product_spectrum
+from loraspan.collection.budget import column_bytes, one_sided_counts, one_sided_ends, product_spectrum
 from loraspan.collection.factors import Canonical, SlotFactors
-from loraspan.collection.private import (
-    Frame,
-    Residual,
-    best_weights,
-    make_frame,
-    private_columns,
-    split_rows,
-    stored_ends,
-)
-from loraspan.collection.rows import Widths, flip_rows, store_rows, values_of
+from loraspan.collection.formed import Frame, Stored, form_ends, make_frame, split_rows, stored_ends
+from loraspan.collection.private import Residual, best_weights, private_columns
+from loraspan.collection.rows import CODED, Widths, flip_rows, rounding_of, store_rows, values_of, weight_dtype
 from loraspan.collection.stack import Stack
+from loraspan.collection.steps import Curve
 from loraspan.linalg.roots import gram_root
 from loraspan.ops.dense import svd
 
@@ -110,9 +104,7 @@ class SlotBuilder:
         u, s, v = svd(far_root.r @ (seen @ root.inverse))
         inside = seen @ root.inverse @ root.inverse.T @ seen.mT
         rest = product_spectrum(bare.gram, near.bare_frame().gram - inside)
-        price = [column_bytes(kind, self.slot.shape, (basis.rank, basis.rank), self.widths) for kind in (form, "pp")]
-        counts, _ = one_sided_counts(s, rest, self.allowed, *price)
-        ends, ends_seen, ends_gram = stored_ends(bare, far_root.inverse @ u, counts, self.widths.private)
+        counts, (ends, ends_seen, ends_gram) = self._far_ends(form, basis, bare, (far_root.inverse @ u, s, rest))
         kept = torch.arange(s.shape[1]) < counts[:, None]
         loadings = store_rows(unit(root.inverse @ v).mT[kept], self.widths.loadings)
         y = torch.zeros_like(v).mT
@@ -120,11 +112,29 @@ class SlotBuilder:
         y = y.mT
         weights = best_weights(ends_gram * (y.mT @ basis.gram @ y), (ends_seen * (seen @ y)).sum(-2), kept)
         signed = flip_rows(loadings, torch.where(weights[kept] < 0, -1, 1))
+        weights = weights.to(weight_dtype(self.widths.private))
         part = Part(form, counts, weights[kept].abs(), ends, signed)
         left = far.frame(split_rows(values_of(ends), counts), ends_seen, ends_gram)
         z = _coefficients(self.canonical.s, -(weights.float().double().unsqueeze(-1) * y.mT))
         private, lost = self._private(Residual(left, near.basis_frame(basis), z))
         return [part, private], lost
+
+    def _far_ends(
+        self, form: str, basis: Basis, bare: Frame, found: tuple[Tensor, Tensor, Tensor]
+    ) -> tuple[Tensor, Stored]:
+        """Give how many columns have their other end on a basis, and their private ends."""
+        coordinates, s, rest = found
+        widths, shape = self.widths, self.slot.shape
+        if widths.private != CODED:
+            price = [column_bytes(kind, shape, (basis.rank, basis.rank), widths) for kind in (form, "pp")]
+            counts, _ = one_sided_counts(s, rest, self.allowed, *price)
+            return counts, stored_ends(bare, coordinates, counts, widths.private)
+        ends = one_sided_ends(form, shape, (s, rest), basis.rank, widths)
+        rounded = (rounding_of(widths.basis) + rounding_of(widths.loadings)) * self.canonical.s.square().sum(-1)
+        steps = Curve(ends).steps_at((self.allowed - rounded).clamp(min=0))
+        kept = ends[0].costs(steps)[2]
+        counts = kept.sum(-1)
+        return counts, form_ends(bare, coordinates, counts).coded(steps[:, None] / s.clamp(min=1e-300), kept)
 
 
 def _coefficients(s: Tensor, corner: Tensor) -> Tensor:

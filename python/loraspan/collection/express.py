@@ -13,15 +13,16 @@ from torch import Tensor
 from loraspan.adapters.base import Adapter
 from loraspan.collection.assemble import assemble
 from loraspan.collection.bases import Basis, shared_cores
-from loraspan.collection.budget import Planner, allotments, column_bytes
+from loraspan.collection.budget import Planner
 from loraspan.collection.build import SlotBuilder
 from loraspan.collection.collection import Segment, SlotSpace
 from loraspan.collection.columns import Columns
 from loraspan.collection.factors import Canonical, SlotFactors, read_factors
 from loraspan.collection.fit import check_met, describe, total_squares
 from loraspan.collection.private import CORRECTIONS
-from loraspan.collection.rows import Rows, Width, Widths, rounding_of
+from loraspan.collection.rows import Rows, Width, Widths
 from loraspan.collection.segments import interleave
+from loraspan.collection.shares import Shares
 from loraspan.collection.vectors import Vectors
 from loraspan.errors import MismatchError
 from loraspan.linalg.roots import gram_root
@@ -83,10 +84,8 @@ def express(
         found = [_shared(f, both, widths) for f, both in zip(factors, bases, strict=True)]
     else:
         spectra = [(f.members, c.s) for f, c in zip(factors, canonicals, strict=True)]
-        prices = [column_bytes("pp", f.shape, (0, 0), widths) for f in factors]
-        rounding = 2 * rounding_of(widths.private)
-        shares = allotments(spectra, len(squares), max_error, prices=prices, rounding=rounding)
-        found = _within(factors, canonicals, bases, shares, widths, report or (lambda _stage, _done, _total: None))
+        of_slots = Shares(spectra, [f.shape for f in factors], squares).within(max_error, widths)
+        found = _within(factors, canonicals, bases, of_slots, widths, report or (lambda _stage, _done, _total: None))
     columns = {f.path: made for f, (made, _) in zip(factors, found, strict=True)}
     lost = {f.path: (f.members, gone) for f, (_, gone) in zip(factors, found, strict=True)}
     totals = torch.zeros_like(squares)

@@ -22,6 +22,7 @@ from loraspan.collection.ranges import Range, find_range
 from loraspan.collection.rows import WIDTHS, Width, Widths
 from loraspan.collection.stack import Stack
 from loraspan.collection.summary import summarize
+from loraspan.collection.turned import turned_cores
 from loraspan.collection.within import Fitted, fit_within
 from loraspan.errors import ArgumentError, MismatchError
 from loraspan.ops.stream import held
@@ -44,8 +45,8 @@ class Goal:
         energy: share of the collection's energy that every slot keeps; all ends shared.
         max_error: relative error on ``dW`` that no task exceeds; shared columns where they pay, private for the rest.
         refine: iterations of joint refinement.
-        dtype: of bases, loadings and private columns: a floating dtype, 8 or 4 bits; None for what takes the fewest
-            bytes, with ``max_error`` or ``max_bytes``.
+        dtype: of bases, loadings and private columns: a floating dtype, 8 or 4 bits, or CODED; None for what takes the
+            fewest bytes, with ``max_error`` or ``max_bytes``.
         seed: of the sketches.
         max_bytes: all bytes on disk; the worst task's error is made as small as they allow.
     """
@@ -74,7 +75,7 @@ class Goal:
             raise ArgumentError(f"compress: refine is at least 0; got {self.refine}")
         if self.dtype is not None and self.dtype not in WIDTHS.values():
             raise ArgumentError(
-                f"compress: dtype is float32, bfloat16, float16, int8 or 'int4' (8 and 4 bits in blocks); "
+                f"compress: dtype is float32, bfloat16, float16, int8, 'int4' (8 and 4 bits in blocks) or 'coded'; "
                 f"got {self.dtype}"
             )
 
@@ -219,11 +220,14 @@ def fit_shared(slot: SlotFactors, squares: Tensor, goal: Goal, widths: Widths) -
         ranges, ranks = _choose_ranks(slot, sides, goal, precision)
         left, right = (side.pad(found.xv) for side, found in zip(sides, ranges, strict=True))
         turns = refine_products(left * (weights * slot.scales)[:, None, None], right, *ranks, goal.refine)
-        out, inn = (
-            make_basis(side, found.w @ turn, widths.basis)
-            for side, found, turn in zip(sides, ranges, turns, strict=True)
-        )
-    shared = shared_cores(out, inn, slot.scales, slot.squares, widths.loadings)
+        made = turned_cores(slot, squares[members], sides, ranges, turns, widths)
+        if made is None:
+            out, inn = (
+                make_basis(side, found.w @ turn, widths.basis)
+                for side, found, turn in zip(sides, ranges, turns, strict=True)
+            )
+            made = out, inn, shared_cores(out, inn, slot.scales, slot.squares, widths.loadings)
+    out, inn, shared = made
     columns = assemble(slot.members, [shared.part], slot.shape, (out.rank, inn.rank), widths.dtype)
     return SlotSpace(out.v, inn.v, slot.kind, slot.kernel), columns, shared.squares
 
@@ -234,7 +238,10 @@ def _choose_ranks(
     """Find ranges wide enough for the goal, and the ranks to cut them to."""
     width = _FIRST_WIDTH if goal.rank is None else math.ceil((goal.rank + _OVERSAMPLE) / _VECTOR) * _VECTOR
     while True:
-        out, inn = (find_range(side, width, precision=precision, seed=goal.seed + i) for i, side in enumerate(sides))
+        out, inn = (
+            find_range(side, width, precision=precision, seed=goal.seed + i, form=goal.widths.basis == torch.float32)
+            for i, side in enumerate(sides)
+        )
         limits = len(out.energies), len(inn.energies)
         if goal.rank is not None:
             return (out, inn), (min(goal.rank, limits[0]), min(goal.rank, limits[1]))

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from loraspan.collection.coded import column_tensors
 from loraspan.collection.headers import Entry, count, deflate, file_start, order
 from loraspan.collection.rows import Rows, Width, Widths, row_bytes, tensors_of
 from loraspan.errors import ArgumentError
@@ -105,7 +106,8 @@ def basis_file_bytes(collection: Collection) -> int:
 def segment_bytes(segment: Segment) -> int:
     """Give the bytes of the file of a segment whose tasks all live, as :func:`collection_bytes` counts them."""
     tasks = [task for task in segment.tasks if task is not None]
-    entries = [entry for path, columns in segment.columns.items() for entry in _slot_entries(path, columns, len(tasks))]
+    entries: list[Entry] = [(name, tensor.dtype, tensor.shape) for name, tensor in column_tensors(segment.columns)]
+    entries += [e for path, columns in segment.columns.items() for e in _index_entries(path, columns, len(tasks))]
     entries += [
         (f"extra.{i}.{key}", extra.dtype, extra.shape)
         for i, task in enumerate(tasks)
@@ -165,8 +167,8 @@ def parse_bytes(operator: str, value: int | str | None) -> int | None:
     return count
 
 
-def _slot_entries(name: str, columns: Columns, tasks: int) -> list[Entry]:
-    entries: list[Entry] = [e for field, rows in columns.tensors().items() for e in _entries(field, name, rows)]
+def _index_entries(name: str, columns: Columns, tasks: int) -> list[Entry]:
+    entries: list[Entry] = []
     rows = len(columns.tasks)
     if rows:
         entries.append((f"counts.{name}", narrow(int(columns.counts.max())), [rows, 4]))

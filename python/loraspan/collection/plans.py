@@ -13,11 +13,11 @@ from torch import Tensor
 
 from loraspan.collection.budget import NEVER, Plan
 from loraspan.collection.factors import SlotFactors
-from loraspan.collection.rows import Widths
+from loraspan.collection.rows import CODED, Widths
 from loraspan.collection.within import Fitted, Fitters, is_coarse
 
 _F32 = torch.float32
-# What plans choose from: the same width for all, and private ends narrower than what all tasks share.
+# What plans choose from: the same width for all, and private ends narrower than what all tasks share, or coded.
 CANDIDATES = (
     Widths.of(_F32),
     Widths.of(torch.float16),
@@ -25,13 +25,15 @@ CANDIDATES = (
     Widths(_F32, 8, 8, 4),
     Widths(_F32, 8, 4, 4),
     Widths.of(4),
+    Widths.of(CODED),
 )
 # A plan whose rounding took more than was expected is built again for a budget smaller by what was missing.
 _TRIES = 3
 _TIGHTER = 0.998
 # Relative errors between which one is looked for that fits a number of bytes, how finely, how often a fit is built for
-# one, and the share of the bytes from which on another is not worth it.
-_LEAST, _MOST, _HALVINGS, _BUILDS, _CLOSE = 1e-6, 0.999, 11, 6, 0.98
+# one, the share of the bytes from which on another is not worth it, and the number of times at which widths that took
+# too many bytes again are given up until something fits.
+_LEAST, _MOST, _HALVINGS, _BUILDS, _CLOSE, _OVER = 1e-6, 0.999, 11, 7, 0.99, 2
 
 Report = Callable[[str, int, int], None]
 
@@ -135,6 +137,8 @@ def fit_bytes(
     curves = {widths: _Curve(fitters, widths) for widths in candidates}
     # what a fit takes beside what its plan counts, by widths: until one was built, as for the one that was built last
     beside: dict[Widths, int] = {}
+    over: Counter[Widths] = Counter()
+    given_up: dict[Widths, _Curve] = {}
     best: tuple[float, float, Widths, list[Fitted]] | None = None
     least, last = NEVER, 0
     for _ in range(_BUILDS):
@@ -148,11 +152,23 @@ def fit_bytes(
             best = worst, error, widths, fitted
         missed = beside.get(widths)
         beside[widths] = last = nbytes - curves[widths].bytes_at(min(error, _MOST))
+        if missed is not None and nbytes > limit:
+            # still too many: what is beside moves along, so go twice as far
+            beside[widths] += nbytes - limit
+            over[widths] += 1
+            if over[widths] == _OVER and len(curves) > 1 and best is None:
+                # it does not take what its plans say: let others try
+                given_up[widths] = curves.pop(widths)
+                continue
         # rounding took more than the budget it was built for, or nothing moves any more
         if worst > error:
             curves[widths].rule_out(worst)
-        elif missed is not None and limit * _CLOSE <= nbytes <= limit:
+        elif missed is not None and limit * _CLOSE <= nbytes <= limit and not given_up:
             break
+        if best is not None:
+            # there is something to fall back on: what promised more may try again
+            curves |= given_up
+            given_up = {}
     if best is None:
         return least
     worst, error, widths, fitted = best

@@ -9,7 +9,8 @@ from torch import Tensor
 from loraspan.collection.stack import Stack
 from loraspan.linalg.eig import top_eigenpairs
 from loraspan.linalg.roots import gram_root, orthonormalize
-from loraspan.ops import gram, power, sketch
+from loraspan.ops import combine, gram, power, sketch
+from loraspan.ops.blocks import CPU
 from loraspan.ops.dense import eigh, inner
 from loraspan.ops.stream import held
 
@@ -22,6 +23,24 @@ _SKETCH_COST = 1.3
 _ROUNDOFF, _DEFECT = 2.0**-53, 1e-8
 
 
+class Formed(NamedTuple):
+    """What the last pass of a range has formed already.
+
+    Attributes:
+        w: ``[R, m]``, float64: what it combined the factors with.
+        v: ``[d, m]``, float32: ``X^T w`` as rounded.
+        xv: ``[R, m]``, float64: the factors times ``v``.
+        lengths: ``[m]``, float64: of the columns of ``v``.
+        turn: ``[m, l]``, float64: ``v @ turn`` are the directions of the range.
+    """
+
+    w: Tensor
+    v: Tensor
+    xv: Tensor
+    lengths: Tensor
+    turn: Tensor
+
+
 class Range(NamedTuple):
     """``l`` orthonormal directions ``X^T w`` of one side.
 
@@ -29,14 +48,16 @@ class Range(NamedTuple):
         energies: ``[l]``, descending: squared singular values of the weighted rows.
         w: ``[R, l]``, float64: the directions as combinations of the factors.
         xv: ``[R, l]``, float64: the factors times the directions, ``X X^T w``.
+        formed: the directions themselves, where they were asked for and a float32 pass has made them.
     """
 
     energies: Tensor
     w: Tensor
     xv: Tensor
+    formed: Formed | None = None
 
 
-def find_range(stack: Stack, width: int, *, precision: str, seed: int) -> Range:
+def find_range(stack: Stack, width: int, *, precision: str, seed: int, form: bool = False) -> Range:
     """Give the leading ``width`` directions, or as many as are above the rounding of ``precision``.
 
     By the Gram of all rows, or by a sketch and two fused power steps, whichever takes fewer operations.
@@ -46,27 +67,32 @@ def find_range(stack: Stack, width: int, *, precision: str, seed: int) -> Range:
         width: how many directions are wanted.
         precision: of the operators, ``"f32"`` or ``"f64"``.
         seed: of the sketch.
+        form: whether to keep what the last pass forms, ``m`` columns as long as a row of ``x``: where float32 sums are
+            those of the compiled kernels.
 
     Source:
         Halko, Martinsson, Tropp, *Finding structure with randomness*, 2011, algorithms 4.4 and 5.3.
     """
     with held([stack.x]):
-        return _find_range(stack, width, precision, seed)
+        return _find_range(stack, width, precision, seed, form)
 
 
-def _find_range(stack: Stack, width: int, precision: str, seed: int) -> Range:
+def _find_range(stack: Stack, width: int, precision: str, seed: int, form: bool) -> Range:
     rows = stack.x.shape[0]
     if (rows + 1) / 2 <= 5 * width * _SKETCH_COST and stack.vectors.total > rows:
         return _by_rows(stack, width, precision)
     # multiply-adds per column of X: half a Gram, or the sketch and two power steps of twice its work
-    if (rows + 1) / 2 <= 5 * width * _SKETCH_COST:
-        values, vectors, image = _by_gram(stack, width, precision)
-    else:
-        values, vectors, image = _by_sketch(stack, width, precision, seed)
-    kept = int((values > _FLOOR[precision] * values[:1]).sum()) if values.numel() else 0
-    values, vectors, image = values[:kept], vectors[:, :kept], image[:, :kept]
-    inverse = values.rsqrt()
-    return Range(values, vectors * inverse, image * inverse)
+    if (rows + 1) / 2 > 5 * width * _SKETCH_COST:
+        return _by_sketch(stack, width, precision, seed, form)
+    values, vectors, image = _by_gram(stack, width, precision)
+    kept = _resolved(values, precision)
+    inverse = values[:kept].rsqrt()
+    return Range(values[:kept], vectors[:, :kept] * inverse, image[:, :kept] * inverse)
+
+
+def _resolved(values: Tensor, precision: str) -> int:
+    """Say how many of the energies, descending, are above rounding."""
+    return int((values > _FLOOR[precision] * values[:1]).sum()) if values.numel() else 0
 
 
 def _by_rows(stack: Stack, width: int, precision: str) -> Range:
@@ -75,7 +101,7 @@ def _by_rows(stack: Stack, width: int, precision: str) -> Range:
     root = gram_root(rows)
     weighted = gram([stack.weigh(root.r.T.contiguous()).T], precision="f64")
     values, vectors = top_eigenpairs(weighted, width)
-    kept = int((values > _FLOOR[precision] * values[:1]).sum()) if values.numel() else 0
+    kept = _resolved(values, precision)
     w = root.inverse @ vectors[:, :kept]
     return Range(values[:kept], w, rows @ w)
 
@@ -88,14 +114,23 @@ def _by_gram(stack: Stack, width: int, precision: str) -> tuple[Tensor, Tensor, 
     return values, w, rows @ w
 
 
-def _by_sketch(stack: Stack, width: int, precision: str, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def _by_sketch(stack: Stack, width: int, precision: str, seed: int, form: bool) -> Range:
     image = sketch(stack.x, width, seed=seed, precision=precision)
-    for _ in range(2):
-        w = _orthonormal(stack, image, precision)
+    w = _orthonormal(stack, image, precision)
+    w = _orthonormal(stack, power(stack.x, w, precision=precision), precision)
+    v = None
+    # what runs of 128 rows are off by is known; other backends sum over all of them
+    if form and precision == "f32" and stack.x.plain and stack.x.device == CPU:
+        v, image, held = combine(stack.x, w, precision=precision)
+    else:
         image = power(stack.x, w, precision=precision)
-    held = inner(w, image)
-    values, vectors = eigh((held + held.T) / 2)
-    return values, w @ vectors, image @ vectors
+        held = inner(w, image)
+        held = (held + held.T) / 2
+    values, vectors = eigh(held)
+    kept = _resolved(values, precision)
+    values, turn = values[:kept], vectors[:, :kept] * values[:kept].rsqrt()
+    formed = None if v is None else Formed(w, v, image, held.diagonal().sqrt(), turn)
+    return Range(values, w @ turn, image @ turn, formed)
 
 
 def _orthonormal(stack: Stack, block: Tensor, precision: str) -> Tensor:

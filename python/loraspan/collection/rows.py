@@ -13,15 +13,19 @@ from loraspan.ops.packed import Packed, pack, unpack
 from loraspan.ops.packed_reference import BLOCK
 
 Rows: TypeAlias = Tensor | Packed
-# a floating dtype, or a number of bits
+# a floating dtype, a number of bits, or CODED
 Width: TypeAlias = torch.dtype | int
 
+# Private ends in whole numbers of one step, coded in files and rows of 8 bits in memory. No number of bits: a name.
+CODED = 1
 _SCALE_BYTES = 2
 # Share of the energy of a vector that rounding takes, about: measured on blocks of normal entries for 8 and 4 bits,
 # u^2 / 3 for floats. Plans count with it; what a plan gave is measured.
 _ROUNDING: dict[Width, float] = {
     8: 3.5e-5,
     4: 6.6e-3,
+    # that of the shortest step
+    CODED: 8.2e-5,
     torch.float16: 2.0**-22 / 3,
     torch.bfloat16: 2.0**-16 / 3,
     torch.float32: 2.0**-48 / 3,
@@ -46,9 +50,11 @@ class Widths(NamedTuple):
 
     @classmethod
     def of(cls, given: Widths | Width) -> Widths:
-        """Take one width for all, or widths as they are."""
+        """Take one width for all, or widths as they are; what is shared is never coded."""
         if isinstance(given, Widths):
             return given
+        if given == CODED:
+            return cls(torch.float32, 8, 8, CODED)
         return cls(given if isinstance(given, torch.dtype) else torch.float32, given, given, given)
 
     @classmethod
@@ -59,12 +65,15 @@ class Widths(NamedTuple):
 
     @property
     def bits(self) -> tuple[int, int, int]:
-        """Bits of bases, loadings and private ends; 0 for what is not packed."""
+        """Bits of bases, loadings and private ends; 0 for what is not packed, 1 for what is coded."""
         basis, loadings, private = (each if isinstance(each, int) else 0 for each in self[1:])
         return basis, loadings, private
 
     def __str__(self) -> str:
-        names = [f"int{each}" if isinstance(each, int) else str(each).removeprefix("torch.") for each in self[1:]]
+        names = [
+            "coded" if each == CODED else f"int{each}" if isinstance(each, int) else str(each).removeprefix("torch.")
+            for each in self[1:]
+        ]
         return names[0] if len(set(names)) == 1 else f"{names[0]} bases, {names[1]} loadings, {names[2]} private ends"
 
 
@@ -74,6 +83,7 @@ WIDTHS: dict[str, Width] = {
     "f16": torch.float16,
     "int8": 8,
     "int4": 4,
+    "coded": CODED,
 }
 
 
@@ -91,7 +101,8 @@ def width_named(operator: str, given: torch.dtype | str) -> Width:
     found = names.get(str(given).removeprefix("torch."))
     if found is None:
         raise ArgumentError(
-            f"{operator}: dtype is float32, bfloat16, float16, int8 or 'int4' (8 and 4 bits in blocks); got {given!r}"
+            f"{operator}: dtype is float32, bfloat16, float16, int8, 'int4' (8 and 4 bits in blocks) or 'coded'; "
+            f"got {given!r}"
         )
     return found
 
@@ -101,14 +112,21 @@ def rounding_of(width: Width) -> float:
     return _ROUNDING[width]
 
 
+def weight_dtype(width: Width) -> torch.dtype:
+    """Give the dtype that weights beside private ends are rounded to; they are float32 in memory."""
+    # 2^-9 of a column is little beside the shortest steps
+    return torch.bfloat16 if width == CODED else torch.float32
+
+
 def row_bytes(length: int, width: Width) -> int:
-    """Give the bytes of one row.
+    """Give the bytes of one row; those in memory where it is coded.
 
     Example:
         >>> row_bytes(128, torch.float16), row_bytes(128, 4)
         (256, 68)
     """
     if isinstance(width, int):
+        width = 8 if width == CODED else width
         return -(-length * width // 8) + _SCALE_BYTES * -(-length // BLOCK)
     return length * width.itemsize
 
@@ -157,7 +175,10 @@ def some_rows(rows: Rows, start: int, stop: int) -> Rows:
 
 
 def flip_rows(rows: Rows, signs: Tensor) -> Rows:
-    """Multiply each row by 1 or -1, exactly."""
+    """Multiply each row by 1 or -1, exactly; in 8 bits the scales stay."""
+    if isinstance(rows, Packed) and rows.bits == 8:
+        codes = rows.codes.view(torch.int8) * signs[:, None].to(torch.int8)
+        return Packed(codes.view(torch.uint8), rows.scales, rows.length, rows.bits)
     if isinstance(rows, Packed):
         return Packed(rows.codes, rows.scales * signs[:, None].to(rows.scales.dtype), rows.length, rows.bits)
     return rows * signs[:, None].to(rows.dtype)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loraspan.collection.budget import Plan, Planner, allotments
+from loraspan.collection.budget import Plan, Planner
 from loraspan.collection.collection import SlotSpace
 from loraspan.collection.core_space import refine_jointly
 from loraspan.collection.express import standing_bases
@@ -22,6 +22,7 @@ from loraspan.collection.fit import Goal
 from loraspan.collection.layout import basis_bytes
 from loraspan.collection.merge_ranges import Summary, directions_of
 from loraspan.collection.ranges import find_range
+from loraspan.collection.shares import allotments
 from loraspan.errors import ArgumentError
 
 _FIRST_WIDTH = 64

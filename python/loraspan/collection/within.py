@@ -9,14 +9,15 @@ from torch import Tensor
 
 from loraspan.collection.assemble import Part, assemble
 from loraspan.collection.bases import Basis, empty_basis, make_basis
-from loraspan.collection.budget import Plan, Planner, allotments, column_bytes
+from loraspan.collection.budget import Plan, Planner
 from loraspan.collection.build import SlotBuilder
 from loraspan.collection.collection import SlotSpace
 from loraspan.collection.columns import Columns
 from loraspan.collection.core_space import refine_jointly
 from loraspan.collection.factors import SlotFactors
 from loraspan.collection.ranges import Range, find_range
-from loraspan.collection.rows import Widths, rounding_of
+from loraspan.collection.rows import Widths
+from loraspan.collection.shares import Shares
 
 Fitted = tuple[SlotSpace, Columns, Tensor]
 
@@ -82,13 +83,12 @@ class Fitters:
             )
             for slot in slots
         ]
-        self._spectra = [(fitter.slot.members, fitter.canonical.s) for fitter in self.slots]
+        spectra = [(fitter.slot.members, fitter.canonical.s) for fitter in self.slots]
+        self._shares = Shares(spectra, [fitter.slot.shape for fitter in self.slots], squares)
 
     def shares(self, max_error: float | Tensor, widths: Widths) -> list[Tensor]:
         """Share the budgets out over the slots, per slot ``[T]``."""
-        prices = [column_bytes("pp", fitter.slot.shape, (0, 0), widths) for fitter in self.slots]
-        rounding = 2 * rounding_of(widths.private)
-        return allotments(self._spectra, len(self._squares), max_error, prices=prices, rounding=rounding)
+        return self._shares.within(max_error, widths)
 
     def plan(self, max_error: float | Tensor, widths: Widths) -> list[Plan]:
         """Give the cheapest plan of every slot."""

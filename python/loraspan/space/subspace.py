@@ -214,8 +214,8 @@ class Subspace(Held):
         Args:
             name: of the task.
             like: the task whose columns, extras and configuration it begins with, bit for bit.
-            lora_rank: the number of columns that it begins with in every slot that has both bases, at most their width;
-                left ends are zeros, so that it gives nothing yet, and right ends random.
+            lora_rank: the columns that it begins with in every slot that has both bases and is no expert's, at most
+                their width: left ends zeros, so that it gives nothing yet, right ends random. Others stay the model's.
             seed: of these.
             dry_run: change nothing, and say what would change.
 

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 from loraspan.adapters.strict_json import parse_object
 from loraspan.errors import FormatError
 
-# What this version writes, and the newest that it reads: 1 knew no directories.
-SCHEMA = 2
+# What this version writes, and the newest that it reads: 1 knew no directories, 2 no coded ends.
+SCHEMA = 3
 
 CURRENT = "CURRENT"
 LOCK = ".lock"
@@ -53,7 +53,12 @@ class DamagedError(FormatError):
 
     def __init__(self, file: str, what: str, problem: str, folder: object = None) -> None:
         self.finding = Finding(file, what, problem)
+        self._folder = folder
         super().__init__(str(self.finding) if folder is None else f"{folder}{os.sep}{self.finding}")
+
+    def __reduce__(self) -> tuple[type[DamagedError], tuple[object, ...]]:
+        # processes hand on errors by pickling them
+        return type(self), (self.finding.file, self.finding.what, self.finding.problem, self._folder)
 
     def within(self, folder: object) -> DamagedError:
         """Give the same, naming the folder too."""

@@ -15,6 +15,7 @@ import torch
 
 from loraspan.adapters.base import KINDS
 from loraspan.collection.headers import DTYPE_NAMES
+from loraspan.collection.rows import CODED
 from loraspan.errors import UnsupportedError
 from loraspan.store.format import BASIS, DATA_FILE, SCHEMA, TASKS, DamagedError, data_name, parse_json, take, take_size
 from loraspan.store.sizes import slot_problem
@@ -243,8 +244,11 @@ def _change(table: Any, file: str) -> Change:
 
 def _bits(table: Any, file: str) -> tuple[int, int, int]:
     bits = take(table, "bits", list, file, "manifest") if "bits" in table else [0, 0, 0]
-    if len(bits) != 3 or any(type(each) is not int or each not in (0, 4, 8) for each in bits):
-        raise DamagedError(file, "manifest", f"'bits' has to be three of 0, 4 and 8; it is {bits!r}")
+    private = (0, CODED, 4, 8)
+    if len(bits) != 3 or any(type(b) is not int or b not in private for b in bits) or CODED in bits[:2]:
+        raise DamagedError(
+            file, "manifest", f"'bits' has to be three of 0, 4 and 8, the last {CODED} if coded; it is {bits!r}"
+        )
     return bits[0], bits[1], bits[2]
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from loraspan.collection.coded import Coded, column_tensors
 from loraspan.collection.collection import Collection, Segment, SlotSpace, Task
 from loraspan.collection.columns import FIELDS, Columns
 from loraspan.collection.layout import narrow
@@ -18,6 +19,7 @@ from loraspan.collection.rows import Rows, tensors_of
 from loraspan.ops.packed import Packed
 from loraspan.ops.packed_reference import BLOCK
 from loraspan.store import records
+from loraspan.store.coded_ends import coded_ends
 from loraspan.store.format import LARGEST, DamagedError
 from loraspan.store.manifest import DataFile, Manifest, SlotShape
 from loraspan.store.mapped import TensorFile
@@ -40,9 +42,8 @@ def task_tensors(segment: Segment) -> list[tuple[str, Tensor]]:
     tasks = [task for task in segment.tasks if task is not None]
     assert len(tasks) == len(segment.tasks)
     text, codes = records.encode(tasks, list(segment.columns))
-    named: list[tuple[str, Tensor]] = []
+    named = column_tensors(segment.columns)
     for name, columns in segment.columns.items():
-        named += [pair for field, rows in columns.tensors().items() for pair in tensors_of(field, name, rows)]
         named.append((f"counts.{name}", _integers(columns.counts)))
         if 0 < len(columns.tasks) < len(tasks):
             named.append((f"rows.{name}", _integers(columns.tasks)))
@@ -91,7 +92,7 @@ def read_tasks(file: TensorFile, manifest: Manifest, data: DataFile) -> Segment:
     Raises:
         FormatError: if the file's tensors do not fit the manifest or each other.
     """
-    kinds = (*FIELDS, *(f"{field}_scales" for field in FIELDS[1:]), "counts", "rows", "dense", "origin")
+    kinds = (*FIELDS, *(f"{field}_scales" for field in FIELDS[1:]), "counts", "rows", "dense", "origin", "coded")
     count = data.tasks
     extras = _extras(file, count)
     present = set(file.names())
@@ -108,7 +109,7 @@ def read_tasks(file: TensorFile, manifest: Manifest, data: DataFile) -> Segment:
         tasks[i] = None if of is None else replace(of, name=name)
     for i in data.removed:
         tasks[i] = None
-    columns = {slot.name: _columns(file, slot, manifest.dtype, count) for slot in slots}
+    columns = _columns_of(file, slots, manifest.dtype, count)
     if (problem := bare_problem(columns, slots)) is not None:
         raise DamagedError(file.name, "counts", problem)
     return Segment(tuple(tasks), columns)
@@ -157,7 +158,23 @@ def _index_problem(
     return None
 
 
-def _columns(file: TensorFile, slot: SlotShape, dtype: torch.dtype, count: int) -> Columns:
+@dataclass(frozen=True)
+class _Index:
+    """What says how many rows the tensors of a slot have: of each task, and the shapes of FIELDS."""
+
+    rows: NDArray[np.int64]
+    counts: NDArray[np.int64]
+    flags: NDArray[np.bool_]
+    shapes: Mapping[str, tuple[int, ...]]
+
+
+def _columns_of(file: TensorFile, slots: Sequence[SlotShape], dtype: torch.dtype, count: int) -> dict[str, Columns]:
+    indices = {slot.name: _index(file, slot, count) for slot in slots}
+    coded = coded_ends(file, {name: index.shapes for name, index in indices.items()})
+    return {name: _columns(file, name, dtype, index, coded.get(name, {})) for name, index in indices.items()}
+
+
+def _index(file: TensorFile, slot: SlotShape, count: int) -> _Index:
     counts = _ints(file, f"counts.{slot.name}")
     assert counts is not None
     rows = _ints(file, f"rows.{slot.name}")
@@ -170,10 +187,19 @@ def _columns(file: TensorFile, slot: SlotShape, dtype: torch.dtype, count: int) 
     if problem is not None:
         raise DamagedError(file.name, f"tensor '{problem[0]}.{slot.name}'", problem[1])
     totals = Columns(rows, counts, flags, *[torch.empty(0)] * 5).offsets()[-1]
-    shapes, asked = dict(zip(FIELDS, _shapes(totals, slot), strict=True)), "the counts ask for"
-    weights = _float(file, f"weights.{slot.name}", torch.float32, shapes["weights"], asked)
-    ends = {name: _ends(file, name, slot.name, dtype, (shapes[name][0], shapes[name][1]), asked) for name in FIELDS[1:]}
-    return Columns.made(rows, counts, flags, {"weights": weights, **ends})
+    return _Index(rows, counts, flags, dict(zip(FIELDS, _shapes(totals, slot), strict=True)))
+
+
+def _columns(file: TensorFile, slot: str, dtype: torch.dtype, index: _Index, coded: Mapping[str, Coded]) -> Columns:
+    shapes, asked = index.shapes, "the counts ask for"
+    # those beside coded ends may be narrower
+    dtypes = (torch.float32, torch.bfloat16) if coded else (torch.float32,)
+    weights = _float(file, f"weights.{slot}", dtypes, shapes["weights"], asked).float()
+    ends: dict[str, Rows] = {"weights": weights, **coded}
+    for name in FIELDS[1:]:
+        if name not in coded:
+            ends[name] = _ends(file, name, slot, dtype, (shapes[name][0], shapes[name][1]), asked)
+    return Columns.made(index.rows, index.counts, index.flags, ends)
 
 
 def _shapes(totals: NDArray[np.int64], slot: SlotShape) -> list[tuple[int, ...]]:
@@ -207,10 +233,10 @@ def _codes(file: TensorFile, slot: str, count: int) -> NDArray[Any] | None:
     return tensor.numpy()
 
 
-def _float(file: TensorFile, name: str, dtype: torch.dtype, shape: tuple[int, ...], why: str) -> Tensor:
-    tensor = file.tensor(name, dtype)
+def _float(file: TensorFile, name: str, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...], why: str) -> Tensor:
+    tensor = file.tensor(name, *dtypes)
     if tensor is None and 0 in shape:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtypes[0])
     if tensor is None or tuple(tensor.shape) != shape:
         got = "it is missing" if tensor is None else f"it is {list(tensor.shape)}"
         raise DamagedError(file.name, f"tensor {name!r}", f"{why} shape {list(shape)}; {got}")
@@ -233,7 +259,7 @@ def _ends(
     if codes is None or codes.dtype not in _PACKED:
         if file.tensor(f"{field}_scales.{slot}") is not None:
             raise DamagedError(file.name, f"tensor '{field}_scales.{slot}'", f"{name!r} is not packed")
-        return _float(file, name, dtype, shape, why)
+        return _float(file, name, (dtype,), shape, why)
     bits = _PACKED[codes.dtype]
     rows, length = shape[::-1] if standing else shape
     if tuple(codes.shape) != (rows, -(-length * bits // 8)):
@@ -242,7 +268,7 @@ def _ends(
             f"tensor {name!r}",
             f"{why} {rows} rows of {length} entries in {bits} bits; it is {list(codes.shape)}",
         )
-    scales = _float(file, f"{field}_scales.{slot}", torch.float16, (rows, -(-length // BLOCK)), why)
+    scales = _float(file, f"{field}_scales.{slot}", (torch.float16,), (rows, -(-length // BLOCK)), why)
     return Packed(codes.view(torch.uint8), scales, length, bits)
 
 

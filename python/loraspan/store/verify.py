@@ -130,8 +130,12 @@ def _tasks(folder: Path, manifest: Manifest, spoilt: set[str]) -> Iterator[Findi
             yield error.finding
             continue
         segments.append(found)
-        for slot, part in found.columns.items():
-            yield from _values(data.file, slot, part, found)
+        try:
+            for slot, part in found.columns.items():
+                yield from _values(data.file, slot, part, found)
+        except DamagedError as error:
+            # coded ends are unpacked here
+            yield error.finding
     if (double := double_name(segments)) is not None:
         yield Finding(manifest_name(manifest.generation), f"task {double!r}"[:200], "two tasks have this name")
 

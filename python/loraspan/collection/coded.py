@@ -1,0 +1,144 @@
+"""The tensors of a segment's columns in its file: as they are in memory, or coded where they were rounded for that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from loraspan.collection import coding
+from loraspan.collection.columns import Columns
+from loraspan.collection.rows import Rows, tensors_of
+from loraspan.collection.steps import LARGEST, scales_of
+from loraspan.errors import FormatError
+from loraspan.ops.packed import Packed
+from loraspan.ops.packed_reference import BLOCK
+
+# What may be coded, in the order in which a stream has them.
+CODED_FIELDS = ("left_private", "right_private")
+# Slots that follow each other share a stream until it holds so many numbers.
+GROUP = 1 << 20
+
+Shapes = Mapping[str, Mapping[str, tuple[int, int]]]
+"""Of coded rows, by slot and field."""
+
+
+def column_tensors(columns: Mapping[str, Columns]) -> list[tuple[str, Tensor]]:
+    """Give the tensors of all columns of a segment by the names that a file has for them.
+
+    Rows that :func:`loraspan.collection.steps.whole_steps` made are coded, those of several small slots in one stream,
+    ``coded.<the last of these slots>``; their scales follow from them and are left out, and the weights beside them are
+    bfloat16 where that changes none.
+    """
+    named, tables = [], {}
+    for slot, table in columns.items():
+        coded = {field: rows for field in CODED_FIELDS if _is_coded(rows := getattr(table, field))}
+        if coded:
+            tables[slot] = coded
+        for field, rows in table.tensors().items():
+            if field == "weights" and coded:
+                rows = _narrow(table.weights)
+            if field not in coded:
+                named += tensors_of(field, slot, rows)
+    # by name: a reader may know the slots in another order
+    shapes = {slot: {field: rows.shape for field, rows in tables[slot].items()} for slot in sorted(tables)}
+    for slots in groups(shapes):
+        parts = [rows.codes.view(torch.int8).numpy() for slot in slots for rows in tables[slot].values()]
+        stream = bytearray(coding.encode(parts))
+        named.append((f"coded.{slots[-1]}", torch.frombuffer(stream, dtype=torch.uint8)))
+    return named
+
+
+def groups(shapes: Shapes) -> Iterator[list[str]]:
+    """Give the slots of each stream."""
+    slots: list[str] = []
+    numbers = 0
+    for slot, of_slot in shapes.items():
+        slots.append(slot)
+        numbers += sum(rows * length for rows, length in of_slot.values())
+        if numbers >= GROUP:
+            yield slots
+            slots, numbers = [], 0
+    if slots:
+        yield slots
+
+
+class Stream:
+    """A stream of some slots, unpacked when one of them is looked at.
+
+    Args:
+        data: of the file, a view.
+        shapes: of what it holds.
+        refuse: makes an error of what is wrong with it.
+    """
+
+    def __init__(self, data: Tensor, shapes: Sequence[tuple[int, int]], refuse: Callable[[str], Exception]) -> None:
+        self._data, self._shapes, self._refuse = data, shapes, refuse
+
+    @cached_property
+    def tables(self) -> list[Packed]:
+        """The rows, in 8 bits.
+
+        Raises:
+            FormatError: if the stream is not one of such rows.
+        """
+        try:
+            tables = coding.decode(self._data.numpy().tobytes(), self._shapes)
+        except FormatError as error:
+            raise self._refuse(str(error)) from None
+        codes = [torch.from_numpy(table) for table in tables]
+        return [Packed(each.view(torch.uint8), scales_of(each), each.shape[1], 8) for each in codes]
+
+
+class Coded(Packed):
+    """Rows of a :class:`Stream`, in 8 bits from when they are first looked at."""
+
+    def __init__(self, stream: Stream, place: int, shape: tuple[int, int]) -> None:
+        found = {"length": shape[1], "bits": 8, "_stream": stream, "_place": place, "_rows": shape[0]}
+        for name, value in found.items():
+            object.__setattr__(self, name, value)
+
+    @cached_property
+    def codes(self) -> Tensor:
+        """As :class:`Packed`."""
+        return self._stream.tables[self._place].codes  # type: ignore[attr-defined, no-any-return]
+
+    @cached_property
+    def scales(self) -> Tensor:
+        """As :class:`Packed`."""
+        return self._stream.tables[self._place].scales  # type: ignore[attr-defined, no-any-return]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """As :class:`Packed`."""
+        return self._rows, self.length  # type: ignore[attr-defined]
+
+    @property
+    def nbytes(self) -> int:
+        """As :class:`Packed`."""
+        return self.shape[0] * (self.length + torch.float16.itemsize * -(-self.length // BLOCK))
+
+    @property
+    def device(self) -> torch.device:
+        """As :class:`Packed`."""
+        return torch.device("cpu")
+
+
+def _is_coded(rows: Rows) -> bool:
+    if isinstance(rows, Coded):
+        return True
+    if not isinstance(rows, Packed) or rows.bits != 8 or 0 in rows.shape:
+        return False
+    codes = rows.codes.view(torch.int8)
+    # no stream has -128
+    if int(codes.min()) < -LARGEST:
+        return False
+    # rows that were not rounded so tell in the first one
+    return all(torch.equal(scales_of(codes[:stop]), rows.scales[:stop]) for stop in (1, len(codes)))
+
+
+def _narrow(weights: Tensor) -> Tensor:
+    narrow = weights.to(torch.bfloat16)
+    return narrow if torch.equal(narrow.float(), weights) else weights

@@ -1,0 +1,65 @@
+"""Coded ends of a segment: which there have to be, and that none unpacks to more than its bytes can hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+
+from loraspan.collection.coded import CODED_FIELDS, Coded, Stream, groups
+from loraspan.collection.coding import MOST, ROW
+from loraspan.store.format import DamagedError
+from loraspan.store.mapped import TensorFile
+
+_KIND = "coded."
+
+
+def coded_ends(file: TensorFile, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> dict[str, dict[str, Coded]]:
+    """Give the ends that streams of a file hold, by slot and field; none is unpacked yet.
+
+    Args:
+        file: of a segment.
+        shapes: by slot and field, that the counts ask for.
+
+    Raises:
+        FormatError: if the streams are not those that such slots have, or too short for what they are to hold.
+    """
+    streams = {name for name in file.names() if name.startswith(_KIND)}
+    if not streams:
+        return {}
+    wanted = {}
+    for slot in sorted(shapes):
+        sizes = {field: (shapes[slot][field][0], shapes[slot][field][1]) for field in CODED_FIELDS}
+        missing = {f: size for f, size in sizes.items() if 0 not in size and file.tensor(f"{f}.{slot}") is None}
+        for field in missing:
+            if file.tensor(scales := f"{field}_scales.{slot}") is not None:
+                raise DamagedError(file.name, f"tensor {scales!r}", "coded ends have none beside them")
+        if missing:
+            wanted[slot] = missing
+    found: dict[str, dict[str, Coded]] = {}
+    for slots in groups(wanted):
+        name = f"{_KIND}{slots[-1]}"
+        keys = [(slot, field) for slot in slots for field in wanted[slot]]
+        stream = _stream(file, name, [wanted[slot][field] for slot, field in keys])
+        streams.discard(name)
+        for place, (slot, field) in enumerate(keys):
+            found.setdefault(slot, {})[field] = Coded(stream, place, wanted[slot][field])
+    if streams:
+        raise DamagedError(file.name, f"tensor {min(streams)!r}", "no end is missing that it could hold")
+    return found
+
+
+def _stream(file: TensorFile, name: str, shapes: list[tuple[int, int]]) -> Stream:
+    data = file.tensor(name, torch.uint8)
+    numbers = sum(rows * (length + ROW) for rows, length in shapes)
+    if data is None or data.ndim != 1 or numbers > MOST * data.numel():
+        got = "it is missing" if data is None else f"it is {list(data.shape)}"
+        raise DamagedError(
+            file.name,
+            f"tensor {name!r}",
+            f"{numbers} numbers need a byte for {MOST} of them at the least (a row counts {ROW} more); {got}",
+        )
+
+    # nothing local: what was opened can be pickled
+    return Stream(data, shapes, partial(DamagedError, file.name, f"tensor {name!r}"))

@@ -1,0 +1,129 @@
+"""Coded ends in files of other hands: refused on opening, when they are unpacked, or by verify."""
+
+from __future__ import annotations
+
+import pickle
+
+import planted
+import pytest
+import torch
+
+import loraspan
+from loraspan import store
+from loraspan.collection import coding
+from loraspan.errors import FormatError
+from loraspan.store.format import DamagedError
+from store.damage import only, refused
+from store.samples import edit_tensors
+
+Q = "layers.1.q_proj"
+
+
+@pytest.fixture
+def path(tmp_path):
+    adapters = planted.adapters(count=4, shape=(40, 56), shared_out=0, shared_in=0)
+    loraspan.compress(adapters, max_error=0.2, dtype="coded").save(tmp_path / "team.span")
+    return tmp_path / "team.span"
+
+
+def test_an_error_is_pickled_with_what_it_found():
+    for folder in (None, "team.span"):
+        error = DamagedError("tasks", "tensor 'x'", "needs to be", folder)
+        other = pickle.loads(pickle.dumps(error))
+        assert (str(other), other.finding) == (str(error), error.finding)
+
+
+def _bomb(tensors):
+    """A stream of few bytes for counts that ask for much."""
+    counts = tensors[f"counts.{Q}"].to(torch.int32)
+    counts[:, 3] = 2**24
+    tensors[f"counts.{Q}"] = counts
+
+
+OPENING = {
+    f"tensor 'coded.{Q}': .* it is missing": lambda t: t.update({"coded.layers.0.q_proj": t.pop(f"coded.{Q}")}),
+    "tensor 'coded.layers.0.q_proj': no end is missing": lambda t: t.update(
+        {"coded.layers.0.q_proj": t[f"coded.{Q}"].clone()}
+    ),
+    "tensor 'coded.no.slot': ": lambda t: t.update({"coded.no.slot": t[f"coded.{Q}"].clone()}),
+    f"tensor 'coded.{Q}': it has to be torch.uint8": lambda t: t.update({f"coded.{Q}": t[f"coded.{Q}"].float()}),
+    f"tensor 'coded.{Q}': [0-9]+ numbers need a byte for 40 of them": lambda t: t.update(
+        {f"coded.{Q}": t[f"coded.{Q}"][:9].clone()}
+    ),
+    f"tensor 'coded.{Q}': [0-9]{{9,}} numbers need": _bomb,
+    "tensor 'weights.layers.0.q_proj': it has to be torch.float32": lambda t: t.pop(f"coded.{Q}"),
+    f"tensor 'weights.{Q}': it has to be": lambda t: t.update({f"weights.{Q}": t[f"weights.{Q}"].half()}),
+    f"tensor 'left_private_scales.{Q}': ": lambda t: t.update({f"left_private_scales.{Q}": torch.zeros(3).half()}),
+}
+
+
+@pytest.mark.parametrize("problem", OPENING)
+def test_what_does_not_fit_is_refused_on_opening(path, problem):
+    name = edit_tensors(path, "tasks", OPENING[problem])
+    with pytest.raises(FormatError, match=problem):
+        store.open(path)
+    assert refused(path).startswith(f"{path / name}: ")
+    assert only(path).file == name
+
+
+UNPACKING = {
+    "needs to end where its rows do": lambda s: torch.cat([s, torch.zeros(3, dtype=torch.uint8)]),
+    "needs to be": lambda s: s[:-5].clone(),
+    "needs to be a deflate stream": lambda s: torch.full_like(s, 255),
+}
+
+
+@pytest.mark.parametrize("problem", UNPACKING)
+def test_a_stream_that_is_none_is_told_when_it_is_unpacked(path, problem):
+    """Opening looks at no data; whoever needs the task is told the file and the tensor, and so does verify."""
+    spoil = UNPACKING[problem]
+    name = edit_tensors(path, "tasks", lambda t: t.update({f"coded.{Q}": spoil(t[f"coded.{Q}"])}))
+    space = loraspan.open(path)
+    with pytest.raises(FormatError, match=rf"{name}: tensor 'coded.{Q}': {problem}"):
+        space.reconstruct("task 0")
+    # and so is whoever asked another process
+    with pytest.raises(FormatError, match=rf"{name}: tensor 'coded.{Q}': {problem}"):
+        pickle.loads(pickle.dumps(space.collection)).segments[0].columns[Q].left_private.rows(0, 1)
+    finding = only(path)
+    assert (finding.file, finding.what) == (name, f"tensor 'coded.{Q}'")
+
+
+def test_a_reader_of_another_order_finds_the_same(path):
+    """Streams go by the names of slots, whatever order a manifest has them in."""
+    before = loraspan.open(path)
+    bits = {name: before.reconstruct(name) for name in before.tasks}
+
+    def turned(table):
+        table["slots"].reverse()
+        return table
+
+    from store.samples import edit_manifest
+
+    edit_manifest(path, turned)
+    after = loraspan.open(path)
+    for name, adapter in bits.items():
+        for slot, was in adapter.slots.items():
+            now = after.reconstruct(name).slots[slot]
+            assert torch.equal(now.up, was.up)
+            assert torch.equal(now.down, was.down)
+
+
+def test_other_numbers_are_other_adapters(path):
+    """What the fuzzer may do: a stream of other numbers opens, and is no longer what was stored."""
+    before = loraspan.open(path).reconstruct("task 0")
+
+    def change(tensors):
+        shapes = [
+            (int(tensors[f"counts.{slot}"][:, 3].sum()), length)
+            for slot in sorted(("layers.0.q_proj", Q))
+            for length in (40, 56)
+        ]
+        tables = coding.decode(tensors[f"coded.{Q}"].numpy().tobytes(), shapes)
+        tables[0][:] = -tables[0]
+        tensors[f"coded.{Q}"] = torch.frombuffer(bytearray(coding.encode(tables)), dtype=torch.uint8)
+
+    edit_tensors(path, "tasks", change)
+    after = loraspan.open(path).reconstruct("task 0")
+    assert torch.equal(after.slots["layers.0.q_proj"].up, -before.slots["layers.0.q_proj"].up) or torch.equal(
+        after.slots["layers.0.q_proj"].down, -before.slots["layers.0.q_proj"].down
+    )
