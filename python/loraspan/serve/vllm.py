@@ -16,7 +16,8 @@ vLLM asks a resolver once for a name, loads the folder, and loads it again whene
 longer among the ``--max-cpu-loras`` that a worker remembers; a folder that has gone by then ends the engine. So what a
 living process was given stays, unless told otherwise, and a cache that is full of that refuses other tasks.
 
-Written to vLLM's documented interface and its source (0.8 to 0.27) and tested against a stand-in of it, not with vLLM.
+Written to vLLM's documented interface and its source (0.8 to 0.33), and tested against a stand-in of it and, where vLLM
+can be imported, in its own registry, server and loader; not with an engine.
 """
 
 from __future__ import annotations
