@@ -38,6 +38,7 @@ def test_a_model_is_attached_once_and_a_served_layer_not_copied():
         ("task 0", {"per": "batch"}, ArgumentError, "per is 'row' or 'token'"),
         ({"task 0", "task 1"}, {}, ArgumentError, "or lists; got {'task"),
         ([{"task 0": [1.0]}], {}, ArgumentError, "finite weights"),
+        ([{"task 0": 1e39}], {}, ArgumentError, "finite weights"),
     ],
 )
 def test_names_that_are_none_are_refused(names, options, error, message):

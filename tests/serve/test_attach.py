@@ -1,5 +1,7 @@
 """attach and detach: which module a slot means, what is refused, and a model that is as it was."""
 
+import gc
+
 import pytest
 import torch
 from torch import nn
@@ -69,7 +71,7 @@ def test_tensors_say_what_names_say(form):
     assert oracles.same_bits(served(x, **given), wanted)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_tables_take_the_dtype_of_the_weight(dtype):
     space, x = serving.team(), serving.batch(3, dtype)
     model = serving.Tower().to(dtype)
@@ -77,8 +79,7 @@ def test_tables_take_the_dtype_of_the_weight(dtype):
     with served.tasks(NAMES):
         y = served(x)
     assert y.dtype == dtype
-    if dtype == torch.float64:
-        serving.close(y, serving.expected(space, x, NAMES), dtype)
+    serving.close(y, serving.expected(space, x, NAMES), dtype)
     tables = model.layers[0].q_proj.tables
     assert {tables.now.v.dtype, tables.now.cores.left.dtype, tables.now.cores.right_private.dtype} == {dtype}
     given = loraspan.attach(served.detach(), space, dtype=torch.float16)
@@ -113,6 +114,54 @@ def test_detach_gives_the_very_modules_back():
     for call in (lambda: served(x), lambda: served.tasks("task 0").__enter__()):
         with pytest.raises(ArgumentError, match="is detached: attach again"):
             call()
+
+
+def test_what_is_written_into_a_served_layer_is_written_into_the_module():
+    """As where transformers ties weights."""
+    model = serving.Tower()
+    served, module = loraspan.attach(model, serving.team()), model.layers[0].q_proj.base
+    weight = nn.Parameter(torch.zeros_like(module.weight))
+    model.layers[0].q_proj.weight = weight
+    assert module.weight is weight
+    assert [name for name, _ in model.layers[0].q_proj.named_parameters()] == ["base.weight", "base.bias"]
+    model.layers[0].q_proj.bias = None
+    assert module.bias is None
+    assert set(served.state_dict()) == set(served.detach().state_dict())
+
+
+class Around(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.inside = module
+
+    def forward(self, x):
+        return self.inside(x)
+
+
+def test_detach_finds_its_layers_where_others_put_them_and_leaves_theirs():
+    """Such as PEFT, which puts what it has wrapped back when it merges."""
+    model, x = serving.Tower(), serving.batch(1)
+    first = model.layers[0].q_proj
+    model.layers[0].q_proj = around = Around(first)
+    served = loraspan.attach(model, serving.team(), paths=lambda path: f"{path}.inside" if "0" in path else None)
+    model.layers[0].q_proj = around.inside
+    model.layers[1].q_proj = other = nn.Linear(serving.D, serving.N)
+    served.detach()
+    assert model.layers[0].q_proj is around.inside is first
+    assert model.layers[1].q_proj is other
+    model(x)
+
+
+def test_a_model_whose_wrapper_nobody_holds_has_its_modules_back():
+    """Nobody could name its tasks, nor detach it."""
+    model, space = serving.Tower(), serving.team()
+    before = [id(module) for module in model.modules()]
+    loraspan.attach(model, space)
+    gc.collect()
+    assert [id(module) for module in model.modules()] == before
+    served = loraspan.attach(model, space)
+    with served.tasks("task 0"):
+        assert not torch.equal(served(serving.batch(1)), serving.Tower()(serving.batch(1)))
 
 
 class Twice(nn.Module):
@@ -209,12 +258,15 @@ class Through(nn.Linear):
         return x[..., : self.out_features]
 
 
-@pytest.mark.parametrize("how", ["shares memory", "hooked"])
+@pytest.mark.parametrize("how", ["shares memory", "hooked", "remembers"])
 def test_what_others_hold_of_the_base_output_is_left_alone(how):
     space, seen = linear_space("0", 6, 6), []
     model = nn.Sequential(Through(6, 6) if how == "shares memory" else nn.Linear(6, 6))
     if how == "hooked":
         model[0].register_forward_hook(lambda _, __, y: seen.append(y))
+    if how == "remembers":
+        honest = model[0].forward
+        model[0].forward = lambda x: seen[0] if seen else seen.append(honest(x)) or seen[0]
     served = loraspan.attach(model, space)
     x = torch.randn(2, 6)
     kept, base = x.clone(), model[0].base(x).detach().clone()

@@ -9,7 +9,7 @@ from torch import nn
 import loraspan
 import oracles
 from adapters import models
-from loraspan.adapters import Slot
+from loraspan.adapters import Adapter, Slot
 from loraspan.errors import ArgumentError
 from loraspan.serve.extras_modules import gather_of
 from loraspan.serve.extras_run import Call
@@ -17,7 +17,7 @@ from loraspan.serve.extras_tables import GONE, NONE, Shelf
 from loraspan.serve.rows import Rows
 from matrices import normal
 from oracles import F32
-from serve.by_hand import Composite, Small, X, assert_close, heads, of_composite, of_small
+from serve.by_hand import Composite, Heads, Small, X, assert_close, headed, heads, of_composite, of_small
 
 
 def by_hand(model, space, task, x=X, share=1.0):
@@ -104,6 +104,51 @@ def test_a_head_within_the_model_has_its_rows():
         z = torch.tanh(nn.functional.linear(x[row].double(), weight, plain.dense.bias.double())) * scale[0]
         out = nn.functional.linear(z * mask[row], plain.out_proj.weight.double(), plain.out_proj.bias.double())
         assert_close(actual[row], out.detach())
+
+
+@pytest.mark.parametrize("first", ["a head", "factors"])
+def test_what_comes_for_a_module_that_is_served_leaves_what_is_there(first):
+    """Graphs may read it, and have to be told of tasks that leave."""
+    slots = {"body": Slot(normal(1, 2, 5, dtype=F32), normal(2, 6, 2, dtype=F32), 0.7)}
+    slots["head"] = Slot(normal(3, 2, 6, dtype=F32), normal(4, 3, 2, dtype=F32), 0.7)
+    tasks = {"a head": headed("a head", 3, 9), "factors": Adapter("factors", slots)}
+    space = loraspan.compress([tasks.pop(first)], max_error=1e-6, dtype=F32)
+    served = loraspan.attach(Heads().requires_grad_(False), space)
+    before = served.model.head
+    (second,) = tasks.values()
+    space.add(second, max_error=1e-6)
+    if first == "factors":
+        assert served.model.head.tables is before.tables
+    else:
+        assert served.model.head.base is before
+    names = ["a head", None, "factors", "a head"]
+    y, alone = served(X, task_ids=space.ids(names)), {}
+    for name in space.tasks:
+        other = loraspan.attach(Heads().requires_grad_(False), loraspan.compress([space.reconstruct(name)], rank=2))
+        other.load_state_dict(served.state_dict())
+        with other.tasks(name):
+            alone[name] = other(X)
+    assert_close(y, torch.stack([served(X)[i] if name is None else alone[name][i] for i, name in enumerate(names)]))
+    with served.tasks(first):
+        before(torch.ones(1, 6))
+        space.remove(first)
+        with pytest.raises(ArgumentError, match="has left"):
+            before(torch.ones(1, 6))
+
+
+def test_what_was_attached_while_inferring_follows_and_has_gradients():
+    model, space, served = heads(3)
+    served.detach()
+    with torch.inference_mode():
+        served = loraspan.attach(model, space)
+    space.add(headed("more", 3, 9), max_error=1e-6)
+    x = X.clone().requires_grad_()
+    with served.tasks(["of 3", "more", None, "of 3"]):
+        served(x).sum().backward()
+    assert (x.grad != 0).any()
+    space.remove("of 3")
+    with torch.inference_mode(), served.tasks("more"):
+        served(X)
 
 
 def test_per_token():

@@ -178,6 +178,27 @@ def test_what_was_exported_refuses_tasks_that_left():
         program(x, task_ids=space.ids(["task 0", None]))
 
 
+@pytest.mark.parametrize("how", ["detached", "cannot follow"])
+def test_a_graph_of_a_model_that_stopped_serves_nobody(how, monkeypatch):
+    space, x = serving.team(), serving.batch(2)
+    served = loraspan.attach(serving.Tower(), space)
+    compiled, ids = torch.compile(served, fullgraph=True, backend="eager"), space.ids(["task 0", "task 2"])
+    program = torch.export.export(served, (x,), {"task_ids": ids}).module()
+    compiled(x, task_ids=ids)
+    if how == "detached":
+        served.detach()
+        message = "is detached: attach again"
+    else:
+        monkeypatch.setattr(type(served._layers), "follow", lambda *_: (_ for _ in ()).throw(MemoryError("full")))
+        with pytest.raises(MemoryError):
+            space.remove("task 0")
+        message = "could not follow"
+    with pytest.raises((ArgumentError, torch._dynamo.exc.Unsupported), match=message):
+        compiled(x, task_ids=ids)
+    with pytest.raises(ArgumentError, match="tasks are -1"):
+        program(x, task_ids=ids)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 def test_a_captured_graph_takes_other_tasks_and_gives_nan_for_one_that_left():
     device = torch.device("cuda")

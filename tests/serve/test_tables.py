@@ -1,5 +1,6 @@
 """Tasks that come, leave, are renamed and refitted while a model serves them."""
 
+import dataclasses
 import gc
 import itertools
 
@@ -174,6 +175,30 @@ def test_a_slot_that_comes_with_a_task_is_served_where_the_model_has_it_and_the_
     served.detach()
     assert model.layers[1].q_proj is module
     assert model.state_dict().keys() == plain.state_dict().keys()
+
+
+@pytest.mark.parametrize("kind", ["linear", "embedding"])
+def test_a_task_for_a_module_that_cannot_be_served_is_refused_and_the_others_served(kind):
+    """A routed expert of a list, or a slot of another kind than its module."""
+    space, model = serving.team(), serving.Tower()
+    model.experts = torch.nn.ModuleList([torch.nn.Linear(serving.D, serving.N)])
+    served, module = loraspan.attach(model, space), model.experts[0]
+    x = serving.batch(1)
+    wanted = serving.expected(space, x, ["task 0"])
+    slot = REST[4].slots["layers.0.q_proj"]
+    slots = {"experts.0": dataclasses.replace(slot, kind=kind), "layers.1.q_proj": REST[4].slots["layers.1.q_proj"]}
+    space.add(type(REST[4])("odd", slots), max_error=0.05)
+    for more in REST[5:7]:
+        with pytest.raises(UnsupportedError, match=r"'odd': it adapts 'experts.0', and module 'experts.0' is "):
+            served.tasks("odd").__enter__()
+        with pytest.raises(ArgumentError, match="served has 4"):
+            served(serving.batch(1), task_ids=space.ids("odd"))
+        assert model.experts[0] is module
+        serving.close(served(x, task_ids=space.ids("task 0")), wanted)
+        space.add(more, max_error=0.05)
+    space.remove("odd")
+    space.refit(rank=8)
+    check(space, served)
 
 
 def test_a_dora_task_is_refused_by_name_and_the_others_served():

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from contextvars import copy_context
 
 import pytest
 import torch
@@ -93,6 +94,38 @@ def test_contexts_nest_and_end_where_they_began():
             inner()
         assert oracles.same_bits(served(x), alone["task 0"])
     assert oracles.same_bits(served(x), alone[None])
+
+
+def test_a_block_that_is_left_elsewhere_than_it_was_entered_says_so():
+    """A generator's steps run where the next one is asked for: its block is not around them there."""
+    space, x = serving.team(), serving.batch(1)
+    served = loraspan.attach(serving.Tower(), space)
+
+    def steps(name):
+        with served.tasks(name):
+            yield served(x)
+            yield served(x)
+
+    stream = steps("task 0")
+    copy_context().run(next, stream)
+    with pytest.raises(ArgumentError, match="left elsewhere than it was entered"):
+        list(stream)
+    one, other = steps("task 0"), steps("task 1")
+    next(one), next(other)
+    for each in (one, other):
+        with pytest.raises(ArgumentError, match="left elsewhere than it was entered"):
+            each.close()
+
+
+def test_what_was_named_while_inferring_serves_gradients_too():
+    space, x = serving.team(), serving.batch(4)
+    served = loraspan.attach(serving.Tower(), space)
+    with torch.inference_mode(), served.tasks(["task 0", "task 1"]):
+        served(x)
+    x.requires_grad_()
+    with served.tasks(["task 0", "task 1"]):
+        served(x).sum().backward()
+    assert (x.grad != 0).any()
 
 
 def test_two_models_have_their_own_tasks():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -62,6 +63,9 @@ class Attached(nn.Module):
         self._layers = Layers(model, roster.state, self._board, paths, dtype, train)
         self.model = model
         roster.join(self)
+        # a model whose wrapper nobody has could be asked for no task, nor be detached
+        self._undo = weakref.finalize(self, self._layers.undo)
+        self._undo.atexit = False
 
     def forward(
         self, *args: Any, task_ids: Tensor | None = None, task_shares: Tensor | None = None, **kwargs: Any
@@ -80,14 +84,13 @@ class Attached(nn.Module):
             ShapeError: if the tensors have another form, or an activation's rows are no multiple of theirs.
             ArgumentError: if a number is of no task, on the CPU.
         """
+        self._board.check()
         if task_ids is None and task_shares is None:
-            self._board.check()
             return self.model(*args, **kwargs)
         task_ids = check_ids("attach", task_ids, task_shares)
         rows = rows_of_ids(task_ids, task_shares, lasting=False)
         if torch.compiler.is_dynamo_compiling():
             return self._traced(rows, args, kwargs)
-        self._board.check()
         self._check_numbers(task_ids)
         token = self._board.context.set(rows)
         try:
@@ -99,7 +102,9 @@ class Attached(nn.Module):
     def tasks(self, names: Names | Tensor, *, per: str = "row") -> Iterator[Attached]:
         """Say which tasks rows have, for the eager code inside, in this thread or coroutine alone.
 
-        Contexts nest, and the innermost counts. A batch of names that came before is remembered.
+        Contexts nest, and the innermost counts. A batch of names that came before is remembered. A thread that is begun
+        inside has no tasks; a generator that yields inside has those of whoever asks for its next step, which is told
+        at its end at the latest. Open the context around what runs the model, or give ``task_ids``.
 
         Args:
             names: of one task for all rows, or None for the base model; or a list with one per row, each a name, None,
@@ -109,17 +114,18 @@ class Attached(nn.Module):
         Raises:
             UnknownTaskError: if there is no such task.
             UnsupportedError: if this model cannot serve a task; says why.
-            ArgumentError: if ``names`` has another form.
+            ArgumentError: if ``names`` has another form, or the block is left elsewhere than it was entered.
 
         Example:
             See :func:`loraspan.attach`.
         """
         self._board.check()
-        token = self._board.context.set(self._rows_of(names, per))
+        rows = self._rows_of(names, per)
+        token = self._board.context.set(rows)
         try:
             yield self
         finally:
-            self._board.context.reset(token)
+            self._board.leave(token, rows)
 
     def loadings(self) -> dict[str, Tensor]:
         """Give the tensors that are trained, of a model attached with ``train=True``, by slot and name.
@@ -161,7 +167,7 @@ class Attached(nn.Module):
 
     def detach(self) -> nn.Module:
         """Put the very modules back, and give the model. What is attached serves nothing from then on."""
-        self._layers.undo()
+        self._undo()
         self._roster.leave(self)
         self._board.stopped = "is detached: attach again"
         return self.model
@@ -180,6 +186,7 @@ class Attached(nn.Module):
             self._layers.follow(state)
         except BaseException as error:
             self._board.stopped = f"could not follow a change of the space ({error}): detach, and attach again"
+            self._layers.stop()
             raise
         finally:
             self._remembered = {}
@@ -221,7 +228,9 @@ class Attached(nn.Module):
         numbers = plain_numbers(names, self._layers.state.numbers) if per == "row" else None
         key = numbers or key_of(names, per)
         if key not in remembered:
-            rows = rows_of_numbers(numbers) if numbers else rows_of_names(names, per, self._number)
+            # to be remembered where there are gradients too
+            with torch.inference_mode(False):
+                rows = rows_of_numbers(numbers) if numbers else rows_of_names(names, per, self._number)
             if len(remembered) >= _REMEMBERED:
                 remembered.clear()
             remembered[key] = rows

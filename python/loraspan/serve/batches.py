@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -16,6 +15,8 @@ from loraspan.serve.rows import Rows
 Name: TypeAlias = str | Mapping[str, float] | None
 Names: TypeAlias = Name | Sequence[Name] | Sequence[Sequence[Name]]
 Number: TypeAlias = Callable[[str | None], int]
+# of weights, which are float32
+_LARGEST = torch.finfo(torch.float32).max
 
 
 def key_of(names: Names, per: str) -> Hashable:
@@ -132,4 +133,4 @@ def _members(name: object, number: Number) -> list[tuple[int, float]]:
 
 
 def _is_weight(share: object) -> bool:
-    return isinstance(share, (int, float)) and math.isfinite(share)
+    return isinstance(share, (int, float)) and abs(share) <= _LARGEST

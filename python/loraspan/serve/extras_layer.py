@@ -47,9 +47,11 @@ class ServedExtras(Served):
     def _restart(self, state: State) -> None:
         device = next(iter(tensors_of(self.base).values())).device
         self._known: set[int] = set()
-        self._values, self._added = Shelf(device), Shelf(device)
+        with torch.inference_mode(False):
+            self._values, self._added = Shelf(device), Shelf(device)
         self.follow(state)
 
+    @torch.inference_mode(False)
     def follow(self, state: State) -> None:
         """Serve another state: what new tasks bring appears, and tasks that left are refused."""
         living = set(state.numbers.values())
@@ -62,6 +64,12 @@ class ServedExtras(Served):
         self._added.write(state.rows, added, gone)
         self._values.write(state.rows, values, gone)
         self._state, self._known = state, living
+
+    @torch.inference_mode(False)
+    def stop(self) -> None:
+        """Refuse every task from now on."""
+        self._values.stop()
+        self._added.stop()
 
     def _read(self, task: Task) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Give what a task puts in place of parameters, and what it adds to the output."""

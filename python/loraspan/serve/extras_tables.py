@@ -88,6 +88,11 @@ class Shelf:
             self._old = [*self._old, self.now] if rows.is_cuda else []
             self.now = Held(rows, tuple(stacks))
 
+    def stop(self) -> None:
+        """Let all numbers be gone."""
+        for held in (self.now, *self._old):
+            held.rows.fill_(GONE)
+
     def _row_for(self, stacks: list[dict[str, Tensor]], parameters: Mapping[str, Tensor]) -> tuple[int, int]:
         """Give which stack is for parameters of these shapes, and a free row of it, making room in ``stacks``."""
         shapes = {name: value.shape for name, value in parameters.items()}

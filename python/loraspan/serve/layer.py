@@ -48,6 +48,11 @@ class Served(nn.Module):
         for tables in self.all_tables():
             tables.follow(state)
 
+    def stop(self) -> None:
+        """Refuse every task from now on, to whoever has the tables still, as a graph may: nobody follows the space."""
+        for tables in self.all_tables():
+            tables.stop()
+
     def all_tables(self) -> list[SlotTables]:
         """Give the tables of every slot that is served here."""
         return [self.tables] if isinstance(self.tables, SlotTables) else list(self.tables.values())
@@ -87,6 +92,16 @@ class Served(nn.Module):
             if name == "base":
                 raise
             return getattr(super().__getattr__("base"), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        base = self.__dict__.get("_modules", {}).get("base")
+        while isinstance(base, Served):
+            base = base.base
+        if base is not None and (name in base._parameters or name in base._buffers):
+            # the module's own, as where transformers ties weights
+            setattr(base, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise UnsupportedError(
@@ -178,10 +193,10 @@ class ServedLinear(Served):
         """Say whether nobody but us has ``y``, or wants a gradient: then it is added to in place."""
         if torch.is_grad_enabled() and (y.requires_grad or x.requires_grad or self.tables.form.train):
             return False
-        # these two give new memory, unless a hook keeps it
+        # these two give new memory, unless a hook keeps it, or what stands in their forward's place
         base = self.base
         kind = type(base)
-        if not (kind is nn.Linear or kind.__name__ == "Conv1D") or not y.is_contiguous():
+        if "forward" in base.__dict__ or not (kind is nn.Linear or kind.__name__ == "Conv1D") or not y.is_contiguous():
             return False
         return not (base._forward_hooks or torch_module._global_forward_hooks)
 

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 
 from loraspan.collection.collection import SlotSpace
+from loraspan.errors import MismatchError, ShapeError, UnsupportedError
 from loraspan.serve import extras, kinds
 from loraspan.serve.extras_layer import ServedExtras
 from loraspan.serve.layer import Served, form_of
-from loraspan.serve.match import Modules, match, refuse_unmatched
+from loraspan.serve.match import Matched, Modules, match, refuse_unmatched
 from loraspan.serve.rows import Board
 from loraspan.serve.tables import SlotTables, State
 from loraspan.serve.unserved import refuse_module, without_module
 
 Paths = Callable[[str], str | None] | None
+# makes what a layer is built with to see whether it can be
+_WITHOUT_TABLES: Any = lambda _: None  # noqa: E731
 
 
 class Layers:
@@ -43,6 +47,7 @@ class Layers:
         self._slots: dict[str, dict[str, SlotSpace]] = matched.modules
         self._extras: dict[str, str] = {}
         self._plan(state, {})
+        self._outer: dict[str, Served] = {}
         self._outer = self._built({**self._slots, **self._extras})
         self._put(self._outer)
 
@@ -60,7 +65,7 @@ class Layers:
         """Serve another state: modules that only new tasks adapt are replaced now, around nobody yet."""
         known = {slot for slots in self._slots.values() for slot in slots}
         new = {path: space for path, space in state.collection.slots.items() if path not in known}
-        matched = match(self._modules, new, self._paths)
+        matched = self._servable(match(self._modules, new, self._paths))
         before = dict(self._extras)
         self._plan(state, matched.wrong)
         for path, slots in matched.modules.items():
@@ -72,9 +77,20 @@ class Layers:
             layer.follow(self._state)
 
     def undo(self) -> None:
-        """Put the very modules back."""
-        self._put({path: self._modules.by_path[path] for path in self._outer})
+        """Put the very modules back, wherever the layers are now."""
+        bases = {id(layer): self._modules.by_path[path] for path, layer in self._outer.items()}
+        # as they were, and as they are
+        for parent in (*self._modules.by_path.values(), *self._modules.by_path[""].modules()):
+            for name, child in parent._modules.items():
+                if id(child) in bases:
+                    parent._modules[name] = bases[id(child)]
+        self.stop()
         self._outer = {}
+
+    def stop(self) -> None:
+        """Refuse every task from now on, in graphs too that were made before."""
+        for layer in self:
+            layer.stop()
 
     def tables(self) -> list[SlotTables]:
         """Give the tables of all slots."""
@@ -83,10 +99,7 @@ class Layers:
     def __iter__(self) -> Iterator[Served]:
         """Give all layers, those within others too."""
         for layer in self._outer.values():
-            inner: nn.Module = layer
-            while isinstance(inner, Served):
-                yield inner
-                inner = inner.base
+            yield from _layers_of(layer)
 
     def _plan(self, state: State, wrong: Mapping[str, str]) -> None:
         """See which tasks are refused, and which modules tasks bring tensors for."""
@@ -96,15 +109,31 @@ class Layers:
         numbers = {name: number for name, number in state.numbers.items() if name not in self._refused}
         self._state = replace(state, numbers=numbers)
 
+    def _servable(self, matched: Matched) -> Matched:
+        """Take out modules that no layer may take the place of: tasks that adapt those are refused, and no others."""
+        for path, slots in list(matched.modules.items()):
+            base = self._modules.by_path[path]
+            try:
+                refuse_module(self._modules, path)
+                form_of(base, path, self._state)
+                kinds.served(base, path, {**self._slots.get(path, {}), **slots}, _WITHOUT_TABLES)
+            except (MismatchError, ShapeError, UnsupportedError) as error:
+                why = str(error).removeprefix("attach: ").removesuffix("; the model was left as it was")
+                matched.wrong.update(dict.fromkeys(slots, why))
+                del matched.modules[path]
+        return matched
+
     def _built(self, paths: Mapping[str, object]) -> dict[str, Served]:
         layers: dict[str, Served] = {}
         for path in paths:
             refuse_module(self._modules, path)
             base = self._modules.by_path[path]
-            make = self._maker(path, base)
+            known = list(_layers_of(self._outer[path])) if path in self._outer else []
+            make = self._maker(path, base, known)
             if path in self._extras:
                 # innermost: factors add to what the task's own parameters give
-                base = ServedExtras(base, path, self._extras[path], self._state)
+                there = [layer for layer in known if isinstance(layer, ServedExtras)]
+                base = there[0] if there else ServedExtras(base, path, self._extras[path], self._state)
                 base.board = self._board
             if path in self._slots:
                 base = kinds.served(base, path, self._slots[path], make)
@@ -113,10 +142,13 @@ class Layers:
             layers[path] = base
         return layers
 
-    def _maker(self, path: str, base: nn.Module) -> Callable[[str], SlotTables]:
-        """Give what makes the tables of a module's slots."""
+    def _maker(self, path: str, base: nn.Module, known: list[Served]) -> Callable[[str], SlotTables]:
+        """Give what makes the tables of a module's slots, but for those that are there: graphs may have these."""
+        there = {tables.path: tables for layer in known for tables in layer.all_tables()}
 
         def make(slot: str) -> SlotTables:
+            if slot in there:
+                return there[slot]
             return SlotTables(slot, self._state, form_of(base, path, self._state, dtype=self._dtype, train=self._train))
 
         return make
@@ -125,3 +157,10 @@ class Layers:
         for path, module in modules.items():
             for parent, name in self._modules.places(path):
                 parent._modules[name] = module
+
+
+def _layers_of(layer: nn.Module) -> Iterator[Served]:
+    """Give the layers that stand around one module."""
+    while isinstance(layer, Served):
+        yield layer
+        layer = layer.base

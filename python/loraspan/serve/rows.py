@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 
 import torch
 from torch import Tensor
@@ -57,7 +58,9 @@ class Rows:
         key = (tuple(lead), device)
         found = self._seen.get(key)
         if found is None:
-            found = self._made(lead, device)
+            # what is kept may be asked for again where there are gradients
+            with torch.inference_mode(False):
+                found = self._made(lead, device)
             if len(self._seen) >= _KEPT:
                 self._seen.clear()
             # what a capture gives has no values until the graph runs, and is for that graph alone
@@ -108,6 +111,23 @@ class Board:
         """Give the tasks of the rows, None for the base model's own output. For eager code."""
         self.check()
         return self.context.get()
+
+    def leave(self, token: Token[Rows | None], rows: Rows | None) -> None:
+        """Go back to what was served before a block, whose tasks were ``rows``.
+
+        Raises:
+            ArgumentError: if the block was not around what ran last, as where a generator yields inside it.
+        """
+        inside = self.context.get() is rows
+        with contextlib.suppress(ValueError):
+            self.context.reset(token)
+            if inside:
+                return
+        raise ArgumentError(
+            "tasks: a block was left elsewhere than it was entered (in another thread, coroutine or order, as where a "
+            "generator yields inside it), so that what ran meanwhile may have had other tasks, or none: name them "
+            "around each step, or give task_ids"
+        )
 
     def check(self) -> None:
         """Refuse to serve what has stopped.

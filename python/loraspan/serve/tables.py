@@ -91,12 +91,18 @@ class SlotTables:
             # what reads the old ones is through first
             _wait(now.cores.index.device)
             self._old.append((TensorWeakRef(now.cores.index), tables.refusal))
-            for held, refusal in self._old:
-                if (index := held()) is not None:
-                    refuse(index, refusal, np.arange(index.shape[0]))
+            self._refuse_all_in_old()
             if now.cores.index.device.type != "cpu":
                 self._kept += [now.cores.index, now.v, now.u, now.cores.weights]
             _wait(now.cores.index.device)
+
+    def stop(self) -> None:
+        """Refuse every task from now on: what is served now, and before, is not told of changes any more."""
+        with torch.inference_mode(False):
+            index = self.now.cores.index
+            refuse(index, self._tables.refusal, np.arange(index.shape[0]))
+            self._refuse_all_in_old()
+            _wait(index.device)
 
     @property
     def state(self) -> State:
@@ -151,6 +157,11 @@ class SlotTables:
         self._old.append((TensorWeakRef(now.cores.index), refusal))
         if now.cores.index.device.type != "cpu":
             self._kept.append(now)
+
+    def _refuse_all_in_old(self) -> None:
+        for held, refusal in self._old:
+            if (index := held()) is not None:
+                refuse(index, refusal, np.arange(index.shape[0]))
 
     def _refuse(self, numbers: Any) -> None:
         """Let every index refuse tasks, old ones too."""
