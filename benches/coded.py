@@ -78,7 +78,7 @@ def bits(family: Family, tables: list[Codes]) -> Iterator[Record]:
             if (width, error) == ("coded", CODED_AT):
                 columns = [c for segment in space.collection.segments for c in segment.columns.values()]
                 held = [rows for c in columns for rows in (getattr(c, field) for field in CODED_FIELDS)]
-                tables += [rows.codes.view(torch.int8).numpy() for rows in held if isinstance(rows, Packed)]
+                tables += [rows.numbers.numpy() for rows in held if isinstance(rows, Packed)]
 
 
 def ways(tables: Sequence[Codes]) -> Iterator[Record]:

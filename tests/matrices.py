@@ -2,6 +2,7 @@
 
 import torch
 
+from loraspan.ops import Packed, pack
 from oracles import BF16, F16, F32, F64
 
 LAYOUTS = ("row-major", "column-major", "strided", "strided-columns", "odd-offset", "repeated-row")
@@ -12,6 +13,17 @@ KINDS = {"f16": (F16,), "bf16": (BF16,), "f32": (F32,), "f64": (F64,), "mixed": 
 def normal(seed, *shape, dtype=F64):
     """Standard normal numbers, drawn in float64 and rounded to ``dtype``."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64).to(dtype)
+
+
+def packed(rows, bits):
+    """Rows in 16, 8 or 4 bits; in 16, which nobody packs, as whole numbers with scales of about their blocks."""
+    if bits != 16:
+        return pack(rows, bits)
+    count, length = rows.shape
+    scales = pack(rows, 8).scales / 64
+    steps = scales.float().repeat_interleave(64, dim=1)[:, :length] / 128
+    numbers = torch.where(steps > 0, rows.float() / steps.clamp(min=1e-30), 0).round().clamp(-32767, 32767)
+    return Packed(numbers.to(torch.int16).view(torch.uint8).reshape(count, 2 * length), scales, length, 16)
 
 
 def stored(values, layout):

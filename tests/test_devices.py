@@ -53,7 +53,9 @@ def test_bases_are_turned_where_the_rounding_of_sums_is_known(monkeypatch, devic
     """By the compiled kernels alone: what else sums in float32 has not been asked by how much it may be off."""
     made, make_basis = [], fitting.make_basis
     monkeypatch.setattr(fitting, "make_basis", lambda *args: made.append(args) or make_basis(*args))
-    loraspan.compress(planted.adapters(count=240, shape=(72, 96), ranks=(4,), slots=1, noise=0.3), rank=6, device=device)
+    loraspan.compress(
+        planted.adapters(count=240, shape=(72, 96), ranks=(4,), slots=1, noise=0.3), rank=6, device=device
+    )
     assert len(made) == (0 if device is None else 2)
 
 

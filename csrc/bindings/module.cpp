@@ -51,7 +51,7 @@ std::vector<Job> read_jobs(const Table& table, const Read& read) {
 template <typename Field>
 Matrix read_matrix(const Field& field) {
   const auto dtype = Dtype(field(3));
-  if (dtype == Dtype::packed8 || dtype == Dtype::packed4)
+  if (dtype >= Dtype::packed8)
     return {address<void>(field(0)), 0, 0, dtype, address<const std::uint16_t>(field(1)), field(2)};
   return {address<void>(field(0)), field(1), field(2), dtype};
 }

@@ -8,33 +8,56 @@ constexpr int kLevelCount = 16;
 constexpr std::int8_t kLevels[kLevelCount] = {-116, -89, -69, -53, -38, -25, -12, 0, 10, 21, 32, 45, 59, 75, 95, 127};
 
 typedef std::int8_t Bytes __attribute__((vector_size(kVectorBytes / 4), may_alias));
+typedef std::int16_t Pairs __attribute__((vector_size(kVectorBytes / 2), may_alias));
 typedef std::int32_t Ints __attribute__((vector_size(kVectorBytes), may_alias));
 
 inline std::int64_t code_bytes(std::int64_t length, std::int64_t bits) { return (length * bits + 7) / 8; }
 inline std::int64_t scale_count(std::int64_t length) { return (length + kPackedBlock - 1) / kPackedBlock; }
 
-inline bool is_packed(Dtype dtype) { return dtype == Dtype::packed8 || dtype == Dtype::packed4; }
+// The dtype of entries of so many bits, or `plain` for none.
+inline Dtype packed_dtype(std::int64_t bits, Dtype plain) {
+  return bits == 16 ? Dtype::packed16 : bits == 8 ? Dtype::packed8 : bits == 4 ? Dtype::packed4 : plain;
+}
+
+inline std::int64_t bits_of(Dtype dtype) {
+  return dtype == Dtype::packed16 ? 16 : dtype == Dtype::packed8 ? 8 : dtype == Dtype::packed4 ? 4 : 0;
+}
+
+inline bool is_packed(Dtype dtype) { return bits_of(dtype) != 0; }
 
 // The rows that are the columns of a packed matrix.
 inline PackedRows columns_of(const Matrix& a) {
-  return {static_cast<const std::uint8_t*>(a.data), a.scales, a.length, a.dtype == Dtype::packed8 ? 8 : 4};
+  return {static_cast<const std::uint8_t*>(a.data), a.scales, a.length, bits_of(a.dtype)};
 }
 
-// kLanes<float> bytes from p on, which needs no alignment, as signed numbers.
-inline Vec<float> load_levels(const void* p) {
+// kLanes<float> signed numbers from p on, which needs no alignment.
+inline Vec<float> load_levels(const std::int8_t* p) {
 #if defined(__AVX512F__)
-  const __m512i wide = _mm512_maskz_cvtepi8_epi32(kAll, _mm_loadu_si128(static_cast<const __m128i_u*>(p)));
+  const __m512i wide = _mm512_maskz_cvtepi8_epi32(kAll, _mm_loadu_si128(reinterpret_cast<const __m128i_u*>(p)));
   return reinterpret_cast<Vec<float>>(_mm512_maskz_cvtepi32_ps(kAll, wide));
 #elif defined(__AVX2__)
-  const __m256i wide = _mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i_u*>(p)));
+  const __m256i wide = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i_u*>(p)));
   return reinterpret_cast<Vec<float>>(_mm256_cvtepi32_ps(wide));
 #else
   return __builtin_convertvector(__builtin_convertvector(read_unaligned<Bytes>(p), Ints), Vec<float>);
 #endif
 }
 
+inline Vec<float> load_levels(const std::int16_t* p) {
+#if defined(__AVX512F__)
+  const __m512i wide = _mm512_maskz_cvtepi16_epi32(kAll, _mm256_loadu_si256(reinterpret_cast<const __m256i_u*>(p)));
+  return reinterpret_cast<Vec<float>>(_mm512_maskz_cvtepi32_ps(kAll, wide));
+#elif defined(__AVX2__)
+  const __m256i wide = _mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i_u*>(p)));
+  return reinterpret_cast<Vec<float>>(_mm256_cvtepi32_ps(wide));
+#else
+  return __builtin_convertvector(__builtin_convertvector(read_unaligned<Pairs>(p), Ints), Vec<float>);
+#endif
+}
+
 inline float level_at(const std::uint8_t* codes, std::int64_t i, std::int64_t bits) {
   if (bits == 8) return static_cast<float>(static_cast<std::int8_t>(codes[i]));
+  if (bits == 16) return static_cast<float>(read_unaligned<std::int16_t>(codes + 2 * i));
   return static_cast<float>(kLevels[(codes[i / 2] >> (i % 2 * 4)) & 15]);
 }
 
@@ -71,13 +94,17 @@ inline void unpack_block(const std::uint8_t* codes, std::int64_t bits, std::int6
       for (std::int64_t j = 0; j < kReadLevels; j += L)
         store_as(out + i + j, load_levels(levels + j) * broadcast(step));
     }
+  } else if (bits == 8) {
+    const std::int8_t* levels = reinterpret_cast<const std::int8_t*>(codes) + first;
+    for (; i + L <= n; i += L) store_as(out + i, load_levels(levels + i) * broadcast(step));
   } else {
-    for (; i + L <= n; i += L) store_as(out + i, load_levels(codes + first + i) * broadcast(step));
+    const std::int16_t* levels = reinterpret_cast<const std::int16_t*>(codes) + first;
+    for (; i + L <= n; i += L) store_as(out + i, load_levels(levels + i) * broadcast(step));
   }
   for (; i < n; ++i) round_entry(out + i, level_at(codes, first + i, bits) * step);
 }
 
-// Entries [first, first + n) of a row, each rounded once if S cannot hold it, to out.
+// Entries [first, first + n) of a row, in float32 (which holds those of 8 and 4 bits) and as S, to out.
 template <typename S>
 inline void unpack_line(const PackedRows& x, std::int64_t row, std::int64_t first, std::int64_t n, S* out) {
   const std::uint8_t* codes = x.codes + row * code_bytes(x.length, x.bits);

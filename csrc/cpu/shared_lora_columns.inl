@@ -24,7 +24,7 @@ struct Sides {
 inline Sides sides_of(const SharedLoraJob& job) {
   const Cores& c = job.cores;
   const auto table = [&](int i, const void* data, std::int64_t length) {
-    const Dtype dtype = c.bits[i] == 8 ? Dtype::packed8 : c.bits[i] == 4 ? Dtype::packed4 : c.dtype;
+    const Dtype dtype = packed_dtype(c.bits[i], c.dtype);
     return EndTable{data, c.scales[i], length, dtype};
   };
   const bool packed = c.bits[0] != 0 || c.bits[1] != 0 || c.bits[2] != 0 || c.bits[3] != 0;

@@ -177,7 +177,7 @@ struct EndTable {
 };
 
 inline PackedRows packed_ends(const EndTable& t) {
-  return {static_cast<const std::uint8_t*>(t.data), t.scales, t.length, t.dtype == Dtype::packed8 ? 8 : 4};
+  return {static_cast<const std::uint8_t*>(t.data), t.scales, t.length, bits_of(t.dtype)};
 }
 
 // Calls body(p) with `p` as the entries [first, first + n) of a row; packed ones are unpacked to `spare` first.

@@ -15,9 +15,10 @@ import loraspan
 import loraspan.adapters.peft
 from loraspan.collection import coded
 from loraspan.collection.coded import Coded, column_tensors
+from loraspan.collection.coding import LARGEST
 from loraspan.collection.fit import Goal, fit
 from loraspan.collection.layout import collection_bytes
-from loraspan.collection.rows import CODED, Packed, flip_rows, values_of
+from loraspan.collection.rows import CODED, Packed, cat_rows, flip_rows, values_of
 from loraspan.collection.steps import CommonSteps, Curve, Ends, _rates, scales_of, whole_steps
 from loraspan.collection.update import add
 from store.samples import current_bytes
@@ -40,14 +41,14 @@ def test_rows_are_whole_steps():
     rows = torch.nn.functional.normalize(torch.randn(5, 130, generator=torch.Generator().manual_seed(0)), dim=1)
     steps = torch.tensor([0.01, 0.05, 0.2, 1e-9, math.inf])
     made = whole_steps(rows, steps)
-    codes = made.codes.view(torch.int8)
+    assert (made.bits, whole_steps(rows[:3], steps[:3]).bits) == (16, 8)
+    codes = made.numbers
     for i in range(3):
-        assert torch.equal(codes[i], (rows[i] / steps[i]).round().to(torch.int8))
-    # too short a step for eight bits becomes one that the largest entry fits
-    assert codes[3].abs().max() == 127
-    torch.testing.assert_close(
-        codes[3] * rows[3].abs().max() / 127, rows[3], atol=1.01 * rows[3].abs().max() / 254, rtol=0
-    )
+        assert torch.equal(codes[i], (rows[i] / steps[i]).round().to(torch.int16))
+    # too short a step for sixteen bits becomes one that the largest entry fits
+    assert codes[3].abs().max() == LARGEST[16]
+    whole = rows[3].abs().max() / LARGEST[16]
+    torch.testing.assert_close(codes[3] * whole, rows[3], atol=0.51 * float(whole), rtol=0)
     assert not codes[4].any()
     assert not made.scales[4].any()
     lengths = values_of(made).double().norm(dim=1)
@@ -56,7 +57,7 @@ def test_rows_are_whole_steps():
     assert torch.equal(made.scales, scales_of(codes))
 
 
-@pytest.mark.parametrize("ratio", [0.04, 0.3, 1.0, 2.0, 4.0])
+@pytest.mark.parametrize("ratio", [0.01, 0.04, 0.3, 1.0, 2.0, 4.0])
 def test_rates_are_those_of_rounded_normal_entries(ratio):
     """Of four million drawn ones: entropies to 0.003 bits, lost energy to 0.2 per cent of all."""
     x = torch.randn(2000, 2000, generator=torch.Generator().manual_seed(1))
@@ -125,9 +126,45 @@ def test_an_error_is_met_and_used(error, case):
         assert all(isinstance(rows, Packed) for rows in privates(held))
 
 
-def test_an_error_below_what_eight_bits_allow_is_refused():
+def test_an_error_below_what_sixteen_bits_allow_is_refused():
     with pytest.raises(loraspan.errors.ArgumentError, match=r"below what rounding to .*coded"):
-        fit(alone(), Goal(max_error=1e-3, dtype=CODED))
+        fit(alone(), Goal(max_error=2e-5, dtype=CODED))
+
+
+@pytest.mark.parametrize("max_error", [1e-2, 1e-3, 3e-4])
+def test_fine_errors_are_met_and_read_back(tmp_path, max_error):
+    """In 16 bits, with weights in float32; the same numbers come back from a file, and are written again."""
+    adapters = alone(count=4)
+    space = loraspan.compress(adapters, max_error=max_error, dtype="coded")
+    assert {rows.bits for rows in privates(space.collection)} == {16}
+    found = [
+        planted.relative_error(a, lambda path, i=i: planted.stored_delta(space.collection, path, i))
+        for i, a in enumerate(adapters)
+    ]
+    assert found == pytest.approx(list(space.errors.values()), abs=1e-6)
+    assert max(found) <= max_error
+    floats = loraspan.compress(adapters, max_error=max_error, dtype=torch.float16)
+    assert space.nbytes < 0.9 * floats.nbytes
+    made = list(privates(space.collection))
+    space.save(tmp_path / "a")
+    opened = loraspan.open(tmp_path / "a")
+    for mine, read in zip(made, privates(opened.collection), strict=True):
+        assert isinstance(read, Coded)
+        assert (read.bits, read.nbytes) == (16, mine.nbytes)
+        assert torch.equal(read.numbers, mine.numbers)
+        assert torch.equal(read.scales, mine.scales)
+    opened.save(tmp_path / "b")
+    files = [{p.name for p in (tmp_path / one).glob("*.safetensors")} for one in "ab"]
+    assert files[0] == files[1]
+
+
+def test_rows_of_eight_and_sixteen_bits_are_joined_exactly():
+    rows = torch.nn.functional.normalize(torch.randn(5, 130, generator=torch.Generator().manual_seed(0)), dim=1)
+    narrow, wide = (whole_steps(rows, torch.full((5,), step)) for step in (0.02, 1e-4))
+    joined = cat_rows([narrow, wide, narrow])
+    assert joined.bits == 16
+    assert torch.equal(values_of(joined), torch.cat([values_of(narrow), values_of(wide), values_of(narrow)]))
+    assert torch.equal(joined.scales, scales_of(joined.numbers))
 
 
 def test_it_takes_less_than_blocks_at_their_own_errors():
@@ -155,7 +192,7 @@ def test_file_and_memory_are_what_they_are_said_to_be(tmp_path):
     assert sum(each.nbytes for each in rows) == numbers + scales
     assert sum(each.codes.nbytes + each.scales.nbytes for each in rows) == numbers + scales
 
-    entropy = sum(_entropy(row) for each in rows for row in each.codes.view(torch.int8).numpy())
+    entropy = sum(_entropy(row) for each in rows for row in each.numbers.numpy())
     stream = sum(t.nbytes for name, t in column_tensors(opened.collection.segments[0].columns) if name[:6] == "coded.")
     # a row's own entropy lacks what telling its distribution takes
     assert entropy < stream < 1.08 * entropy
@@ -210,7 +247,7 @@ def test_tasks_come_and_go_and_are_joined(tmp_path, monkeypatch):
 def test_a_sign_that_turns_keeps_rows_coded():
     rows = whole_steps(torch.eye(3, 70), torch.full((3,), 0.1))
     turned = flip_rows(rows, torch.tensor([1, -1, -1]))
-    assert torch.equal(turned.scales, scales_of(turned.codes.view(torch.int8)))
+    assert torch.equal(turned.scales, scales_of(turned.numbers))
     assert torch.equal(values_of(turned)[1:], -values_of(rows)[1:])
 
 

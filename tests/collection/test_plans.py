@@ -115,7 +115,7 @@ def test_plans_are_told():
     """Each width with each form; the one that was built says so, and its count is near what was built."""
     held = adapters("shared")
     collection, counted = fit_with_plans(held, Goal(max_error=0.1, dtype=None))
-    assert len(counted) == 7 * 5
+    assert len(counted) == 8 * 5
     (chosen,) = [plan for plan in counted if plan.chosen]
     assert chosen.widths == str(collection.widths)
     assert chosen.forms == "mixed"

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import oracles
 from loraspan.errors import ArgumentError, BackendError, NotFiniteError, ShapeError
 from loraspan.ops import Packed, pack, unpack
-from matrices import LAYOUTS, normal, stored
+from matrices import LAYOUTS, normal, packed, stored
 from oracles import BF16, DTYPES, F16, F32, F64
 
 BLOCK = 64
@@ -46,8 +46,8 @@ def read(packed):
     codes, scales = packed.codes.numpy(), oracles.to_numpy(packed.scales)
     out = np.empty(packed.shape)
     for row, i in np.ndindex(*packed.shape):
-        if packed.bits == 8:
-            level = float(codes[row].view(np.int8)[i])
+        if packed.bits > 4:
+            level = float(codes[row].view(np.int8 if packed.bits == 8 else np.int16)[i])
         else:
             level = LEVELS[(codes[row, i // 2] >> (4 if i % 2 else 0)) & 15]
         out[row, i] = level * scales[row, i // BLOCK] / 128
@@ -86,8 +86,17 @@ def test_every_entry_is_within_its_bound(any_backend, bits, dtype, magnitude, le
 @bit_widths
 @pytest.mark.parametrize("length", LENGTHS)
 def test_means_what_it_says(any_backend, bits, length):
-    packed = pack(magnitudes(1, 2, length, 0.3, F32), bits, backend=any_backend)
-    exact = read(packed)
+    assert_reads(pack(magnitudes(1, 2, length, 0.3, F32), bits, backend=any_backend), any_backend)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_sixteen_bits_mean_what_they_say(any_backend, length):
+    """Entries are rounded to float32 first: numbers of 16 bits times scales of 11 are more than that holds."""
+    assert_reads(packed(magnitudes(1, 3, length, 0.3, F32), 16), any_backend)
+
+
+def assert_reads(packed, any_backend):
+    exact = oracles.rounded(read(packed), F32).astype(np.float64)
     for dtype in DTYPES:
         found = unpack(packed, dtype=dtype, backend=any_backend)
         assert found.dtype == dtype
@@ -219,7 +228,7 @@ def test_unpack_refuses_other_dtypes():
         (torch.zeros(2, 3, dtype=torch.uint8), torch.zeros(3, 1).half(), 5, 4, r"scales .* \[2, 1\]; got .* \[3, 1\]"),
         (torch.zeros(2, 3, dtype=torch.uint8), torch.zeros(2, 1), 3, 8, "scales is contiguous torch.float16"),
         (torch.zeros(3, 2, dtype=torch.uint8).T, torch.zeros(2, 1).half(), 3, 8, "with strides"),
-        (torch.zeros(2, 3, dtype=torch.uint8), torch.zeros(2, 1).half(), 3, 2, "bits are 8 or 4"),
+        (torch.zeros(2, 3, dtype=torch.uint8), torch.zeros(2, 1).half(), 3, 2, "bits are 16, 8 or 4"),
         (torch.zeros(2, 3, dtype=torch.uint8), torch.zeros(2, 1, device="meta").half(), 3, 8, "one device"),
     ],
 )

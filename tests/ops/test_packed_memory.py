@@ -52,7 +52,7 @@ def test_an_unpacked_copy_would_be_seen():
     assert peak_above(lambda: torch.ones(ROWS, LENGTH)) > 0.9 * FULL
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [16, 8, 4])
 def test_no_unpacked_copy_is_made(bits):
     for name, call in calls(packed(bits)):
         # room for x and y twice, and for the scratch of threads

@@ -8,12 +8,14 @@ from hypothesis import strategies as st
 import oracles
 from loraspan.errors import ArgumentError, BackendError, ShapeError
 from loraspan.ops import Packed, Piece, gram, pack, packed_products, reconstruct_many, unpack
-from matrices import LAYOUTS, normal, stored
+from matrices import LAYOUTS, normal, packed, stored
 from oracles import DTYPES, F32, F64
 
 SCALE = 0.3
 seeds = st.integers(0, 2**32 - 1)
-bit_widths = pytest.mark.parametrize("bits", [8, 4])
+bit_widths = pytest.mark.parametrize("bits", [16, 8, 4])
+# bits of what stands beside rows of so many
+OTHERS = {16: 8, 8: 4, 4: 16}
 # m, k, n: single, at and past a tile and a block, longer than what is unpacked at once, nothing
 SIZES = [
     pytest.param(1, 1, 1, id="scalar"),
@@ -53,7 +55,7 @@ def assert_as_unpacked(pieces, backend):
 def test_basis_loadings_or_both(backend, bits, m, k, n, dtype):
     if backend in ("cuda", "triton"):
         pytest.skip("kernels for a GPU read no packed rows")
-    basis, loadings = pack(normal(1, k, m), bits), pack(normal(2, n, k), 12 - bits)
+    basis, loadings = packed(normal(1, k, m), bits), packed(normal(2, n, k), OTHERS[bits])
     plain = normal(3, m, k, dtype=dtype), normal(4, k, n, dtype=dtype)
     pieces = [
         Piece(basis, plain[1], poison(m, n, dtype), SCALE),
@@ -73,7 +75,7 @@ def test_within_the_bound_of_what_is_packed(backend, bits, dtype):
     """Against float64, so that unpacking wrongly in both ways would be seen."""
     if backend in ("cuda", "triton"):
         pytest.skip("kernels for a GPU read no packed rows")
-    basis, loadings = pack(normal(5, 9, 130), bits), normal(6, 9, 21, dtype=dtype)
+    basis, loadings = packed(normal(5, 9, 130), bits), normal(6, 9, 21, dtype=dtype)
     out = poison(130, 21, dtype)
     reconstruct_many([Piece(basis, loadings, out, SCALE)], backend=backend)
     b, l = oracles.to_numpy(unpack(basis, dtype=F64, backend="reference")).T, oracles.to_numpy(loadings)
@@ -89,7 +91,7 @@ def test_company_threads_and_storage_change_no_bit(compiled, on_threads, shapes,
     """Packed and plain pieces, some with one basis, in all dtypes and storages of what is written."""
     pieces = []
     for i, (m, k, n) in enumerate(shapes):
-        basis, out = pack(normal(seed + i, k, m), (8, 4)[i % 2]), DTYPES[i % 4]
+        basis, out = packed(normal(seed + i, k, m), (16, 8, 4)[i % 3]), DTYPES[i % 4]
         loadings = pack(normal(seed + i + 77, n, k), (4, 8)[i // 2 % 2])
         pieces.append(Piece(basis, loadings, poison(m, n, out, LAYOUTS[i % 5]), SCALE + i))
         pieces.append(Piece(basis, unpack(loadings).T, poison(m, n, F32), SCALE))
@@ -138,7 +140,7 @@ def test_what_does_not_fit_is_refused():
 )
 def test_products_are_those_of_the_unpacked_basis(bits, rows, k, length, precision, seed):
     x = [normal(seed + i, r, length, dtype=DTYPES[i % 4]) for i, r in enumerate(rows)]
-    basis = pack(normal(seed + 99, k, length) / 7, bits)
+    basis = packed(normal(seed + 99, k, length) / 7, bits)
     found = packed_products(x, basis, precision=precision)
     b = oracles.to_numpy(unpack(basis, dtype=F64, backend="reference"))
     exact = oracles.stack([*x, unpack(basis, dtype=F64)])

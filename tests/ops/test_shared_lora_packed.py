@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import oracles
 from loraspan.errors import ArgumentError, BackendError, ShapeError
 from loraspan.ops import Cores, Packed, pack, shared_lora, shared_lora_, unpack
-from matrices import normal
+from matrices import normal, packed
 from oracles import BF16, DTYPES, F16, F32, F64
 from task_cores import batch, expected, planted, random_tasks
 
@@ -20,6 +20,8 @@ COUNTS = [(5, 0, 0, 0), (0, 0, 0, 0), (2, 1, 3, 2), (0, 4, 0, 0), (1, 0, 2, 0), 
 NAMES = ("left", "left_private", "right", "right_private")
 seeds = st.integers(0, 2**32 - 1)
 # rows, n, d, k_out, k_in: one row, below, at and past a tile, longer than a slab, odd, one basis missing, nothing
+# bits of what stands beside rows of so many
+OTHERS = {16: 8, 8: 4, 4: 16}
 SIZES = [
     pytest.param(1, 1, 1, 1, 1, id="scalars"),
     pytest.param(1, 300, 700, 64, 64, id="one-row"),
@@ -54,7 +56,7 @@ def rebuilt(cores, ends):
 def quantized(cores, bits):
     """Tables of ends in so many bits each, 0 for as they are; and the same tables unpacked."""
     tables = [getattr(cores, name) for name in NAMES]
-    ends = [pack(t, b) if b else t for t, b in zip(tables, bits, strict=True)]
+    ends = [packed(t, b) if b else t for t, b in zip(tables, bits, strict=True)]
     plain = [unpack(t) if isinstance(t, Packed) else t for t in ends]
     return rebuilt(cores, ends), rebuilt(cores, [t.to(F64 if F64 in [p.dtype for p in plain] else F32) for t in plain])
 
@@ -72,13 +74,13 @@ def assert_as_unpacked(y, x, bases, both, tasks, **options):
 
 
 @pytest.mark.parametrize("dtype", [F16, F32, F64], ids=str)
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [16, 8, 4])
 @pytest.mark.parametrize(("rows", "n", "d", "k_out", "k_in"), SIZES)
 def test_all_packed(any_backend, rows, n, d, k_out, k_in, bits, dtype):
     cores = planted(1, COUNTS, n, d, k_out, k_in, dense=[4] if k_in else [])
     y, x, v, u = batch(2, rows, n, d, k_out, k_in, dtype)
-    bases = pack(v.T, bits), pack(u.T, 12 - bits)
-    both = quantized(cores, (bits, 12 - bits, 12 - bits, bits))
+    bases = packed(v.T, bits), packed(u.T, OTHERS[bits])
+    both = quantized(cores, (bits, OTHERS[bits], OTHERS[bits], bits))
     assert_as_unpacked(y, x, bases, both, random_tasks(3, rows, 1, 6)[:, 0], backend=any_backend)
 
 
@@ -96,20 +98,20 @@ def test_any_one_of_them(any_backend, which, dtype):
     oracles.assert_within(found, wanted, bound)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [16, 8, 4])
 def test_a_task_with_many_rows(any_backend, bits):
     """So many that its own factors are rebuilt."""
     cores = planted(8, [(3, 2, 2, 2), (20, 0, 0, 0), (0, 2, 0, 2)], 700, 900, 16, 20, dense=[1])
     y, x, v, u = batch(9, 600, 700, 900, 16, 20)
     tasks = torch.tensor([0] * 200 + [1] * 200 + [2] * 198 + [-1, 0])
-    bases = pack(v.T, bits), pack(u.T, bits)
+    bases = packed(v.T, bits), packed(u.T, bits)
     assert_as_unpacked(y, x, bases, quantized(cores, (bits,) * 4), tasks, backend=any_backend)
 
 
 @given(
     counts=st.lists(st.tuples(*[st.integers(0, 4)] * 4), min_size=1, max_size=5),
     sizes=st.tuples(st.integers(1, 40), st.integers(0, 150), st.integers(0, 700), *[st.integers(0, 20)] * 2),
-    bits=st.tuples(*[st.sampled_from([8, 4])] * 2, *[st.sampled_from([0, 8, 4])] * 4),
+    bits=st.tuples(*[st.sampled_from([16, 8, 4])] * 2, *[st.sampled_from([0, 16, 8, 4])] * 4),
     seed=seeds,
 )
 def test_threads_change_no_bit(compiled, on_threads, counts, sizes, bits, seed):
@@ -117,7 +119,7 @@ def test_threads_change_no_bit(compiled, on_threads, counts, sizes, bits, seed):
     cores = planted(seed, counts, n, d, k_out, k_in)
     y, x, v, u = batch(seed, *sizes, BF16)
     both, tasks = quantized(cores, bits[2:]), random_tasks(seed, rows, 2, len(counts))
-    call = y, x, (pack(v.T, bits[0]), pack(u.T, bits[1])), both, tasks
+    call = y, x, (packed(v.T, bits[0]), packed(u.T, bits[1])), both, tasks
     one = assert_as_unpacked(*call, backend=compiled)
     assert oracles.same_bits(one, on_threads(3, lambda: assert_as_unpacked(*call, backend=compiled)))
 

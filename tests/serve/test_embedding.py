@@ -13,11 +13,11 @@ import task_cores
 from adapters import models
 from loraspan.errors import ArgumentError, UnsupportedError
 from loraspan.ops.cores import Cores
-from loraspan.ops.packed import pack, unpack
+from loraspan.ops.packed import unpack
 from loraspan.serve.embedding import ServedEmbedding
 from loraspan.serve.rows import Rows
 from loraspan.serve.tables import Triple
-from matrices import normal
+from matrices import normal, packed
 from oracles import BF16, F32, F64
 from serve.samples import space_of
 
@@ -33,12 +33,12 @@ def tables_of(dtype=F32, bits=0):
     v, u = normal(1, VOCABULARY, K_IN, dtype=dtype), normal(2, N, K_OUT, dtype=dtype)
     if not bits:
         return Triple(v, u, cores), Triple(v, u, cores)
-    ends = [pack(end, bits) for end in (cores.left, cores.left_private, cores.right, cores.right_private)]
+    ends = [packed(end, bits) for end in (cores.left, cores.left_private, cores.right, cores.right_private)]
     counts, dense = cores.index[:, 5:9], cores.index[:, 9] > 0
-    v, u = pack(v.T, bits), pack(u.T, bits)
-    packed = Cores.of(counts, cores.weights, *ends, dense=dense)
+    v, u = packed(v.T, bits), packed(u.T, bits)
+    small = Cores.of(counts, cores.weights, *ends, dense=dense)
     full = Cores.of(counts, cores.weights, *(unpack(end) for end in ends), dense=dense)
-    return Triple(v, u, packed), Triple(unpack(v).T, unpack(u).T, full)
+    return Triple(v, u, small), Triple(unpack(v).T, unpack(u).T, full)
 
 
 def layer_of(now, dtype=F32, **options):
@@ -74,7 +74,7 @@ def expected(y, tokens, full, ids, shares):
     return out, np.where((ids >= 0).any(-1)[..., None], bound, 0.0)
 
 
-@pytest.mark.parametrize(("dtype", "bits"), [(F32, 0), (BF16, 0), (F64, 0), (F32, 8), (F32, 4)], ids=str)
+@pytest.mark.parametrize(("dtype", "bits"), [(F32, 0), (BF16, 0), (F64, 0), (F32, 16), (F32, 8), (F32, 4)], ids=str)
 @pytest.mark.parametrize("per", ["row", "token"])
 @pytest.mark.parametrize("mixture", [0, 3])
 def test_is_the_dense_product(dtype, bits, per, mixture, monkeypatch):

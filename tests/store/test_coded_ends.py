@@ -51,6 +51,7 @@ OPENING = {
         {f"coded.{Q}": t[f"coded.{Q}"][:9].clone()}
     ),
     f"tensor 'coded.{Q}': [0-9]{{9,}} numbers need": _bomb,
+    f"tensor 'coded.{Q}': needs to begin with 8 or 16": lambda t: t[f"coded.{Q}"][1:2].fill_(4),
     "tensor 'weights.layers.0.q_proj': it has to be torch.float32": lambda t: t.pop(f"coded.{Q}"),
     f"tensor 'weights.{Q}': it has to be": lambda t: t.update({f"weights.{Q}": t[f"weights.{Q}"].half()}),
     f"tensor 'left_private_scales.{Q}': ": lambda t: t.update({f"left_private_scales.{Q}": torch.zeros(3).half()}),
@@ -69,7 +70,7 @@ def test_what_does_not_fit_is_refused_on_opening(path, problem):
 UNPACKING = {
     "needs to end where its rows do": lambda s: torch.cat([s, torch.zeros(3, dtype=torch.uint8)]),
     "needs to be": lambda s: s[:-5].clone(),
-    "needs to be a deflate stream": lambda s: torch.full_like(s, 255),
+    "needs to be a deflate stream": lambda s: torch.cat([s[:4], torch.full_like(s[4:], 255)]),
 }
 
 

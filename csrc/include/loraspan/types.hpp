@@ -7,8 +7,8 @@
 
 namespace loraspan {
 
-// The last two are the codes of packed rows (packed.hpp), which only some operators read.
-enum class Dtype : std::int64_t { f16 = 0, bf16 = 1, f32 = 2, f64 = 3, packed8 = 4, packed4 = 5 };
+// The last three are the codes of packed rows (packed.hpp), which only some operators read.
+enum class Dtype : std::int64_t { f16 = 0, bf16 = 1, f32 = 2, f64 = 3, packed8 = 4, packed4 = 5, packed16 = 6 };
 
 // The precision sums are kept in: f32 keeps float32 sums over at most 128 columns and adds those in float64; f64
 // widens every entry first and keeps float64 throughout.

@@ -11,7 +11,7 @@ from torch import Tensor
 from loraspan.collection import coding
 from loraspan.collection.columns import Columns
 from loraspan.collection.rows import Rows, tensors_of
-from loraspan.collection.steps import LARGEST, scales_of
+from loraspan.collection.steps import packed_numbers, scales_of
 from loraspan.errors import FormatError
 from loraspan.ops.packed import Packed
 from loraspan.ops.packed_reference import BLOCK
@@ -45,7 +45,7 @@ def column_tensors(columns: Mapping[str, Columns]) -> list[tuple[str, Tensor]]:
     # by name: a reader may know the slots in another order
     shapes = {slot: {field: rows.shape for field, rows in tables[slot].items()} for slot in sorted(tables)}
     for slots in groups(shapes):
-        parts = [rows.codes.view(torch.int8).numpy() for slot in slots for rows in tables[slot].values()]
+        parts = [rows.numbers.numpy() for slot in slots for rows in tables[slot].values()]
         stream = bytearray(coding.encode(parts))
         named.append((f"coded.{slots[-1]}", torch.frombuffer(stream, dtype=torch.uint8)))
     return named
@@ -78,8 +78,20 @@ class Stream:
         self._data, self._shapes, self._refuse = data, shapes, refuse
 
     @cached_property
+    def bits(self) -> list[int]:
+        """Of the rows in memory.
+
+        Raises:
+            FormatError: if the stream does not begin with 8 or 16 for each.
+        """
+        try:
+            return coding.bits_in(self._data[: len(self._shapes)].numpy().tobytes(), len(self._shapes))
+        except FormatError as error:
+            raise self._refuse(str(error)) from None
+
+    @cached_property
     def tables(self) -> list[Packed]:
-        """The rows, in 8 bits.
+        """The rows.
 
         Raises:
             FormatError: if the stream is not one of such rows.
@@ -88,15 +100,14 @@ class Stream:
             tables = coding.decode(self._data.numpy().tobytes(), self._shapes)
         except FormatError as error:
             raise self._refuse(str(error)) from None
-        codes = [torch.from_numpy(table) for table in tables]
-        return [Packed(each.view(torch.uint8), scales_of(each), each.shape[1], 8) for each in codes]
+        return [packed_numbers(torch.from_numpy(table)) for table in tables]
 
 
 class Coded(Packed):
-    """Rows of a :class:`Stream`, in 8 bits from when they are first looked at."""
+    """Rows of a :class:`Stream`, in memory from when they are first looked at."""
 
     def __init__(self, stream: Stream, place: int, shape: tuple[int, int]) -> None:
-        found = {"length": shape[1], "bits": 8, "_stream": stream, "_place": place, "_rows": shape[0]}
+        found = {"length": shape[1], "bits": stream.bits[place], "_stream": stream, "_place": place, "_rows": shape[0]}
         for name, value in found.items():
             object.__setattr__(self, name, value)
 
@@ -118,7 +129,7 @@ class Coded(Packed):
     @property
     def nbytes(self) -> int:
         """As :class:`Packed`."""
-        return self.shape[0] * (self.length + torch.float16.itemsize * -(-self.length // BLOCK))
+        return self.shape[0] * (self.length * self.bits // 8 + torch.float16.itemsize * -(-self.length // BLOCK))
 
     @property
     def device(self) -> torch.device:
@@ -129,14 +140,14 @@ class Coded(Packed):
 def _is_coded(rows: Rows) -> bool:
     if isinstance(rows, Coded):
         return True
-    if not isinstance(rows, Packed) or rows.bits != 8 or 0 in rows.shape:
+    if not isinstance(rows, Packed) or rows.bits not in coding.LARGEST or 0 in rows.shape:
         return False
-    codes = rows.codes.view(torch.int8)
+    numbers = rows.numbers
     # no stream has -128
-    if int(codes.min()) < -LARGEST:
+    if int(numbers.min()) < -coding.LARGEST[rows.bits] or int(numbers.max()) > coding.LARGEST[rows.bits]:
         return False
     # rows that were not rounded so tell in the first one
-    return all(torch.equal(scales_of(codes[:stop]), rows.scales[:stop]) for stop in (1, len(codes)))
+    return all(torch.equal(scales_of(numbers[:stop]), rows.scales[:stop]) for stop in (1, len(numbers)))
 
 
 def _narrow(weights: Tensor) -> Tensor:

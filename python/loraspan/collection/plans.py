@@ -26,6 +26,7 @@ CANDIDATES = (
     Widths(_F32, 8, 4, 4),
     Widths.of(4),
     Widths.of(CODED),
+    Widths(torch.float16, torch.float16, torch.float16, CODED),
 )
 # A plan whose rounding took more than was expected is built again for a budget smaller by what was missing.
 _TRIES = 3

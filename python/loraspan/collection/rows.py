@@ -16,7 +16,8 @@ Rows: TypeAlias = Tensor | Packed
 # a floating dtype, a number of bits, or CODED
 Width: TypeAlias = torch.dtype | int
 
-# Private ends in whole numbers of one step, coded in files and rows of 8 bits in memory. No number of bits: a name.
+# Private ends in whole numbers of one step, coded in files and rows of 8 or 16 bits in memory. No number of bits: a
+# name.
 CODED = 1
 _SCALE_BYTES = 2
 # Share of the energy of a vector that rounding takes, about: measured on blocks of normal entries for 8 and 4 bits,
@@ -25,7 +26,7 @@ _ROUNDING: dict[Width, float] = {
     8: 3.5e-5,
     4: 6.6e-3,
     # that of the shortest step
-    CODED: 8.2e-5,
+    CODED: 5.0e-9,
     torch.float16: 2.0**-22 / 3,
     torch.bfloat16: 2.0**-16 / 3,
     torch.float32: 2.0**-48 / 3,
@@ -112,14 +113,15 @@ def rounding_of(width: Width) -> float:
     return _ROUNDING[width]
 
 
-def weight_dtype(width: Width) -> torch.dtype:
+def weight_dtype(width: Width, *ends: Rows) -> torch.dtype:
     """Give the dtype that weights beside private ends are rounded to; they are float32 in memory."""
-    # 2^-9 of a column is little beside the shortest steps
-    return torch.bfloat16 if width == CODED else torch.float32
+    # 2^-9 of a column is little beside the shortest steps of 8 bits
+    coarse = width == CODED and all(isinstance(rows, Packed) and rows.bits == 8 for rows in ends if rows.shape[0])
+    return torch.bfloat16 if coarse else torch.float32
 
 
 def row_bytes(length: int, width: Width) -> int:
-    """Give the bytes of one row; those in memory where it is coded.
+    """Give the bytes of one row; those in memory, in 8 bits, where it is coded.
 
     Example:
         >>> row_bytes(128, torch.float16), row_bytes(128, 4)
@@ -149,7 +151,7 @@ def no_rows(length: int, dtype: torch.dtype) -> Tensor:
 
 
 def cat_rows(parts: Sequence[Rows]) -> Rows:
-    """Join rows; those of no part are dropped, so that they need not be packed."""
+    """Join rows, 8 bits and 16 in 16; those of no part are dropped, so that they need not be packed."""
     kept = [part for part in parts if part.shape[0]] or list(parts[:1])
     if len(kept) == 1:
         return kept[0]
@@ -157,9 +159,10 @@ def cat_rows(parts: Sequence[Rows]) -> Rows:
     if not packed:
         return torch.cat([part for part in kept if isinstance(part, Tensor)])
     assert len(packed) == len(kept)
-    assert len({part.bits for part in packed}) == 1
-    codes, scales = (torch.cat([getattr(part, name) for part in packed]) for name in ("codes", "scales"))
-    return Packed(codes, scales, packed[0].length, packed[0].bits)
+    bits = max(part.bits for part in packed)
+    assert len({part.bits for part in packed}) == 1 or min(part.bits for part in packed) > 4
+    codes = [part.codes if part.bits == bits else part.numbers.to(torch.int16).view(torch.uint8) for part in packed]
+    return Packed(torch.cat(codes), torch.cat([part.scales for part in packed]), packed[0].length, bits)
 
 
 def take_rows(rows: Rows, index: Tensor) -> Rows:
@@ -175,10 +178,10 @@ def some_rows(rows: Rows, start: int, stop: int) -> Rows:
 
 
 def flip_rows(rows: Rows, signs: Tensor) -> Rows:
-    """Multiply each row by 1 or -1, exactly; in 8 bits the scales stay."""
-    if isinstance(rows, Packed) and rows.bits == 8:
-        codes = rows.codes.view(torch.int8) * signs[:, None].to(torch.int8)
-        return Packed(codes.view(torch.uint8), rows.scales, rows.length, rows.bits)
+    """Multiply each row by 1 or -1, exactly; in 8 and 16 bits the scales stay."""
+    if isinstance(rows, Packed) and rows.bits > 4:
+        numbers = rows.numbers * signs[:, None].to(torch.int8)
+        return Packed(numbers.view(torch.uint8), rows.scales, rows.length, rows.bits)
     if isinstance(rows, Packed):
         return Packed(rows.codes, rows.scales * signs[:, None].to(rows.scales.dtype), rows.length, rows.bits)
     return rows * signs[:, None].to(rows.dtype)
@@ -191,8 +194,8 @@ def same_rows(one: Rows, other: Rows) -> bool:
 
 
 def tensors_of(field: str, slot: str, rows: Rows) -> list[tuple[str, Tensor]]:
-    """Give the tensors that hold rows in a file, by name: 8-bit codes as I8, 4-bit ones as U8, each with its scales."""
+    """Give the tensors that hold rows in a file, by name: codes as I8, I16 or, of 4 bits, U8, each with its scales."""
     if not isinstance(rows, Packed):
         return [(f"{field}.{slot}", rows)]
-    codes = rows.codes.view(torch.int8) if rows.bits == 8 else rows.codes
+    codes = rows.numbers if rows.bits > 4 else rows.codes
     return [(f"{field}.{slot}", codes), (f"{field}_scales.{slot}", rows.scales)]

@@ -15,16 +15,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from loraspan.collection.coding import LARGEST
 from loraspan.ops.packed import Packed
 from loraspan.ops.packed_reference import BLOCK
 
-# Numbers of an end are at most so large: they are 8-bit rows in memory.
-LARGEST = 127
 # Numbers that are squared in one go.
 _AT_ONCE = 1 << 16
 # Steps over the standard deviation of entries for which rates are known, and how many. Below the least, the largest of
-# thousands of normal entries would be above 127 steps: such rows take a longer step of their own.
-_LEAST, _MOST, _COUNT = 1 / 32, 64.0, 160
+# thousands of normal entries would be above 32512 steps: such rows take a longer step of their own. Below `_SHORT`
+# what is rounded is normal again, with the variance of the rounding on top.
+_LEAST, _MOST, _COUNT, _SHORT = 1 / 4096, 64.0, 260, 1 / 16
 # Bits beside those of the numbers: of a column (its weight) and of a row (its byte among the marks, about).
 _COLUMN_BITS, _ROW_BITS = 16, 5
 # What Huffman's code takes above the entropy, about.
@@ -32,7 +32,7 @@ _HUFFMAN = 1.03
 # Steps for which costs are known before one is looked for: so many an octave (few for the many forms that are counted,
 # more for the step that all slots share), from so much below what the largest column can use (small columns can), to
 # what keeps nothing of it.
-_COARSE, _FINE, _FINER, _KEEPS_NONE = 2, 12, 16, 8
+_COARSE, _FINE, _FINER, _KEEPS_NONE = 2, 8, 16, 8
 # Singular values are at least so large where something is divided by them: squares of these are numbers still.
 _TINY = 1e-150
 # What a bit buys with entropy-coded steps of length t: dD/dR = -2 ln 2 D, D = t^2 / 12.
@@ -44,18 +44,25 @@ def whole_steps(rows: Tensor, steps: Tensor) -> Packed:
 
     Args:
         rows: ``[R, L]``.
-        steps: ``[R]``, positive; a row whose largest entry would be above 127 of them takes a longer one.
+        steps: ``[R]``, positive; a row whose largest entry would be above 32512 of them takes a longer one.
 
     Returns:
-        In 8 bits, the scales of a row all those of :func:`scales_of`: the direction counts, not the length.
+        In 8 bits, or in 16 where a number needs them, the scales of a row all those of :func:`scales_of`: the direction
+        counts, not the length.
     """
-    reach = rows.abs().amax(dim=1) / LARGEST if rows.numel() else rows.new_zeros(len(rows))
+    reach = rows.abs().amax(dim=1) / LARGEST[16] if rows.numel() else rows.new_zeros(len(rows))
     # an infinite step, where a column is worth nothing, leaves zeros
-    codes = (rows / torch.maximum(steps.to(rows.dtype), reach)[:, None].clamp(min=1e-30)).round().to(torch.int8)
-    return Packed(codes.view(torch.uint8), scales_of(codes), rows.shape[1], 8)
+    numbers = (rows / torch.maximum(steps.to(rows.dtype), reach)[:, None].clamp(min=1e-30)).round()
+    bits = 8 if not numbers.numel() or float(numbers.abs().max()) <= LARGEST[8] else 16
+    return packed_numbers(numbers.to(torch.int8 if bits == 8 else torch.int16))
 
 
-def scales_of(codes: Tensor) -> Tensor:
+def packed_numbers(numbers: Tensor) -> Packed:
+    """Give rows of int8 or int16 as they are in memory, with the scales of :func:`scales_of`."""
+    return Packed(numbers.view(torch.uint8), scales_of(numbers), numbers.shape[1], 8 * numbers.itemsize)
+
+
+def scales_of(numbers: Tensor) -> Tensor:
     """Give the scales ``[R, ceil(L / 64)]`` with which rows of whole numbers have about length 1: functions of them.
 
     They are ``128 / sqrt(sum of squares)``, in float64 and then rounded to float16, in all blocks of a row; 0 for 0.
@@ -65,11 +72,11 @@ def scales_of(codes: Tensor) -> Tensor:
         tensor([[25.5938],
                 [ 0.0000]], dtype=torch.float16)
     """
-    some = max(_AT_ONCE // max(codes.shape[1], 1), 1)
-    parts = [codes[i : i + some].to(torch.int32).square().sum(1) for i in range(0, max(len(codes), 1), some)]
+    some = max(_AT_ONCE // max(numbers.shape[1], 1), 1)
+    parts = [numbers[i : i + some].to(torch.int32).square().sum(1) for i in range(0, max(len(numbers), 1), some)]
     lengths = torch.cat(parts).double().sqrt()
     scales = torch.where(lengths > 0, 128 / lengths.clamp(min=1), 0.0).half()
-    return scales[:, None].expand(-1, -(-codes.shape[1] // BLOCK)).contiguous()
+    return scales[:, None].expand(-1, -(-numbers.shape[1] // BLOCK)).contiguous()
 
 
 class Ends(NamedTuple):
@@ -211,9 +218,12 @@ def _rates(ratios: Tensor) -> tuple[Tensor, Tensor]:
 @cache
 def _table() -> Tensor:
     """``[_COUNT, 2]``: entropy in bits, and lost energy, of a unit normal rounded to steps and weighed at its best."""
-    steps = torch.logspace(math.log10(_LEAST), math.log10(_MOST), _COUNT, dtype=torch.float64)[:, None]
+    steps = torch.logspace(math.log10(_LEAST), math.log10(_MOST), _COUNT, dtype=torch.float64)
+    short, lost = steps[steps < _SHORT], steps[steps < _SHORT].square() / 12
+    known = torch.stack([(2 * math.pi * math.e * (1 + lost)).log2() / 2 - short.log2(), lost / (1 + lost)], dim=-1)
+    steps = steps[len(short) :, None]
     # eight standard deviations, in the shortest steps
-    k = torch.arange(8 / _LEAST + 1, dtype=torch.float64)
+    k = torch.arange(8 / _SHORT + 1, dtype=torch.float64)
     low, high = (k - 0.5).clamp(min=0) * steps, (k + 0.5) * steps
     shares = (torch.erfc(low / math.sqrt(2)) - torch.erfc(high / math.sqrt(2))) / 2
     density = [torch.exp(-x.square() / 2) / math.sqrt(2 * math.pi) for x in (low, high)]
@@ -222,4 +232,4 @@ def _table() -> Tensor:
     seen = 2 * (k * (density[0] - density[1])).sum(-1)
     squares = 2 * (k.square() * shares).sum(-1)
     lost = 1 - torch.where(squares > 1e-9, seen.square() / squares.clamp(min=1e-300), 0.0)
-    return torch.stack([entropy, lost], dim=-1)
+    return torch.cat([known, torch.stack([entropy, lost], dim=-1)])

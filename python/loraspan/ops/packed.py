@@ -1,4 +1,4 @@
-"""Rows of vectors in 8 or 4 bits an entry, with a scale for every block of 64 entries of a row."""
+"""Rows of vectors in 16, 8 or 4 bits an entry, with a scale for every block of 64 entries of a row."""
 
 from __future__ import annotations
 
@@ -14,23 +14,25 @@ from loraspan.errors import ArgumentError, NotFiniteError, ShapeError
 from loraspan.ops.packed_reference import BLOCK, LARGEST, pack_rows, unpack_rows
 
 # bits an entry, and the dtype code that the compiled core knows them by
-_CODES = {8: 4, 4: 5}
+_CODES = {8: 4, 4: 5, 16: 6}
+# those that :func:`pack` makes
+_NARROW = (8, 4)
 
 
 @dataclass(frozen=True, eq=False)
 class Packed:
     """``[rows, length]`` entries: entry ``i`` of row ``r`` is ``level * scales[r, i // 64] / 128``.
 
-    In 8 bits the level is ``codes[r, i]`` as a signed number, -127 to 127. In 4 bits it is one of 16 fixed levels from
-    -116 to 127 (`packed_reference.LEVELS`), its index being in the low half of byte ``i // 2`` where ``i`` is even, in
-    the high half where it is odd; a negative scale turns the levels round. Every entry is exact in float32.
-    :func:`pack` makes one.
+    In 16 and 8 bits the level is signed number ``i`` of row ``r`` of ``codes``. In 4 bits it is one of 16 fixed levels
+    from -116 to 127 (`packed_reference.LEVELS`), its index being in the low half of byte ``i // 2`` where ``i`` is
+    even, in the high half where it is odd; a negative scale turns the levels round. Entries are float32: exact in 8 and
+    4 bits, rounded once in 16. :func:`pack` makes one of 8 or 4 bits.
 
     Attributes:
         codes: ``[rows, ceil(length * bits / 8)]`` uint8, contiguous.
         scales: ``[rows, ceil(length / 64)]`` float16, contiguous.
         length: entries of a row.
-        bits: 8 or 4.
+        bits: 16, 8 or 4.
 
     Raises:
         ShapeError: if these do not fit each other.
@@ -49,7 +51,9 @@ class Packed:
 
     def __post_init__(self) -> None:
         if self.bits not in _CODES or self.length < 0:
-            raise ShapeError(f"Packed: bits are 8 or 4, and length is not negative; got {self.bits} and {self.length}")
+            raise ShapeError(
+                f"Packed: bits are 16, 8 or 4, and length is not negative; got {self.bits} and {self.length}"
+            )
         widths = (("codes", self.codes, torch.uint8, -(-self.length * self.bits // 8)),)
         for name, tensor, dtype, width in (*widths, ("scales", self.scales, torch.float16, -(-self.length // BLOCK))):
             wanted = (self.codes.shape[0] if self.codes.ndim else 0, width)
@@ -67,6 +71,11 @@ class Packed:
     def shape(self) -> tuple[int, int]:
         """How many rows, and of what length."""
         return self.codes.shape[0], self.length
+
+    @property
+    def numbers(self) -> Tensor:
+        """The levels of 16 or 8 bits, ``[rows, length]``: a view."""
+        return self.codes.view(torch.int16 if self.bits == 16 else torch.int8)
 
     @property
     def nbytes(self) -> int:
@@ -141,7 +150,7 @@ def pack(rows: Tensor, bits: int, *, backend: str | None = None) -> Packed:
     if not isinstance(rows, Tensor) or rows.ndim != 2 or rows.dtype not in _native.DTYPE_CODES:
         got = f"{rows.dtype} {list(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
         raise ShapeError(f"pack: rows are a matrix of float16, bfloat16, float32 or float64; got {got}")
-    if bits not in _CODES:
+    if bits not in _NARROW:
         raise ArgumentError(f"pack: bits are 8 or 4; got {bits!r}")
     if rows.is_mps:
         # scales are searched in float64
@@ -165,7 +174,7 @@ def unpack(packed: Packed, *, dtype: torch.dtype = torch.float32, backend: str |
         backend: as for :func:`pack`.
 
     Returns:
-        ``[R, L]``; exact in float32 and float64, else rounded once.
+        ``[R, L]``; float32 and float64 hold the entries exactly, others are rounded once.
 
     Raises:
         ShapeError: if ``dtype`` is none of those.

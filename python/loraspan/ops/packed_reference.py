@@ -49,9 +49,9 @@ def pack_rows(rows: Tensor, bits: int, codes: Tensor, scales: Tensor) -> int:
 
 
 def unpack_rows(codes: Tensor, scales: Tensor, length: int, bits: int) -> Tensor:
-    """Give the entries ``[rows, length]`` in float32, exactly."""
-    if bits == 8:
-        levels = codes.view(torch.int8).to(torch.float32)
+    """Give the entries ``[rows, length]`` in float32."""
+    if bits > 4:
+        levels = codes.view(torch.int8 if bits == 8 else torch.int16).to(torch.float32)
     else:
         both = torch.stack([codes & 15, codes >> 4], dim=2).reshape(codes.shape[0], 2 * codes.shape[1])
         levels = torch.tensor(LEVELS, dtype=torch.float32, device=codes.device)[both[:, :length].long()]

@@ -239,7 +239,7 @@ def _entries(table: Tensor | Packed, rows: Tensor, columns: Tensor) -> Tensor:
     if isinstance(table, Tensor):
         return table[rows, columns]
     step = table.scales[rows, columns // BLOCK].to(torch.float32) * 2.0**-7
-    if table.bits == 8:
-        return table.codes[rows, columns].view(torch.int8).to(torch.float32) * step
+    if table.bits > 4:
+        return table.numbers[rows, columns].to(torch.float32) * step
     half = (table.codes[rows, columns // 2] >> (4 * (columns % 2)).to(torch.uint8)) & 15
     return torch.tensor(LEVELS, dtype=torch.float32)[half.long()] * step

@@ -27,7 +27,7 @@ from loraspan.store.sizes import bare_problem
 
 _INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int64)
 # bits of packed rows, by the dtype of their codes
-_PACKED = {torch.int8: 8, torch.uint8: 4}
+_PACKED = {torch.int8: 8, torch.int16: 16, torch.uint8: 4}
 
 
 def basis_tensors(collection: Collection) -> list[tuple[str, Tensor]]:
@@ -262,7 +262,7 @@ def _ends(
         return _float(file, name, (dtype,), shape, why)
     bits = _PACKED[codes.dtype]
     rows, length = shape[::-1] if standing else shape
-    if tuple(codes.shape) != (rows, -(-length * bits // 8)):
+    if tuple(codes.shape) != (rows, -(-length * bits // (8 * codes.itemsize))):
         raise DamagedError(
             file.name,
             f"tensor {name!r}",
