@@ -1,6 +1,8 @@
 """attach and detach: which module a slot means, what is refused, and a model that is as it was."""
 
 import gc
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -306,6 +308,28 @@ def test_a_quantized_base_is_served_in_the_dtype_that_is_stored():
         assert oracles.same_bits(served(x), same(x))
     tables = model.layers[0].q_proj.tables
     assert tables.now.v.dtype == space.collection.dtype == torch.float32
+
+
+ALONE = """
+import sys
+for name in ("peft", "transformers", "vllm"):
+    assert name not in sys.modules
+    sys.modules[name] = None
+import torch
+import loraspan
+from loraspan.adapters import Adapter, Slot
+space = loraspan.compress([Adapter("sql", {"0": Slot(torch.ones(1, 3), torch.ones(2, 1), 0.5)})], rank=1)
+model = torch.nn.Sequential(torch.nn.Linear(3, 2))
+served = loraspan.attach(model, space)
+with torch.no_grad(), served.tasks(["sql", None]):
+    y = served(torch.ones(2, 3))
+assert torch.allclose(y[0] - y[1], torch.tensor(1.5))
+loraspan.bake(served.detach(), space, "sql")
+"""
+
+
+def test_it_needs_neither_peft_nor_transformers():
+    subprocess.run([sys.executable, "-c", ALONE], check=True)
 
 
 def test_switching_takes_microseconds_and_makes_nothing_anew():

@@ -99,6 +99,16 @@ def test_is_the_dense_product(dtype, bits, per, mixture, monkeypatch):
     oracles.assert_within(actual, out, bound)
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_default_device_is_not_asked(bits):
+    now, _ = tables_of(bits=bits)
+    _, layer = layer_of(now)
+    tokens, rows = torch.tensor([[3, 9], [9, 69]]), Rows(torch.tensor([4, 6]))
+    expected = run(layer, tokens, rows)
+    with torch.device("meta"):
+        assert oracles.same_bits(run(layer, tokens, rows), expected)
+
+
 def test_rows_of_no_task_and_no_rows_are_the_modules():
     now, _ = tables_of()
     base, layer = layer_of(now, padding_idx=0)

@@ -151,6 +151,29 @@ def test_what_was_attached_while_inferring_follows_and_has_gradients():
         served(X)
 
 
+def test_the_default_device_is_not_asked():
+    """As `torch.set_default_device` sets it: the model says where it is served."""
+    model, space, served = heads(3)
+    names = ["of 3", None, {"of 3": 0.5}, "of 3"]
+    with served.tasks(names):
+        expected = served(X)
+    served.detach()
+    with torch.device("meta"):
+        served = loraspan.attach(model, space)
+        with served.tasks(names):
+            assert oracles.same_bits(served(X), expected)
+
+
+def test_a_program_has_the_heads_of_its_rows_and_refuses_tasks_that_left():
+    _, space, served = heads(3)
+    ids = space.ids(["of 3", None, None, "of 3"])
+    program = torch.export.export(served, (X,), {"task_ids": ids}).module()
+    assert_close(program(X, task_ids=ids), served(X, task_ids=ids))
+    space.remove("of 3")
+    with pytest.raises(ArgumentError, match="tasks are -1"):
+        program(X, task_ids=ids)
+
+
 def test_per_token():
     model, space, served = heads(3)
     x = normal(8, 2, 3, 5, dtype=F32)

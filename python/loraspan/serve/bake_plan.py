@@ -221,7 +221,7 @@ def _put_tokens(
             f"with shape {list(had.shape)}; got {list(value.shape)} and {str(tokens)[:80]}"
         )
     # PEFT trains the tokens of a shared embedding in all of its places
-    edit.rows, edit.tied = (torch.tensor(tokens), value), True
+    edit.rows, edit.tied = (torch.tensor(tokens, device="cpu"), value), True
 
 
 def _edit(edits: dict[Place, Edit], model: nn.Module, adapter: Adapter, key: str, place: Place) -> tuple[Edit, Tensor]:

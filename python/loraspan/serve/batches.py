@@ -60,7 +60,7 @@ def plain_numbers(names: object, numbers: Mapping[str, int]) -> tuple[int, ...] 
 
 def rows_of_numbers(numbers: tuple[int, ...]) -> Rows | None:
     """Give the tasks of a batch with a number per row, None if there is none in it."""
-    return Rows(torch.tensor(numbers)) if max(numbers) >= 0 else None
+    return Rows(torch.tensor(numbers, device="cpu")) if max(numbers) >= 0 else None
 
 
 def rows_of_names(names: Names, per: str, number: Number) -> Rows | None:
@@ -92,11 +92,11 @@ def rows_of_names(names: Names, per: str, number: Number) -> Rows | None:
         return None
     shape = (len(lines), len(lines[0])) if per == "token" else (len(flat),)
     if all(len(members) == 1 and members[0][1] == 1 for members in flat):
-        return Rows(torch.tensor([members[0][0] for members in flat]).reshape(shape), None, per)
+        return Rows(torch.tensor([members[0][0] for members in flat], device="cpu").reshape(shape), None, per)
     most = max(map(len, flat))
     filled = [members + [(-1, 0.0)] * (most - len(members)) for members in flat]
-    ids = torch.tensor([[task for task, _ in members] for members in filled])
-    shares = torch.tensor([[share for _, share in members] for members in filled], dtype=torch.float32)
+    ids = torch.tensor([[task for task, _ in members] for members in filled], device="cpu")
+    shares = torch.tensor([[share for _, share in members] for members in filled], dtype=torch.float32, device="cpu")
     return Rows(ids.reshape(*shape, most), shares.reshape(*shape, most), per)
 
 

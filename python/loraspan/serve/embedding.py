@@ -221,7 +221,7 @@ def _rows(table: Tensor | Packed, at: Tensor, mask: Tensor, wide: torch.dtype) -
     if not rows:
         return torch.zeros(*at.shape, width, dtype=wide, device=at.device)
     at = torch.where(mask, at, 0)
-    found = table[at] if isinstance(table, Tensor) else _entries(table, at[..., None], torch.arange(width))
+    found = table[at] if isinstance(table, Tensor) else _entries(table, at[..., None], _count(width, at))
     return torch.where(mask[..., None], found.to(wide), 0.0)
 
 
@@ -229,7 +229,11 @@ def _rows_of_basis(v: Tensor | Packed, tokens: Tensor) -> Tensor:
     """Give ``v[tokens]``, ``[G, T, k_in]``."""
     if isinstance(v, Tensor):
         return v[tokens]
-    return _entries(v, torch.arange(v.shape[0]), tokens[..., None])
+    return _entries(v, _count(v.shape[0], tokens), tokens[..., None])
+
+
+def _count(length: int, like: Tensor) -> Tensor:
+    return torch.arange(length, device=like.device)
 
 
 def _entries(table: Tensor | Packed, rows: Tensor, columns: Tensor) -> Tensor:
@@ -242,4 +246,4 @@ def _entries(table: Tensor | Packed, rows: Tensor, columns: Tensor) -> Tensor:
     if table.bits > 4:
         return table.numbers[rows, columns].to(torch.float32) * step
     half = (table.codes[rows, columns // 2] >> (4 * (columns % 2)).to(torch.uint8)) & 15
-    return torch.tensor(LEVELS, dtype=torch.float32)[half.long()] * step
+    return torch.tensor(LEVELS, dtype=torch.float32, device=half.device)[half.long()] * step

@@ -78,7 +78,7 @@ class ServedExtras(Served):
         device = self._added.now.rows.device
         values: dict[str, Tensor] = {}
         # what is added to the output, and how much of the module's own bias is taken away for that
-        bias, less = torch.zeros((), dtype=torch.float64), 0.0
+        bias, less = torch.zeros((), dtype=torch.float64, device="cpu"), 0.0
         for parameter, keys in brought.items():
             value = task.extras[keys[0].name]
             if parameter == LORA_BIAS:
@@ -108,7 +108,8 @@ class ServedExtras(Served):
         if rows is None:
             return self.base(*args, **kwargs)
         call, device = Call(args, kwargs, rows), self._values.now.rows.device
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        # torch.export traces without dynamo
+        if torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             return self._in_graph(call)
         held = self._values.now
         return self._plus(task_by_task(self, held, call) if held.stacks else self.base(*args, **kwargs), rows)
