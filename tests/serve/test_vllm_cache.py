@@ -57,6 +57,24 @@ def test_what_a_killed_process_left_is_swept(tmp_path):
     assert left(tmp_path) == {"c"}
 
 
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_folder_that_lost_a_file_is_made_again(tmp_path, name):
+    """As where files of some age are swept."""
+    (folder,) = fill(Cache(tmp_path, 100_000), "a")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    (folder / name).unlink()
+    fill(Cache(tmp_path, 100_000), "a")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_what_else_lies_there_is_in_the_way_of_nothing(tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "note").write_text("not a folder")
+    fill(Cache(tmp_path, 100_000), "a")
+    assert left(tmp_path) == {"a", "other"}
+
+
 def test_what_was_released_may_leave(tmp_path):
     cache = Cache(tmp_path, 23_500, grace=0.0)
     fill(cache, "a", "b")

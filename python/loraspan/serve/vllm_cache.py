@@ -107,7 +107,7 @@ class Cache:
             lock.release()
 
     def _is_there(self, key: str) -> bool:
-        return (self._folder / key / peft.CONFIG_NAME).exists()
+        return all((self._folder / key / name).is_file() for name in (peft.CONFIG_NAME, peft.WEIGHTS_NAME))
 
     def _taken(self, key: str) -> Path:
         os.utime(self._folder / key)
@@ -151,7 +151,7 @@ class Cache:
             if _DRAFT.fullmatch(path.name):
                 shutil.rmtree(path, ignore_errors=True)
             elif path.is_dir():
-                entries.append((path.stat().st_mtime, sum(each.stat().st_size for each in path.iterdir()), path))
+                entries.append((path.stat().st_mtime, sum(each.lstat().st_size for each in path.iterdir()), path))
         used = sum(taken for _, taken, _ in entries)
         room = min(self._limit - used, shutil.disk_usage(self._folder).free)
         held = self._held_by_anyone()
