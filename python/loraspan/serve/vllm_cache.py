@@ -77,6 +77,8 @@ class Cache:
             adapter = make()
             with self._locked():
                 if not self._is_there(key):
+                    # what is left of one, where its files were swept
+                    _remove(self._folder / key)
                     self._make_room(key, _size_of(adapter))
                     peft.write(adapter, self._folder / key)
                 return self._taken(key)
@@ -167,10 +169,16 @@ class Cache:
         for _, taken, path in idle:
             if room >= size:
                 return
-            gone = path.with_name(f".{path.name}.{secrets.token_hex(4)}.gone")
-            path.rename(gone)
-            shutil.rmtree(gone)
+            _remove(path)
             room += taken
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, if it is there, at once for whoever looks for it."""
+    if folder.is_dir() and not folder.is_symlink():
+        gone = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.gone")
+        folder.rename(gone)
+        shutil.rmtree(gone)
 
 
 def _size_of(adapter: Adapter) -> int:
