@@ -72,6 +72,15 @@ def test_mixtures_are_linear_in_the_parameters():
         served(x)
 
 
+def test_what_is_in_a_served_module_keeps_its_mode():
+    model = nn.Sequential(Composite())
+    model[0].dense.eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    served = loraspan.attach(model, loraspan.compress([of_composite("sql")], max_error=1e-6, dtype=F32))
+    assert served.detach() is model
+    assert {name: module.training for name, module in model.named_modules()} == modes
+
+
 def test_a_head_within_the_model_has_its_rows():
     """Layers below a module that runs for some rows serve those rows; its other arguments are taken apart too."""
 

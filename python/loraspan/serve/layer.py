@@ -41,7 +41,8 @@ class Served(nn.Module):
         super().__init__()
         self.base, self.path, self.tables = base, path, tables
         self.board = Board()
-        self.train(base.training)
+        # of this alone: what is below has modes of its own
+        self.training = base.training
 
     def follow(self, state: State) -> None:
         """Serve another state."""
