@@ -3,6 +3,7 @@
 import peft
 import pytest
 import torch
+import transformers
 
 import loraspan
 from adapters import models
@@ -63,4 +64,44 @@ def test_a_mixed_batch_says_what_each_row_says_alone_with_peft(tmp_path, name, o
         alone += generate(model, [prompt], **options)
     assert mixed == alone
     base = generate(build(name), PROMPTS, **options)
+    assert [a == b for a, b in zip(mixed, base, strict=True)] == [False, True, False]
+
+
+def bart():
+    sizes = {f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in
+             {"ffn_dim": 40, "layers": 2, "attention_heads": 4}.items()}  # fmt: skip
+    config = transformers.BartConfig(vocab_size=48, d_model=32, max_position_embeddings=64, **sizes)
+    return transformers.BartForConditionalGeneration(config)
+
+
+def test_beams_of_an_encoder_and_a_decoder_keep_their_rows_task(tmp_path, monkeypatch):
+    """The encoder runs before there are beams."""
+    monkeypatch.setitem(models.BUILD, "bart", bart)
+    for seed, task in enumerate(("one", "two")):
+        models.save_adapter(
+            "bart", tmp_path / task, seed=seed, r=4, lora_alpha=400, target_modules=["q_proj", "v_proj"]
+        )
+    space = loraspan.compress([files.read(tmp_path / task, name=task) for task in ("one", "two")], rank=6)
+    options = {"num_beams": 3, "num_return_sequences": 2, "min_new_tokens": LONG, "early_stopping": True}
+
+    def said(model):
+        model.generation_config.forced_eos_token_id = None
+        tokens = torch.tensor([[0] * (6 - len(prompt)) + prompt for prompt in PROMPTS])
+        out = model.generate(
+            input_ids=tokens, attention_mask=(tokens > 0).long(), max_new_tokens=LONG, do_sample=False, **options
+        )
+        return out.reshape(len(PROMPTS), 2, -1).tolist()
+
+    base, alone = said(build("bart")), []
+    for row, task in enumerate(NAMES):
+        model = build("bart")
+        if task:
+            files.write(space.reconstruct(task), tmp_path / "back" / task)
+            with models.quiet():
+                model = peft.PeftModel.from_pretrained(model, tmp_path / "back" / task)
+        alone.append(said(model)[row])
+    served = loraspan.attach(build("bart"), space)
+    with served.tasks(NAMES):
+        mixed = said(served)
+    assert mixed == alone
     assert [a == b for a, b in zip(mixed, base, strict=True)] == [False, True, False]
