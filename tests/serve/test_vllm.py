@@ -93,6 +93,30 @@ def test_a_worker_that_forgot_an_adapter_finds_it_again(engine, space):
         is_task(server.ask(name), space, name)
 
 
+def test_what_is_set_is_done(engine, tmp_path):
+    """The dtype of the factors, and that what a running server has may leave after a minute."""
+    server = engine(DTYPE="bf16", HOLD="0", CACHE_BYTES="12kB")
+    assert {factor.dtype for down, up, _ in server.ask("sql").values() for factor in (down, up)} == {torch.bfloat16}
+    (first,) = (tmp_path / "cache").glob("sql~*")
+    with pytest.raises(StoreError, match="no room"):
+        server.ask("legal")
+    os.utime(first, (0, 0))
+    server.ask("legal")
+    assert not first.exists()
+
+
+def test_adapters_lie_in_memory_where_nothing_else_is_set(engine, monkeypatch, tmp_path):
+    assert str(vllm._TMPFS) == "/dev/shm"
+    monkeypatch.setattr(vllm, "_TMPFS", tmp_path / "memory")
+    (tmp_path / "memory").mkdir()
+    monkeypatch.delenv("LORASPAN_VLLM_CACHE")
+    engine().ask("sql")
+    (folder,) = (tmp_path / "memory").iterdir()
+    assert folder.name == f"loraspan-vllm-{os.getuid()}"
+    assert folder.stat().st_mode & 0o077 == 0
+    assert len(list(folder.glob("sql~*"))) == 1
+
+
 def test_another_base_model_is_not_found(engine, space, caplog):
     server = engine(model="/models/base")
     with caplog.at_level(logging.WARNING):
