@@ -33,8 +33,10 @@ _TRIES = 3
 _TIGHTER = 0.998
 # Relative errors between which one is looked for that fits a number of bytes, how finely, how often a fit is built for
 # one, the share of the bytes from which on another is not worth it, and the number of times at which widths that took
-# too many bytes again are given up until something fits.
+# too many bytes again are given up until something fits. Then builds between one that fits and one that does not, at
+# bytes to aim at, until a share of them is used.
 _LEAST, _MOST, _HALVINGS, _BUILDS, _CLOSE, _OVER = 1e-6, 0.999, 11, 7, 0.99, 2
+_BETWEEN, _AIM, _USED = 3, 0.997, 0.995
 
 Report = Callable[[str, int, int], None]
 
@@ -140,8 +142,9 @@ def fit_bytes(
     beside: dict[Widths, int] = {}
     over: Counter[Widths] = Counter()
     given_up: dict[Widths, _Curve] = {}
-    best: tuple[float, float, Widths, list[Fitted]] | None = None
+    best: _Built | None = None
     least, last = NEVER, 0
+    too_many: dict[Widths, _Built] = {}
     for _ in range(_BUILDS):
         widths, error = _least_error(curves, {w: limit - beside.get(w, last) for w in candidates})
         if error > _MOST and best is not None:
@@ -149,8 +152,11 @@ def fit_bytes(
         fitted = fitters.build(min(error, _MOST), widths, report)
         worst, nbytes = _worst(slots, squares, fitted), measure(fitted, widths)
         least = min(least, nbytes)
-        if nbytes <= limit and (best is None or worst < best[0]):
-            best = worst, error, widths, fitted
+        built = _Built(worst, error, nbytes, fitted)
+        if nbytes > limit:
+            too_many[widths] = max(too_many.get(widths, built), built, key=lambda one: one.error)
+        elif best is None or worst < best.worst:
+            best, chosen = built, widths
         missed = beside.get(widths)
         beside[widths] = last = nbytes - curves[widths].bytes_at(min(error, _MOST))
         if missed is not None and nbytes > limit:
@@ -172,8 +178,38 @@ def fit_bytes(
             given_up = {}
     if best is None:
         return least
-    worst, error, widths, fitted = best
-    return Outcome(fitted, widths, worst, _lines(fitters, candidates, error, widths))
+
+    def build(error: float) -> _Built:
+        fitted = fitters.build(error, chosen, report)
+        return _Built(_worst(slots, squares, fitted), error, measure(fitted, chosen), fitted)
+
+    best = _closer(best, too_many.get(chosen), limit, build)
+    return Outcome(best.fitted, chosen, best.worst, _lines(fitters, candidates, best.error, chosen))
+
+
+class _Built(NamedTuple):
+    """A fit, the error that it was built for and the worst that came out, and its bytes on disk."""
+
+    worst: float
+    error: float
+    nbytes: int
+    fitted: list[Fitted]
+
+
+def _closer(fits: _Built, other: _Built | None, limit: int, build: Callable[[float], _Built]) -> _Built:
+    """Give a fit with a smaller error than one that fits, between it and ``other``, which takes too many bytes."""
+    for _ in range(_BETWEEN):
+        if other is None or other.error >= fits.error or fits.nbytes >= _USED * limit:
+            break
+        share = (_AIM * limit - fits.nbytes) / (other.nbytes - fits.nbytes)
+        found = build(fits.error * (other.error / fits.error) ** share)
+        if found.nbytes > limit:
+            other = found
+        elif found.worst < fits.worst:
+            fits = found
+        else:
+            break
+    return fits
 
 
 def _least_error(curves: Mapping[Widths, _Curve], limits: Mapping[Widths, int]) -> tuple[Widths, float]:

@@ -41,6 +41,10 @@ class SlotShape:
     kernel: tuple[int, int, int] | None
 
 
+# what most slots are, and their tables leave out
+_USUAL: Mapping[str, object] = {"k_out": 0, "k_in": 0, "kind": "linear", "kernel": None}
+
+
 @dataclass(frozen=True)
 class DataFile:
     """A file of tensors that a generation consists of.
@@ -182,6 +186,7 @@ def parse(data: bytes, file: str) -> Manifest:
 def _slot(entry: Any, i: int, file: str) -> SlotShape:
     name = take(entry, "name", str, file, f"slot {i}")
     what = f"slot {name!r}"
+    entry = {**_USUAL, **entry}
     kind = take(entry, "kind", str, file, what)
     if kind not in KINDS:
         raise DamagedError(file, what, f"'kind' has to be one of {', '.join(KINDS)}; it is {kind!r}")
@@ -270,8 +275,8 @@ def _change_table(change: Change | None) -> dict[str, object]:
 
 
 def _slot_table(slot: SlotShape) -> dict[str, object]:
-    table: dict[str, object] = {key: getattr(slot, key) for key in ("name", "n", "d", "k_out", "k_in", "kind")}
-    return table if slot.kernel is None else {**table, "kernel": list(slot.kernel)}
+    table = asdict(slot)
+    return {key: value for key, value in table.items() if key not in _USUAL or value != _USUAL[key]}
 
 
 def _lines(key: str, tables: list[Mapping[str, object]] | list[dict[str, object]]) -> str:

@@ -16,6 +16,7 @@ from loraspan.adapters.base import Source
 from loraspan.adapters.strict_json import parse_object
 from loraspan.collection.collection import Task
 from loraspan.collection.headers import INFLATED, deflate
+from loraspan.collection.origins import Origins
 from loraspan.errors import ArgumentError, FormatError
 from loraspan.store.format import DamagedError, parse_json, take
 
@@ -54,20 +55,11 @@ class PerSlot(Mapping[str, _T], Generic[_T]):
 
 def encode(tasks: Sequence[Task], slots: Sequence[str]) -> tuple[bytes, dict[str, NDArray[np.int64]]]:
     """Give the records of ``tasks`` as a file holds them, and origin codes ``[T]`` of slots where not all are 1."""
-    codes = np.zeros((len(tasks), len(slots)), dtype=np.int64)
-    place = {slot: j for j, slot in enumerate(slots)}
-    origins: dict[tuple[float, int], int] = {}
+    for task in tasks:
+        _check(task, slots)
+    origins = Origins.of(tasks, slots)
     configs: dict[str, int] = {}
-    config_of = []
-    for i, task in enumerate(tasks):
-        _check(task, place)
-        pairs = list(zip(task.scales.values(), map(task.lora_ranks.__getitem__, task.scales), strict=True))
-        if len(pairs) == len(slots) and len(set(pairs)) == 1:
-            codes[i] = origins.setdefault(_origin(*pairs[0]), len(origins) + 1)
-        else:
-            for slot, pair in zip(task.scales, pairs, strict=True):
-                codes[i, place[slot]] = origins.setdefault(_origin(*pair), len(origins) + 1)
-        config_of.append(configs.setdefault(_config(task), len(configs)))
+    config_of = [configs.setdefault(_config(task), len(configs)) for task in tasks]
     table = {
         "names": [task.name for task in tasks],
         "errors": [float(task.error) for task in tasks],
@@ -79,7 +71,7 @@ def encode(tasks: Sequence[Task], slots: Sequence[str]) -> tuple[bytes, dict[str
         "sources": [astuple(task.source) for task in tasks],
         "configs": config_of,
         "config_table": [_nested(text) for text in configs],
-        "origin_table": list(origins),
+        "origin_table": origins.table,
     }
     try:
         text = json.dumps(table, separators=(",", ":"), allow_nan=False)
@@ -87,7 +79,7 @@ def encode(tasks: Sequence[Task], slots: Sequence[str]) -> tuple[bytes, dict[str
         raise ArgumentError(
             f"save: errors, norms, scales and configurations have to be finite numbers: {error}"
         ) from None
-    return deflate(text.encode()), {slot: codes[:, j] for j, slot in enumerate(slots) if (codes[:, j] != 1).any()}
+    return deflate(text.encode()), origins.codes
 
 
 def decode(data: bytes, count: int, codes: Codes, extras: Mapping[int, Mapping[str, Tensor]], file: str) -> list[Task]:
@@ -146,18 +138,15 @@ def _inflate(data: bytes, file: str) -> bytes:
     return text
 
 
-def _check(task: Task, slots: Mapping[str, int]) -> None:
+def _check(task: Task, slots: Sequence[str]) -> None:
     if task.scales.keys() != task.lora_ranks.keys():
         raise ArgumentError(f"save: task {task.name!r} has scales and lora_ranks for different slots")
-    if not task.scales.keys() <= slots.keys():
-        stranger = next(iter(task.scales.keys() - slots.keys()))
+    strangers = task.scales.keys() - set(slots)
+    if strangers:
+        stranger = next(iter(strangers))
         raise ArgumentError(
             f"save: task {task.name!r} has a scale for {stranger!r}, which is no slot of the collection"
         )
-
-
-def _origin(scale: float, rank: int) -> tuple[float, int]:
-    return float(scale), int(rank)
 
 
 def _config(task: Task) -> str:
