@@ -26,7 +26,7 @@ def vllm():
     """The modules of vLLM that meet an adapter."""
     if importlib.util.find_spec("vllm") is None:
         pytest.skip("vLLM is not installed")
-    names = {"config": "config.lora", "server": "entrypoints.openai.models.serving"}
+    names = {"config": "config.lora", "server": "entrypoints.openai.models.serving", "plugins": "plugins"}
     names |= {name: f"lora.{name}" for name in ("resolver", "request", "peft_helper", "lora_model")}
     try:
         return SimpleNamespace(**{name: importlib.import_module(f"vllm.{path}") for name, path in names.items()})
@@ -81,6 +81,11 @@ def test_its_server_finds_loads_and_refuses(vllm, space, tmp_path, monkeypatch):
     for name in TASKS:
         is_task(worker.loaded[name], space, name)
     assert nobody.error.code == 404
+
+
+def test_it_finds_the_plugin(vllm, monkeypatch):
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    assert vllm.plugins.load_plugins_by_group("vllm.general_plugins")["loraspan"] is plugin.register
 
 
 def test_its_interface_is_that_of_the_stand_in(vllm):
