@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from loraspan.adapters.base import Adapter, Slot
 from loraspan.collection.fit import Goal, fit
+from loraspan.collection.rows import CODED
 from loraspan.collection.update import add, remove
 from loraspan.ops.packed import Packed
 
@@ -24,12 +25,12 @@ STRUCTURES = {
     "rank-one": {"ranks": (1,)},
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# those, and packed in 8 and 4 bits
-WIDTHS = (*DTYPES, 8, 4)
+# those, packed in 8 and 4 bits, and with coded private ends
+WIDTHS = (*DTYPES, 8, 4, CODED)
 # the error within which a task is surely stored in that width: both ends of a column have unit length, rounded once
-ROOMY = {torch.float32: 1e-3, torch.float16: 0.01, torch.bfloat16: 0.05, 8: 0.05, 4: 0.4}
+ROOMY = {torch.float32: 1e-3, torch.float16: 0.01, torch.bfloat16: 0.05, 8: 0.05, 4: 0.4, CODED: 0.05}
 # the unit in the last place of an entry as large as the largest of its block
-STEP = {**{dtype: torch.finfo(dtype).eps for dtype in DTYPES}, 8: 1 / 127, 4: 1 / 7}
+STEP = {**{dtype: torch.finfo(dtype).eps for dtype in DTYPES}, 8: 1 / 127, 4: 1 / 7, CODED: 1 / 127}
 # A relative error is the root of a difference of numbers near 1 that are summed in float64: below the root of a few
 # units of 1.1e-16 it is rounding. Two hundred of them (a rank, the slots) give this.
 FLOOR = 2e-7

@@ -28,6 +28,7 @@ from loraspan.collection.private import CORRECTIONS
 from loraspan.collection.rows import Widths
 from loraspan.collection.segments import merge
 from loraspan.collection.stored import stored_slots
+from loraspan.collection.summary import summarized
 from loraspan.collection.within import Fitters, fit_within
 from loraspan.errors import ArgumentError
 
@@ -91,14 +92,21 @@ def refit(
     if max_forgetting is not None:
         _check_met(collection, made.tasks, max_forgetting)
     if rank is None and max_bytes is None:
-        joined = replace(collection, segments=(merge(collection.segments),))
+        joined = _joined(collection)
         return made if collection_bytes(made) <= collection_bytes(joined) else joined
-    if max_bytes is not None and (size := collection_bytes(made)) > max_bytes:
+    if max_bytes is not None and (size := collection_bytes(summarized(made))) > max_bytes:
         raise ArgumentError(
             f"refit: max_bytes={max_bytes:,} cannot be met with rank={rank} and max_forgetting={max_forgetting}: the "
             f"collection would take {size:,} bytes; nothing was changed: allow more of one"
         )
     return made
+
+
+def _joined(collection: Collection) -> Collection:
+    """Give the same tasks on the same bases in one segment, without slots that none of them has."""
+    segment = merge(collection.segments)
+    slots = {path: space for path, space in collection.slots.items() if path in segment.columns}
+    return replace(collection, slots=slots, segments=(segment,))
 
 
 def _check(collection: Collection, rank: int | None, max_forgetting: float | None, max_bytes: int | None) -> None:
@@ -128,7 +136,7 @@ def _within_bytes(
     collection: Collection, slots: Sequence[SlotFactors], squares: Tensor, limit: int, options: Options
 ) -> _Fitted:
     def measure(fitted: _Fitted, _: Widths) -> int:
-        return collection_bytes(_collection(collection, slots, fitted, squares))
+        return collection_bytes(summarized(_collection(collection, slots, fitted, squares)))
 
     found = fit_bytes(slots, squares, limit, measure, options)
     if isinstance(found, int):
