@@ -44,6 +44,62 @@ over.set()
 watcher.join()
 print(json.dumps({"peak": peak - before, "memory": memory}))
 """
+GROUP = """
+import json, sys, threading, time
+from pathlib import Path
+import torch
+from loraspan.collection.collection import SlotSpace
+from loraspan.collection.fit import Goal
+from loraspan.collection.rows import WIDTHS
+from loraspan.many.census import take_census
+from loraspan.many.groups import Tally, express_cost
+from loraspan.many.ledger import Ledger
+from loraspan.many.pieces import encode_bases
+from loraspan.many.work import Work, express_group
+
+torch.set_num_threads(1)
+root, folder, dtype, max_error = sys.argv[1], Path(sys.argv[2]), WIDTHS[sys.argv[3]], float(sys.argv[4])
+census = take_census([root], False, lambda *_: None)
+goal = Goal(max_error=max_error, dtype=dtype)
+ledger = Ledger(folder)
+with ledger.held():
+    none = {p: SlotSpace(torch.empty(m.n, 0), torch.empty(m.d, 0), m.kind, m.kernel) for p, m in census.slots.items()}
+    ledger.write("bases.safetensors", encode_bases(none))
+
+
+def express(count):
+    origins = tuple(member.origin for member in census.members[:count])
+    return express_group(Work(origins, goal, False), False, census.slots, str(folder / "bases.safetensors"))
+
+
+def anonymous():
+    for line in open("/proc/self/status"):
+        if line.startswith("RssAnon:"):
+            return 1024 * int(line.split()[1])
+
+
+express(2)
+tally = Tally()
+for member in census.members:
+    tally.add(member.maps)
+before, peak, over = anonymous(), 0, threading.Event()
+
+
+def watch():
+    global peak
+    while not over.is_set():
+        peak = max(peak, anonymous())
+        time.sleep(0.0005)
+
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+express(len(census.members))
+over.set()
+watcher.join()
+counted = express_cost(census.slots, dict.fromkeys(census.slots, 0), goal)(tally)
+print(json.dumps({"peak": peak - before, "counted": counted}))
+"""
 COUNT = 160
 
 
@@ -58,8 +114,12 @@ def sources(tmp_path_factory):
 
 
 def peak_of(sources, out, group):
+    return told_by(CHILD, sources, out, COUNT, group)
+
+
+def told_by(script, *arguments):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", CHILD, str(sources), str(out), str(COUNT), str(group)]
+    command = [sys.executable, "-c", script, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     return json.loads(done.stdout)
 
@@ -77,3 +137,23 @@ def test_anonymous_memory_stays_within_what_was_allowed(sources, tmp_path):
     whole = peak_of(sources, tmp_path / "whole", 10**9)
     assert len(loraspan.open(tmp_path / "whole").collection.segments) == 1
     assert whole["peak"] > tight["memory"]
+
+
+@pytest.fixture(scope="module")
+def apart(tmp_path_factory):
+    """Adapters that share nothing: every column is private."""
+    from many_runs import write
+
+    root = tmp_path_factory.mktemp("apart")
+    write(root, count=300, slots=1, shape=(512, 512), ranks=(8,), shared_out=0, shared_in=0, noise=0.0, cond=2.0)
+    return root
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="anonymous memory is read from /proc")
+@pytest.mark.parametrize(("dtype", "max_error"), [("f32", 1e-3), ("int8", 0.05), ("coded", 0.2), ("coded", 1e-3)])
+def test_a_group_takes_no_more_than_is_counted(apart, tmp_path, dtype, max_error):
+    """Also where ends are rounded to steps, which are tried one after another."""
+    told = told_by(GROUP, apart, tmp_path / "pieces", dtype, max_error)
+    assert told["peak"] <= told["counted"], told
+    # nor is it half of all that could be
+    assert told["peak"] > told["counted"] / 4, told

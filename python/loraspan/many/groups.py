@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from loraspan.collection.fit import Goal
+from loraspan.collection.rows import CODED
 from loraspan.errors import ArgumentError
 from loraspan.many.members import Map, Member
 
@@ -21,6 +22,9 @@ _BLOCKS, _BLOCKS_OF_ALL, _PANELS, _GRAMS, _FRAMES, _PRODUCTS, _CORES = 12, 2, 8,
 _GRAM_ROWS = 13
 # summaries or columns at one time: as made, as a file's bytes, and as another process sends those
 _COPIES = 3
+# tables of private ends that looking for their step holds at one time: float32, and whole numbers of 16 bits. What they
+# are coded into takes no more than these, and leaves them behind
+_STEPS, _NUMBER = 8, 2
 # what Python keeps of an adapter in the list of all, and the rest of the process's own
 _MEMBER, _OWN = 6 << 10, 48 << 20
 _DOUBLE, _SINGLE = 8, 4
@@ -88,9 +92,11 @@ def sample_cost(slots: Mapping[str, Map], widths: Mapping[str, int] | None = Non
 def express_cost(slots: Mapping[str, Map], ranks: Mapping[str, int], goal: Goal) -> Cost:
     r"""Give the bytes it takes to express a group on bases that stand.
 
-    At worst every column is private, as large as the factors, in the stored dtype.
+    At worst every column is private, as large as the factors, in the stored dtype. Ends that are to be coded are formed
+    in float32, and are whole numbers from then on.
     """
-    item = goal.floats.itemsize
+    coded = goal.widths.private == CODED
+    item = _NUMBER if coded else goal.floats.itemsize
     all_shared = goal.max_error is None
 
     def cost(tally: Tally) -> int:
@@ -98,9 +104,11 @@ def express_cost(slots: Mapping[str, Map], ranks: Mapping[str, int], goal: Goal)
         for path, rows in tally.rows.items():
             rank, one = ranks.get(path, 0), slots[path]
             frames = tally.blocks[path] + 2 * rows * rank + tally.members[path] * rank**2
-            peak = max(peak, _FRAMES * frames)
+            entries = rows * (2 * rank if all_shared else one.n + one.d)
+            formed = _STEPS * _SINGLE * entries // _DOUBLE if coded and not all_shared else 0
+            peak = max(peak, _FRAMES * frames + formed)
             products += _PRODUCTS * rows * rank
-            stored += rows * item * (2 * rank if all_shared else one.n + one.d)
+            stored += item * entries
         return _COPIES * stored + _DOUBLE * (peak + products + _BLOCKS_OF_ALL * sum(tally.blocks.values()))
 
     return cost
