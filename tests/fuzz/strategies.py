@@ -33,7 +33,7 @@ _SEAL = ',\n  "checksum": "'
 def stores():
     """Stores in order, each as the bytes of its files."""
     with tempfile.TemporaryDirectory() as folder:
-        paths = [Path(folder, str(i)) for i in range(7)]
+        paths = [Path(folder, str(i)) for i in range(8)]
         for path in paths:
             path.mkdir()
         saved(paths[0], seed=2, extras=ODD_EXTRAS)
@@ -41,16 +41,17 @@ def stores():
         saved(paths[2], seed=4, slots=1, tasks=1)
         saved(paths[3], seed=5, slots=2, tasks=6, dtype=torch.float16)
         save_in_segments(collection(2), paths[4] / "team.span", [0, 2, 4])
-        _coded(paths[5] / "team.span")
-        _live(paths[6] / "team.span")
+        _coded(paths[5] / "team.span", 0.1, 1e-3)
+        _coded(paths[6] / "team.span", 1e-3, 0.1)
+        _live(paths[7] / "team.span")
         return [{p.name: p.read_bytes() for p in (path / "team.span").iterdir() if p.name != ".lock"} for path in paths]
 
 
-def _coded(path):
-    """A store in coded ends, two segments of them."""
-    space = compress([adapter(name, base="base") for name in ("sql", "legal")], max_error=0.1, dtype="coded")
+def _coded(path, first, then):
+    """A store in coded ends, two segments of them, whose numbers have 8 bits for one of the errors and 16 for one."""
+    space = compress([adapter(name, base="base") for name in ("sql", "legal")], max_error=first, dtype="coded")
     space.save(path)
-    space.add([adapter("new", base="base", path="layers.1.q")], max_error=0.1)
+    space.add([adapter("new", base="base", path="layers.1.q")], max_error=then)
 
 
 def _live(path):

@@ -81,8 +81,10 @@ def spoiled_tensors(draw, content, likely=None):
             break
         if likely in tensors and draw(st.booleans()):
             _spoil_records(draw, tensors, likely)
-        else:
-            _spoil_tensor(draw, tensors, draw(st.sampled_from(list(tensors))))
+            continue
+        name = draw(st.sampled_from(list(tensors)))
+        spoil = _spoil_stream if name.startswith("coded.") and draw(st.booleans()) else _spoil_tensor
+        spoil(draw, tensors, name)
     if draw(st.integers(0, 40)) == 0:
         metadata = draw(values())
     return put_together(metadata, tensors)
@@ -96,6 +98,23 @@ def _spoil_records(draw, tensors, name):
     data = text_of(draw(spoiled_json(table)))
     if draw(st.booleans()):
         data = zlib.compress(data)
+    tensors[name] = ["U8", [len(data)], data]
+
+
+def _spoil_stream(draw, tensors, name):
+    """Change what a coded stream unpacks to, or the bits that its tables have: bytes that a deflate stream may hold."""
+    data = tensors[name][2]
+    bits = data[: next((i for i, byte in enumerate(data) if byte not in (8, 16)), len(data))]
+    try:
+        inside = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data[len(bits) :])
+    except zlib.error:
+        return
+    if draw(st.booleans()):
+        bits = bytes(draw(st.sampled_from([8, 16, byte])) for byte in bits)
+    else:
+        inside = draw(spoiled_bytes(inside))
+    stream = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+    data = bits + stream.compress(inside) + stream.flush()
     tensors[name] = ["U8", [len(data)], data]
 
 
