@@ -6,12 +6,16 @@ namespace LORASPAN_ISA {
 // W in groups of kTileRows columns: entry (i, g * kTileRows + r) at out[(g * rows + i) * kTileRows + r].
 template <typename T>
 inline void pack_weight_groups(const Image& s, T* out) {
-  for (std::int64_t g = 0; g < s.groups; ++g)
-    for (std::int64_t i = 0; i < s.rows; ++i)
-      for (std::int64_t r = 0; r < kTileRows; ++r) {
-        const std::int64_t j = g * kTileRows + r;
-        out[(g * s.rows + i) * kTileRows + r] = j < s.k ? static_cast<T>(s.w[i * s.k + j]) : T{0};
-      }
+  for (std::int64_t i = 0; i < s.rows; ++i)
+    for (std::int64_t g = 0; g < s.groups; ++g) {
+      const double* w = s.w + i * s.k + g * kTileRows;
+      const std::int64_t n = min_of(kTileRows, s.k - g * kTileRows);
+      T* to = out + (g * s.rows + i) * kTileRows;
+      if (n == kTileRows)
+        for (int r = 0; r < kTileRows; ++r) to[r] = static_cast<T>(w[r]);
+      else
+        for (int r = 0; r < kTileRows; ++r) to[r] = r < n ? static_cast<T>(w[r]) : T{0};
+    }
 }
 
 // Adds the products of `rows` rows of X to kTileRows rows of W^T X, in N vectors of columns. Vector q of row i begins

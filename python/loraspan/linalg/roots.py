@@ -8,7 +8,7 @@ from torch import Tensor
 from loraspan.ops.dense import Root, gram_root
 from loraspan.ops.gram import gram
 from loraspan.ops.places import backend_at
-from loraspan.ops.reconstruct import reconstruct
+from loraspan.ops.reconstruct import Piece, reconstruct_many
 
 __all__ = ["Root", "gram_root", "orthonormalize"]
 
@@ -40,10 +40,12 @@ def orthonormalize(block: Tensor, *, backend: str | None = None) -> Tensor:
     if not block.shape[1]:
         return block
     backend = backend_at(block.device, backend)
+    out = torch.empty_like(block, memory_format=torch.contiguous_format)
     for _ in range(2):
         measured = gram([block.T], precision="f64", backend=backend)
         root = gram_root(measured, backend=backend)
-        block = reconstruct(block, root.inverse.to(block.device), backend=backend)
+        reconstruct_many([Piece(block, root.inverse.to(block.device), out)], backend=backend)
+        block = out
         # what one round leaves grows with the square of this, 1 for columns that were orthogonal
         if float((measured.diagonal().sqrt().unsqueeze(1) * root.inverse).abs().amax()) <= _NEARLY_ORTHOGONAL:
             break

@@ -11,7 +11,7 @@ from loraspan.linalg.roots import orthonormalize
 from loraspan.linalg.svd import SVD
 from loraspan.linalg.svd_by_gram import FAST_FLOOR
 from loraspan.linalg.svd_range import Job, Range, check_total, nothing, power_of_two, project, suits_float32
-from loraspan.ops import power, reconstruct, sketch, squares
+from loraspan.ops import Piece, power, reconstruct, reconstruct_many, sketch, squares
 from loraspan.ops.blocks import CPU
 from loraspan.ops.dense import eigh
 from loraspan.ops.places import backend_at, carried
@@ -64,11 +64,12 @@ def _range_of(
     place = job.x.target or job.x.device
     # blocks as tall as X stay where products with X are taken; Metal has no float64
     here = place if place is not None and place.type == "cuda" else CPU
-    y = sketch(job.x, width, seed=seed, precision=precision, backend=backend).to(here) * scale
+    # in place, here and below: blocks of this size are mostly the cost of new memory
+    y = sketch(job.x, width, seed=seed, precision=precision, backend=backend).to(here).mul_(scale)
     for _ in range(power_iterations):
-        q = orthonormalize(y, backend=backend)
         # scaled on both sides, so that float32 holds whatever lies between
-        y = power(job.x, q * scale, precision=precision, backend=backend).to(here) * scale
+        q = orthonormalize(y, backend=backend).mul_(scale)
+        y = power(job.x, q, precision=precision, backend=backend).to(here).mul_(scale)
     if power_iterations:
         y = _along_vectors(q, y, backend)
     return _present(orthonormalize(y, backend=backend))
@@ -76,15 +77,17 @@ def _range_of(
 
 def _present(w: Tensor) -> Tensor:
     """Leave out the zero columns that stand for dependent ones."""
-    return w[:, w.abs().amax(0) > 0]
+    there = (w != 0).any(0)
+    return w if bool(there.all()) else w[:, there]
 
 
 def _along_vectors(q: Tensor, y: Tensor, backend: str | None) -> Tensor:
-    """Turn ``y = X X^T q`` so that its columns lie near the singular vectors of ``X``, the largest first.
+    """Turn ``y``, a multiple of ``X X^T q``, so that its columns lie near the singular vectors of ``X``, largest first.
 
     Their lengths then are graded, and orthonormalizing them loses no small one among large ones.
     """
     backend = backend_at(q.device, backend)
     cross = reconstruct(q.T, y, backend=backend).cpu()
     vectors = eigh((cross + cross.T) / 2, backend=backend_at(CPU, backend)).vectors
-    return reconstruct(y, vectors.to(y.device), backend=backend)
+    reconstruct_many([Piece(y, vectors.to(y.device), y)], backend=backend)
+    return y
