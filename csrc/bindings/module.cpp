@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "loraspan/isa.hpp"
+#include "loraspan/memory.hpp"
 
 namespace py = pybind11;
 using namespace loraspan;
@@ -195,6 +196,21 @@ void root(std::int64_t gram, std::int64_t count, std::int64_t n, std::int64_t r,
   kernels.root(job, threads);
 }
 
+// x and v: address, strides, dtype; of a member, with the bytes from one member to the next. sizes: count, rows,
+// columns, k. out: values, totals, w and vtv.
+void short_svd(const std::vector<std::int64_t>& x, const std::vector<std::int64_t>& v,
+               const std::vector<std::int64_t>& sizes, const std::vector<std::int64_t>& out, int threads,
+               const std::string& isa) {
+  const Kernels& kernels = kernels_named(isa);
+  const Block first = {address<const void>(x.at(0)), sizes.at(1), x.at(1), x.at(2), Dtype(x.at(3))};
+  const auto place = [&](std::size_t i) { return address<double>(out.at(i)); };
+  const ShortSvdJob job = {first,    sizes.at(2), sizes.at(0), x.at(4),        sizes.at(3), address<void>(v.at(0)),
+                           v.at(4),  v.at(1),     v.at(2),     Dtype(v.at(3)), place(0),    place(1),
+                           place(2), place(3)};
+  py::gil_scoped_release release;
+  kernels.short_svd(job, threads);
+}
+
 // x: address, rows, row stride, column stride, dtype.
 std::int64_t pack(const std::vector<std::int64_t>& x, std::int64_t length, std::int64_t bits, std::int64_t codes,
                   std::int64_t scales, int threads, const std::string& isa) {
@@ -258,11 +274,16 @@ PYBIND11_MODULE(_core, m) {
         py::arg("v"), py::arg("threads"), py::arg("isa"));
   m.def("root", &root, py::arg("gram"), py::arg("count"), py::arg("n"), py::arg("r"), py::arg("inverse"),
         py::arg("threads"), py::arg("isa"));
+  m.def("short_svd", &short_svd, py::arg("x"), py::arg("v"), py::arg("sizes"), py::arg("out"), py::arg("threads"),
+        py::arg("isa"));
   // Gives -1 or the first row with an entry that cannot be packed.
   m.def("pack", &pack, py::arg("x"), py::arg("length"), py::arg("bits"), py::arg("codes"), py::arg("scales"),
         py::arg("threads"), py::arg("isa"));
   m.def("unpack", &unpack, py::arg("codes"), py::arg("scales"), py::arg("rows"), py::arg("length"), py::arg("bits"),
         py::arg("out"), py::arg("dtype"), py::arg("threads"), py::arg("isa"));
+  m.def(
+      "want_huge_pages", [](std::int64_t data, std::int64_t bytes) { want_huge_pages(address<void>(data), bytes); },
+      py::arg("data"), py::arg("bytes"));
   // For benches: operations done by a loop of multiply-adds, and memory moved once.
   py::enum_<Arithmetic>(m, "Arithmetic")
       .value("f32", Arithmetic::f32)

@@ -50,6 +50,7 @@
 #include "dense_eigh.inl"
 #include "dense_svd.inl"
 #include "dense_root.inl"
+#include "short_svd.inl"
 #include "ceilings.inl"
 // clang-format on
 
@@ -57,8 +58,8 @@ namespace loraspan {
 namespace LORASPAN_ISA {
 
 extern const Kernels kernels;
-const Kernels kernels = {&gram, &combine, &sketch, &power, &reconstruct, &shared_lora, &squares,
-                         &eigh, &svd,     &root,   &pack,  &unpack,      &arithmetic,  &traffic};
+const Kernels kernels = {&gram, &combine, &sketch,    &power, &reconstruct, &shared_lora, &squares, &eigh,
+                         &svd,  &root,    &short_svd, &pack,  &unpack,      &arithmetic,  &traffic};
 
 }  // namespace LORASPAN_ISA
 }  // namespace loraspan

@@ -3,7 +3,23 @@ namespace loraspan {
 namespace LORASPAN_ISA {
 
 // What the memory is for; the same use in one thread gets the same memory, so two uses at once need two names.
-enum class Use { packed, sums, weights, basis, tile, plan, rows, factors, columns, part, count };
+enum class Use {
+  packed,
+  sums,
+  weights,
+  basis,
+  tile,
+  plan,
+  rows,
+  factors,
+  columns,
+  part,
+  steps,
+  blocks,
+  first_jobs,
+  second_jobs,
+  count
+};
 
 struct Arena {
   void* data = nullptr;

@@ -24,10 +24,24 @@ PRECISIONS = {"f32": _core.Precision.f32, "f64": _core.Precision.f64}
 INSTRUCTION_SETS = _core.instruction_sets()
 BEST = next(name for name, built, supported in reversed(INSTRUCTION_SETS) if built and supported)
 
+# What is smaller has hardly a huge page of its own.
+_HUGE = 4 << 20
+
 
 def threads() -> int:
     """Give the number of threads to use: torch's."""
     return torch.get_num_threads()
+
+
+def in_huge_pages(result: Tensor) -> Tensor:
+    """Give ``result``, just allocated and not written yet, back; a large one has huge pages asked for.
+
+    A large result is new memory in every call, and to fault that in by small pages takes longer than to compute it.
+    NumPy asks for its arrays in the same way.
+    """
+    if result.nbytes >= _HUGE and result.is_cpu:
+        _core.want_huge_pages(result.data_ptr(), result.nbytes)
+    return result
 
 
 def backends(run: Callable[..., T], refuses: Callable[..., str | None]) -> list[Backend[Callable[..., T]]]:

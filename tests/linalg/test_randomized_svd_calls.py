@@ -24,6 +24,28 @@ def test_signs_are_settled_by_the_largest_entry_of_u():
         assert (u.gather(0, u.abs().argmax(0, keepdim=True)) > 0).all()
 
 
+@pytest.mark.parametrize("dtype", [F16, BF16, F32])
+@pytest.mark.parametrize(("m", "n"), [(5, 400), (400, 5), (64, 3000)])
+def test_a_stack_has_the_bits_of_its_members(on_threads, m, n, dtype):
+    x = normal(16, 9, m, n, dtype=F32) * torch.logspace(-4, 4, 9).view(9, 1, 1)
+    x[2, 2:, 3:] = 0  # of rank three or so
+    x[5] *= 1e25  # past what float32 sums hold
+    x[7] = x[7, :, :1] * x[7, :1]
+    x = x.to(dtype).nan_to_num(posinf=6e4, neginf=-6e4)
+
+    alone = [randomized_svd(member, 4) for member in x]
+
+    for threads in (1, 2):
+        found = on_threads(threads, lambda: randomized_svd(x, 4))
+        for i, one in enumerate(alone):
+            k = one.rank
+            assert torch.equal(found.s[i, :k], one.s)
+            assert torch.equal(found.u[i, :, :k], one.u)
+            assert torch.equal(found.vh[i, :k], one.vh)
+            assert torch.equal(found.discarded[i], one.discarded)
+            assert not found.s[i, k:].any()
+
+
 @pytest.mark.parametrize("m", [40, 540])
 def test_batches(m):
     x = normal(15, 2, 3, m, 600, dtype=F32)

@@ -13,6 +13,7 @@ from loraspan import _core, _native
 from loraspan._dispatch import Backend, choose
 from loraspan.errors import BackendError
 from loraspan.ops import combine, dense, gram, pack, power, reconstruct, sketch, squares, unpack
+from loraspan.ops.short_svd import short_svd
 from matrices import blocks, normal
 from oracles import F64
 
@@ -35,6 +36,7 @@ CALLS = {
     "power": lambda backend: power(X, Q, backend=backend),
     "reconstruct": lambda backend: reconstruct(X, X.T, backend=backend),
     "squares": lambda backend: squares(X, backend=backend),
+    "short_svd": lambda backend: short_svd(X.unsqueeze(0), torch.empty(1, 4, 1), backend=backend).values,
     "pack": lambda backend: unpack(pack(X, 4, backend=backend)),
     "unpack": lambda backend: unpack(pack(X, 4), backend=backend),
     "eigh": lambda backend: dense.eigh(Q @ Q.T, backend=backend).vectors,

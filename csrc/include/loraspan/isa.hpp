@@ -8,6 +8,7 @@
 #include "loraspan/packed.hpp"
 #include "loraspan/reconstruct.hpp"
 #include "loraspan/shared_lora.hpp"
+#include "loraspan/short_svd.hpp"
 #include "loraspan/sketch.hpp"
 #include "loraspan/squares.hpp"
 
@@ -24,6 +25,7 @@ struct Kernels {
   EighFn* eigh;
   SvdFn* svd;
   RootFn* root;
+  ShortSvdFn* short_svd;
   PackFn* pack;
   UnpackFn* unpack;
   ArithmeticFn* arithmetic;

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import overload
 
@@ -13,21 +13,12 @@ from torch import Tensor
 from loraspan import _native
 from loraspan.errors import ArgumentError, ShapeError
 from loraspan.linalg.svd import SVD
-from loraspan.linalg.svd_by_gram import gram_ranges
-from loraspan.linalg.svd_by_sketch import svd_by_sketch
-from loraspan.linalg.svd_range import Goal, Job, nothing, project, project_vectors
-from loraspan.ops import RowBlocks, squares, stream
+from loraspan.linalg.svd_of_batch import svd_of_batch
+from loraspan.linalg.svd_range import Goal, Job
+from loraspan.linalg.svd_ways import Solver
+from loraspan.ops import RowBlocks
+from loraspan.ops.blocks import CPU
 from loraspan.ops.places import carried, find_device, off_metal
-from loraspan.ops.stream import held
-
-# Up to so many rows the Gram is taken whatever the counts say: it is exact, and small work costs more in calls.
-_GRAM_ROWS = 256
-# An eigendecomposition of R rows takes as long as this many operations of a pass, times R^3.
-_EIGH_COST = 60
-# Matrices are taken in groups of about so many bytes, which share the cost of the calls and bound their memory. On a
-# GPU calls cost more; what is sent to one goes once if it is no more than a chunk.
-_GROUP_BYTES = 64 << 20
-_GROUP_BYTES_ON_GPU = 1 << 30
 
 Matrix = Tensor | RowBlocks
 
@@ -136,7 +127,7 @@ def randomized_svd(
             f"randomized_svd: oversample and power_iterations are at least 0 and seed lies in [0, 2^63); "
             f"got {oversample}, {power_iterations} and {seed}"
         )
-    solve = _Solver(oversample, power_iterations, seed, backend)
+    solve = Solver(oversample, power_iterations, seed, backend)
     if isinstance(x, Tensor) and x.ndim > 2:
         return _batched(x, goal, center, place, solve)
     if isinstance(x, (Tensor, RowBlocks)):
@@ -189,30 +180,61 @@ def _centered(blocks: Sequence[Tensor]) -> list[Tensor]:
     return [carried(off_metal(b) - mean, b.device, dtype) for b, dtype in zip(blocks, dtypes, strict=True)]
 
 
-def _batched(x: Tensor, goal: Goal, center: bool, place: torch.device | None, solve: _Solver) -> SVD:
+def _batched(x: Tensor, goal: Goal, center: bool, place: torch.device | None, solve: Solver) -> SVD:
     """Decompose a stack of matrices; of a rank known beforehand, straight into the stacked result."""
     _check("randomized_svd: x", x)
     *batch, m, n = x.shape
-    count = math.prod(batch)
-    members = x.reshape(count, m, n)
-    jobs = [_job(f"randomized_svd: x[{i}]", member, goal, center, place) for i, member in enumerate(members)]
-    if goal.rank is not None:
-        rank = min(goal.rank, m, n)
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        short, long = sorted((m, n))
-        small = torch.empty(count, short, rank, dtype=dtype, device=x.device)
-        large = torch.empty(count, rank, long, dtype=dtype, device=x.device).mT
-        jobs = [replace(job, places=(small[i], large[i])) for i, job in enumerate(jobs)]
-        found = solve(jobs)
-        u, v = (large, small) if m > n else (small, large)
-    else:
-        found = solve(jobs)
+    members = x.reshape(math.prod(batch), m, n)
+
+    def jobs(which: Iterable[int]) -> list[Job]:
+        return [_job(f"randomized_svd: x[{i}]", members[i], goal, center, place) for i in which]
+
+    if goal.rank is None:
+        found = solve(jobs(range(len(members))))
         rank = max((f.s.shape[0] for f in found), default=0)
         u, v = _stack([f.u for f in found], m, rank, x), _stack([f.vh.mT for f in found], n, rank, x)
-    s = _stack([f.s.unsqueeze(0) for f in found], 1, rank, x)[:, 0]
-    discarded = torch.tensor([float(f.discarded) for f in found], dtype=torch.float64)
+        s = _stack([f.s.unsqueeze(0) for f in found], 1, rank, x)[:, 0]
+        discarded = torch.tensor([float(f.discarded) for f in found], dtype=torch.float64)
+    else:
+        rank = min(goal.rank, m, n)
+        small, s, large, discarded = _places(x, len(members), rank)
+        u, v = (large, small) if m > n else (small, large)
+        left: Iterable[int] = range(len(members))
+        if not center and _is_for_batch(members, goal, place, solve):
+            done = svd_of_batch(members.mT if m > n else members, small, large, m > n, solve.backend)
+            s.copy_(done.s)
+            discarded.copy_(done.discarded)
+            left = (~done.done).nonzero().flatten().tolist()
+        some = [replace(job, places=(small[i], large[i])) for i, job in zip(left, jobs(left), strict=True)]
+        for i, one in zip(left, solve(some), strict=True):
+            s[i], discarded[i] = one.s, one.discarded
     vh = v.mT.reshape(*batch, rank, n)
     return SVD(u.reshape(*batch, m, rank), s.view(*batch, rank), vh, discarded.view(batch))
+
+
+def _places(x: Tensor, count: int, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Make room for vectors of the shorter side, values, vectors of the longer side and what is left out."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    short, long = sorted(x.shape[-2:])
+    small, s, large = (
+        _native.in_huge_pages(torch.empty(count, *shape, dtype=dtype, device=x.device))
+        for shape in ((short, rank), (rank,), (rank, long))
+    )
+    return small, s, large.mT, torch.empty(count, dtype=torch.float64)
+
+
+def _is_for_batch(members: Tensor, goal: Goal, place: torch.device | None, solve: Solver) -> bool:
+    """Say whether matrices of one size go the way of few rows together; by the matrix, never by its company."""
+    short, long = sorted(members.shape[1:])
+    return (
+        members.numel() > 0
+        and goal.rank != 0
+        and members.dtype != torch.float64
+        and members.is_cpu
+        and place in (None, CPU)
+        and (solve.backend or "cpu").startswith("cpu")
+        and solve.takes_gram((short, long), goal)
+    )
 
 
 def _stack(parts: Sequence[Tensor], size: int, rank: int, like: Tensor) -> Tensor:
@@ -222,79 +244,3 @@ def _stack(parts: Sequence[Tensor], size: int, rank: int, like: Tensor) -> Tenso
     for place, part in zip(out, parts, strict=True):
         place[:, : part.shape[1]] = part
     return out
-
-
-class _Solver:
-    """Decompose jobs, each by the way its shape asks for, together where that is faster."""
-
-    def __init__(self, oversample: int, power_iterations: int, seed: int, backend: str | None) -> None:
-        self.oversample = oversample
-        self.power_iterations = power_iterations
-        self.seed = seed
-        self.backend = backend
-
-    def __call__(self, jobs: Sequence[Job]) -> list[SVD]:
-        found: dict[int, SVD] = {}
-        by_rows: dict[int, list[int]] = {}
-        for i, job in enumerate(jobs):
-            if 0 in job.x.shape or job.goal.rank == 0:
-                found[i] = nothing(job, float(squares(job.x, backend=self.backend).sum()))
-            elif self._takes_gram(job):
-                by_rows.setdefault(job.x.shape[0], []).append(i)
-            else:
-                with held([job.x]):
-                    found[i] = svd_by_sketch(job, self.oversample, self.power_iterations, self.seed, self.backend)
-        for members in by_rows.values():
-            for group in _groups(jobs, members):
-                found.update(zip(group, self._by_gram([jobs[i] for i in group]), strict=True))
-        return [found[i] for i in range(len(jobs))]
-
-    def _takes_gram(self, job: Job) -> bool:
-        """Count the operations of both ways; by the matrix and the goal alone, never by its company."""
-        rows, columns = job.x.shape
-        if rows <= _GRAM_ROWS:
-            return True
-        wanted = 32 if job.goal.rank is None else job.goal.rank
-        width = min(rows, columns, wanted + self.oversample)
-        by_gram = rows**2 * columns + 2 * rows * columns * wanted + _EIGH_COST * rows**3
-        by_sketch = 2 * rows * columns * width * (2 + 2 * self.power_iterations) + _EIGH_COST * width**3
-        return by_gram < by_sketch
-
-    def _by_gram(self, jobs: Sequence[Job]) -> list[SVD]:
-        with held([job.x for job in jobs]):
-            return self._by_gram_there(jobs)
-
-    def _by_gram_there(self, jobs: Sequence[Job]) -> list[SVD]:
-        ranges = gram_ranges(jobs, self.backend)
-        found: list[SVD | None] = [None] * len(jobs)
-        alike: dict[tuple[int, str, bool], list[int]] = {}
-        for i, (job, range_) in enumerate(zip(jobs, ranges, strict=True)):
-            if range_.w.shape[1]:
-                alike.setdefault((range_.w.shape[1], range_.precision, range_.s is None), []).append(i)
-            else:
-                found[i] = nothing(job, range_.total)
-        for members in alike.values():
-            way = project if ranges[members[0]].s is None else project_vectors
-            results = way([jobs[i] for i in members], [ranges[i] for i in members], self.backend)
-            for i, result in zip(members, results, strict=True):
-                found[i] = result
-        return [f for f in found if f is not None]
-
-
-def _groups(jobs: Sequence[Job], members: Sequence[int]) -> Iterator[list[int]]:
-    """Cut ``members`` into runs of about as many bytes as suits where they are computed with, at least one in each."""
-    group: list[int] = []
-    bytes_of_group = 0
-    for i in members:
-        x = jobs[i].x
-        place = x.target or x.device
-        limit = _GROUP_BYTES
-        if place is not None and place.type == "cuda":
-            limit = _GROUP_BYTES_ON_GPU if x.target is None else stream.DEVICE_BYTES // 2
-        if group and bytes_of_group + x.nbytes > limit:
-            yield group
-            group, bytes_of_group = [], 0
-        group.append(i)
-        bytes_of_group += x.nbytes
-    if group:
-        yield group

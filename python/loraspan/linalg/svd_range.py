@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from loraspan import _native
 from loraspan.errors import ArgumentError, NotFiniteError
 from loraspan.linalg.svd import SVD, column_signs
 from loraspan.ops import Piece, RowBlocks, combine_many, gram, reconstruct, reconstruct_many
@@ -89,8 +90,14 @@ def check_total(job: Job, total: float) -> None:
 
 def suits_float32(job: Job, total: float) -> bool:
     """Say whether float32 holds the squares of the entries: not where they are float64, or huge or tiny."""
-    rows, columns = job.x.shape
-    return not job.is_double and 1e-24 * rows * columns <= total <= 1e30 * rows * columns
+    low, high = float32_range(job.x.shape)
+    return not job.is_double and low <= total <= high
+
+
+def float32_range(shape: Sequence[int]) -> tuple[float, float]:
+    """Give the least and the largest energy of a matrix the squares of whose entries float32 holds."""
+    entries = math.prod(shape)
+    return 1e-24 * entries, 1e30 * entries
 
 
 def power_of_two(energy: float) -> float:
@@ -111,11 +118,12 @@ def project(jobs: Sequence[Job], ranges: Sequence[Range], backend: str | None) -
     grams = torch.stack([image.vtv for image in images])
     bases, root = _orthonormal([image.v for image in images], grams, precision, backend)
     inner = svd(root.r.mT, backend=backend)
-    w = torch.stack([r.w for r in ranges])
+    # stacked, but for one tall block, which a copy would double
+    w = torch.stack([r.w for r in ranges]) if len(ranges) > 1 else ranges[0].w.unsqueeze(0)
     left = reconstruct(w, inner.u.to(w.device), backend=backend_at(w.device, backend))
     right = reconstruct(root.inverse, inner.v, backend=backend_at(CPU, backend))
     signs = column_signs(left).unsqueeze(-2)
-    left, right = left * signs, (right * signs.to(right.device)).to(dtype)
+    left, right = left.mul_(signs), (right * signs.to(right.device)).to(dtype)
     s = inner.s / torch.tensor([r.scale for r in ranges], dtype=torch.float64).unsqueeze(1)
     writes, found = _Writes(), []
     for i, (job, keep, rest) in enumerate(zip(jobs, *_kept(jobs, ranges, s), strict=True)):
@@ -190,6 +198,13 @@ def _orthonormal(blocks: list[Tensor], grams: Tensor, precision: str, backend: s
 _ORTHONORMAL = 8 * 2.0**-24
 
 
+def are_settled(grams: Tensor, s: Tensor) -> Tensor:
+    """Say which vectors, of Grams ``[b, k, k]``, are orthonormal enough, and have their values ``[b, k]`` in order."""
+    off = (grams - torch.eye(s.shape[1], dtype=torch.float64)).abs().amax((-2, -1))
+    # rounding may have put neighbours in the wrong order
+    return (off <= _ORTHONORMAL) & (s.diff(dim=1) <= 0).all(1)
+
+
 def project_vectors(jobs: Sequence[Job], ranges: Sequence[Range], backend: str | None) -> list[SVD]:
     """Do :func:`project` where ``w`` are singular vectors already: ``v = X^T W / s`` goes straight to its place.
 
@@ -204,10 +219,8 @@ def project_vectors(jobs: Sequence[Job], ranges: Sequence[Range], backend: str |
     out = [v[:, :count] for _, v in places]
     images = combine_many(pairs, precision="f32", products=False, out=out, backend=backend)
     grams = torch.stack([image.vtv for image in images])
-    off = (grams - torch.eye(count, dtype=torch.float64)).abs().amax((-2, -1))
     s = s * grams.diagonal(dim1=-2, dim2=-1).sqrt()
-    # rounding may have put neighbours in the wrong order
-    fine = ((off <= _ORTHONORMAL) & (s.diff(dim=1) <= 0).all(1)).tolist()
+    fine = are_settled(grams, s).tolist()
     found = []
     for i, (job, r, (u, v)) in enumerate(zip(jobs, ranges, places, strict=True)):
         if fine[i]:
@@ -231,7 +244,7 @@ def _new_places(job: Job, keep: int) -> tuple[Tensor, Tensor]:
     # the long side column after column, as it is made
     return (
         torch.empty(rows, keep, dtype=dtype, device=job.x.device),
-        torch.empty(keep, columns, dtype=dtype, device=job.x.device).T,
+        _native.in_huge_pages(torch.empty(keep, columns, dtype=dtype, device=job.x.device)).T,
     )
 
 

@@ -199,7 +199,8 @@ def _cpu(
 
     def basis(d: int, k: int) -> Tensor:
         # without products the kernel makes V column after column
-        return torch.empty(d, k, dtype=dtype) if products else torch.empty(k, d, dtype=dtype).T
+        made = _native.in_huge_pages(torch.empty((d, k) if products else (k, d), dtype=dtype))
+        return made if products else made.T
 
     out = [
         Combined(
