@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import weakref
 
 import planted
 import pytest
@@ -128,3 +129,23 @@ def test_other_numbers_are_other_adapters(path):
     assert torch.equal(after.slots["layers.0.q_proj"].up, -before.slots["layers.0.q_proj"].up) or torch.equal(
         after.slots["layers.0.q_proj"].down, -before.slots["layers.0.q_proj"].down
     )
+
+
+def test_segments_are_verified_one_at_a_time(path, monkeypatch):
+    """What is unpacked of one is gone before the next is."""
+    adapters = planted.adapters(count=7, shape=(40, 56), shared_out=0, shared_in=0)
+    space = loraspan.open(path)
+    for adapter in adapters[4:]:
+        space.add(adapter, max_error=0.2)
+    unpacked, alive = [], []
+    decode = coding.decode
+
+    def watched(stream, shapes):
+        alive.append(sum(table() is not None for table in unpacked))
+        tables = decode(stream, shapes)
+        unpacked.extend(map(weakref.ref, tables))
+        return tables
+
+    monkeypatch.setattr(coding, "decode", watched)
+    assert store.verify(path) == []
+    assert alive == [0] * len(space.collection.segments) == [0] * 4

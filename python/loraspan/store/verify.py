@@ -129,7 +129,8 @@ def _tasks(folder: Path, manifest: Manifest, spoilt: set[str]) -> Iterator[Findi
         except DamagedError as error:
             yield error.finding
             continue
-        segments.append(found)
+        # names are compared in the end; columns would stay in memory once they are unpacked
+        segments.append(Segment(found.tasks, {}))
         try:
             for slot, part in found.columns.items():
                 yield from _values(data.file, slot, part, found)
