@@ -70,8 +70,8 @@ def compress(
         max_bytes: all bytes on disk, a number or text such as "200MB": the worst task's error is made as small as they
             allow. Not in groups.
         dtype: of what is stored: float32, bfloat16, float16, or ``"int8"`` and ``"int4"``, integers in blocks of 64
-            with a scale, or ``"coded"``, private columns in few bytes on disk and 8 bits in memory beside shared ones
-            in 8 bits. Reported errors include its rounding. None takes float32 for a rank or an energy, and in
+            with a scale, or ``"coded"``, private columns in few bytes on disk and 8 or 16 bits in memory beside shared
+            ones in 8 bits. Reported errors include its rounding. None takes float32 for a rank or an energy, and in
             groups; for the other goals the widths of bases, loadings and private columns that take the fewest bytes.
         refine: iterations that fit both sides of a slot jointly, in groups on a sample.
         seed: of the random sketches.

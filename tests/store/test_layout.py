@@ -2,18 +2,20 @@ import json
 import zlib
 
 import numpy as np
+import planted
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import loraspan
 from loraspan import store
 from loraspan.adapters.mapped import map_tensors
 from loraspan.collection import layout
 from loraspan.errors import FormatError
 from loraspan.store.manifest import DataFile
 from loraspan.store.mapped import TensorFile, listed_in
-from store.samples import FORMS_CASES, ODD_EXTRAS, assert_same, collection, columns, edit_tensors
+from store.samples import FORMS_CASES, ODD_EXTRAS, assert_same, collection, columns, current_bytes, edit_tensors
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -146,3 +148,26 @@ def test_data_that_lie_askew_are_copied(tmp_path):
     inner = listed_in(whole["directory"], _bytes(b"x" + whole["data"].numpy().tobytes())[1:], path.name)
     for name, tensor in inner.items():
         assert torch.equal(tensor.view(torch.uint8), TensorFile(path.parent, data).tensor(name).view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", ["coded", "int8", "f16", "f32"])
+@pytest.mark.parametrize("verb", ["compress", "refit", "absorb"])
+def test_limits_of_bytes_hold_on_disk(tmp_path, dtype, verb):
+    """All files of the generation, its record of what changed included."""
+    adapters = planted.adapters(count=14, shape=(40, 56), slots=3, ranks=(3, 5))
+    space = loraspan.compress(adapters[:-2], max_error=0.05, dtype=dtype)
+    for limit in range(int(0.9 * space.nbytes), int(0.9 * space.nbytes) + 4):
+        path = tmp_path / str(limit)
+        if verb == "compress":
+            loraspan.compress(adapters[:-2], max_bytes=limit, dtype=dtype).save(path)
+        else:
+            space.save(path)
+            opened = loraspan.open(path)
+            if verb == "refit":
+                opened.refit(max_bytes=limit)
+            else:
+                limit += space.nbytes // 5
+                opened.absorb(adapters[-2:], max_error=0.05, max_forgetting=0.4, max_bytes=limit)
+        assert current_bytes(path) <= limit
+        # a refit that bytes demand may save more
+        assert verb == "absorb" or current_bytes(path) > 0.8 * limit

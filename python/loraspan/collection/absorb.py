@@ -9,9 +9,10 @@ import torch
 
 from loraspan.adapters.base import Adapter
 from loraspan.collection.collection import Collection
-from loraspan.collection.layout import collection_bytes
+from loraspan.collection.layout import CHANGE_BYTES, collection_bytes
 from loraspan.collection.refit import refit
 from loraspan.collection.segments import merge
+from loraspan.collection.summary import summarized
 from loraspan.collection.update import add
 from loraspan.errors import ArgumentError
 
@@ -20,6 +21,8 @@ from loraspan.errors import ArgumentError
 _GROWTH, _GAIN = 1.5, 0.9
 # What one of them may take of what is left of the budget of forgetting, so that another can follow.
 _SPEND = 0.5
+# Of a name that is told, beside its letters.
+_NAME = 8
 
 
 def absorb(
@@ -55,8 +58,10 @@ def absorb(
     if not 0 < max_forgetting < 1:
         raise ArgumentError(f"absorb: max_forgetting is between 0 and 1; got {max_forgetting}")
     added = add(collection, adapters, max_error=max_error, place=place, report=report)
+    # what a store writes of a change: the names, in a note too
+    told = CHANGE_BYTES + sum(2 * len(adapter.name) + _NAME for adapter in adapters)
     nbytes = collection_bytes(added)
-    over = max_bytes is not None and nbytes > max_bytes
+    over = max_bytes is not None and collection_bytes(summarized(added)) + told > max_bytes
     if not over and nbytes <= _GROWTH * (collection.fitted or collection_bytes(collection)):
         return added if collection.fitted else replace(added, fitted=collection_bytes(collection))
     # joining segments saves bytes too, and a store does that by itself: nobody has to forget anything for it
@@ -67,9 +72,9 @@ def absorb(
         except ArgumentError:
             # what is left of the budget is below rounding: the bases stay
             break
-        size = collection_bytes(fitted)
+        size = collection_bytes(summarized(fitted)) + (told if over else 0)
         if (max_bytes is not None and over and size <= max_bytes) or (not over and size <= _GAIN * alone):
-            return replace(fitted, fitted=size)
+            return replace(fitted, fitted=collection_bytes(fitted))
         least = min(least, size)
     if over:
         raise ArgumentError(

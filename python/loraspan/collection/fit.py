@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from loraspan.collection.plans import CANDIDATES, Options, Outcome, PlanLine, fi
 from loraspan.collection.ranges import Range, find_range
 from loraspan.collection.rows import WIDTHS, Width, Widths
 from loraspan.collection.stack import Stack
-from loraspan.collection.summary import summarize
+from loraspan.collection.summary import summarized
 from loraspan.collection.turned import turned_cores
 from loraspan.collection.within import Fitted, fit_within
 from loraspan.errors import ArgumentError, MismatchError
@@ -150,8 +150,7 @@ def _fit_slots(
     assert goal.max_bytes is not None
 
     def measure(fitted: list[Fitted], widths: Widths) -> int:
-        made = collect(adapters, slots, squares, fitted, widths)
-        return collection_bytes(replace(made, summary=summarize(made, collection_bytes(made))))
+        return collection_bytes(summarized(collect(adapters, slots, squares, fitted, widths)))
 
     found = fit_bytes(slots, squares, goal.max_bytes, measure, options)
     if isinstance(found, int):

@@ -27,6 +27,8 @@ _UNITS = {"": 1, "B": 1, **{f"{unit}{b}": 10 ** (3 * i) for i, unit in enumerate
 _MANIFEST, _MANIFEST_SLOT, _MANIFEST_KEY, _MANIFEST_FILE = 538, 30, 4, 168
 # of a number of bytes, at the most
 _DIGITS = 12
+# What the manifest of a later generation tells of a change, beside names.
+CHANGE_BYTES = 64
 
 
 def narrow(largest: int) -> torch.dtype:

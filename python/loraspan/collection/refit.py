@@ -22,7 +22,7 @@ from loraspan.collection.collection import Collection, Segment, SlotSpace, Task
 from loraspan.collection.columns import Columns
 from loraspan.collection.factors import SlotFactors
 from loraspan.collection.fit import Goal, fit_shared, total_squares
-from loraspan.collection.layout import collection_bytes
+from loraspan.collection.layout import CHANGE_BYTES, collection_bytes
 from loraspan.collection.plans import Options, fit_bytes
 from loraspan.collection.private import CORRECTIONS
 from loraspan.collection.rows import Widths
@@ -94,7 +94,7 @@ def refit(
     if rank is None and max_bytes is None:
         joined = _joined(collection)
         return made if collection_bytes(made) <= collection_bytes(joined) else joined
-    if max_bytes is not None and (size := collection_bytes(summarized(made))) > max_bytes:
+    if max_bytes is not None and (size := collection_bytes(summarized(made)) + CHANGE_BYTES) > max_bytes:
         raise ArgumentError(
             f"refit: max_bytes={max_bytes:,} cannot be met with rank={rank} and max_forgetting={max_forgetting}: the "
             f"collection would take {size:,} bytes; nothing was changed: allow more of one"
@@ -136,7 +136,7 @@ def _within_bytes(
     collection: Collection, slots: Sequence[SlotFactors], squares: Tensor, limit: int, options: Options
 ) -> _Fitted:
     def measure(fitted: _Fitted, _: Widths) -> int:
-        return collection_bytes(summarized(_collection(collection, slots, fitted, squares)))
+        return collection_bytes(summarized(_collection(collection, slots, fitted, squares))) + CHANGE_BYTES
 
     found = fit_bytes(slots, squares, limit, measure, options)
     if isinstance(found, int):

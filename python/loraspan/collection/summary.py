@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from loraspan.collection.collection import Collection, Segment, SlotSpace
 from loraspan.collection.columns import Columns
-from loraspan.collection.layout import columns_bytes
+from loraspan.collection.layout import collection_bytes, columns_bytes
 from loraspan.collection.plans import PlanLine
 from loraspan.collection.rows import Widths
 
@@ -145,6 +145,11 @@ def summarize(collection: Collection, nbytes: int) -> str:
         f"{nbytes / max(source, 1):.3g} of the {source:,} of the original factors; "
         f"worst error on dW {max(errors):.3g}, mean {float(np.mean(errors)):.3g}."
     )
+
+
+def summarized(collection: Collection) -> Collection:
+    """Give it with a summary of its own."""
+    return replace(collection, summary=summarize(collection, collection_bytes(collection)))
 
 
 def _sharing(collection: Collection, held: float, private: int, forms: Mapping[str, int]) -> str:
