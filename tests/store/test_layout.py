@@ -154,9 +154,9 @@ def test_data_that_lie_askew_are_copied(tmp_path):
 @pytest.mark.parametrize("verb", ["compress", "refit", "absorb"])
 def test_limits_of_bytes_hold_on_disk(tmp_path, dtype, verb):
     """All files of the generation, its record of what changed included."""
-    adapters = planted.adapters(count=14, shape=(40, 56), slots=3, ranks=(3, 5))
+    adapters = planted.adapters(count=8, shape=(40, 56), slots=2, ranks=(3, 5))
     space = loraspan.compress(adapters[:-2], max_error=0.05, dtype=dtype)
-    for limit in range(int(0.9 * space.nbytes), int(0.9 * space.nbytes) + 4):
+    for limit in (int(0.9 * space.nbytes), int(0.9 * space.nbytes) + 1):
         path = tmp_path / str(limit)
         if verb == "compress":
             loraspan.compress(adapters[:-2], max_bytes=limit, dtype=dtype).save(path)
