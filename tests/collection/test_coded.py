@@ -289,3 +289,19 @@ def test_in_groups(tmp_path):
     assert space.collection.bits == (8, 8, CODED)
     assert max(space.errors.values()) <= 0.2 * (1 + 1e-9)
     assert loraspan.store.verify(tmp_path / "s") == []
+
+
+@pytest.mark.parametrize("max_error", [0.3, 1e-3])
+def test_a_report_counts_what_tasks_take_in_files(tmp_path, max_error):
+    """All tasks together, what they have beside others in ends and weights; before a store is written and after."""
+    space = loraspan.compress(alone(count=5, slots=3), max_error=max_error, dtype="coded")
+    before = [line.nbytes for line in space.report().tasks]
+    space.save(tmp_path / "a")
+    opened = loraspan.open(tmp_path / "a")
+    after = [line.nbytes for line in opened.report().tasks]
+    assert not any("tables" in vars(rows._stream) for rows in privates(opened.collection))
+    (segment,) = opened.collection.segments
+    kept = sum(tensor.nbytes for name, tensor in column_tensors(segment.columns))
+    assert sum(after) == pytest.approx(kept, abs=8 * len(after))
+    # tables this small take a few per cent more on their own
+    assert before == pytest.approx(after, rel=0.1)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from loraspan.collection.coded import coded_bytes
 from loraspan.collection.collection import Collection, Segment, SlotSpace
 from loraspan.collection.columns import Columns
 from loraspan.collection.layout import collection_bytes, columns_bytes
@@ -21,7 +22,10 @@ _MOST, _PART = 0.9, 0.5
 
 @dataclass(frozen=True)
 class TaskLine:
-    """One task of a :class:`Report`. ``nbytes`` counts its columns, ``factor_nbytes`` its original factors."""
+    """One task of a :class:`Report`. ``nbytes`` counts its columns, ``factor_nbytes`` its original factors.
+
+    Where private columns are coded it counts their part of the file, by their numbers' share of all that lie together.
+    """
 
     name: str
     error: float
@@ -99,7 +103,7 @@ def _task_lines(segment: Segment, collection: Collection) -> list[TaskLine]:
     for path, table in segment.columns.items():
         columns[table.tasks] += table.counts.sum(axis=1)
         private[table.tasks] += table.counts[:, 1:].sum(axis=1)
-        size[table.tasks] += task_bytes(collection.slots[path], table, collection.widths)
+        size[table.tasks] += task_bytes(collection.slots[path], table, collection.widths) - coded_bytes(table)
     return [
         TaskLine(t.name, t.error, t.error_kind, int(columns[i]), int(private[i]), int(size[i]), t.factor_bytes)
         for i, t in enumerate(segment.tasks)
