@@ -139,7 +139,7 @@ def test_summary_says_what_is_shared():
 
 
 def test_report_adds_up():
-    space = loraspan.compress(planted.adapters(), max_error=0.02)
+    space = loraspan.compress(planted.adapters(), max_error=0.02, dtype=torch.float32)
     report = space.report()
     assert [line.name for line in report.tasks] == space.tasks
     columns = space.collection.segments[0].columns.values()

@@ -152,8 +152,8 @@ class Coded(Packed):
 def coded_bytes(columns: Columns) -> NDArray[np.int64]:
     """Give how much less than in memory the columns of every task take in a file because they are coded, ``[T]``.
 
-    A stream's bytes count for all of its rows alike, by their lengths; what is in no file yet is coded for it, a table at
-    a time.
+    A stream's bytes count for all of its rows alike, by their lengths; what is in no file yet is coded for it, a table
+    at a time.
     """
     saved = np.zeros(len(columns.tasks))
     rows_of = {"left_private": columns.counts[:, 2:].sum(1), "right_private": columns.counts[:, [1, 3]].sum(1)}
