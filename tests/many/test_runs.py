@@ -8,9 +8,11 @@ import pytest
 import torch
 
 import loraspan
+from loraspan import store
 from loraspan.adapters import peft
 from loraspan.adapters.base import Adapter, Slot
 from loraspan.collection.layout import columns_bytes
+from loraspan.many import publish
 from many_runs import COUNT, cut_by, run, write
 
 GOALS = {
@@ -138,3 +140,17 @@ def test_summaries_are_widened_until_they_hold_the_energy(shared, tmp_path, monk
     lost = sum((space.errors[f"{i:03d}"]) ** 2 * t.norm**2 for i, t in enumerate(space.collection.tasks))
     assert lost <= 0.1 * sum(t.norm**2 for t in space.collection.tasks)
     assert all(s.u.shape[1] > 2 for s in space.collection.slots.values())
+
+
+@pytest.mark.parametrize(("options", "joined"), [({}, True), ({"dtype": "coded", "max_error": 0.2}, False)])
+def test_pieces_are_joined_as_far_as_memory_goes(tmp_path, monkeypatch, options, joined):
+    """Those of a run of many groups; of coded ones none, for what they unpack to stays."""
+    write(tmp_path / "in")
+    cut_by(1, monkeypatch)
+    space = run(tmp_path / "in", tmp_path / "a", **options)
+    assert (len(space.collection.segments) < COUNT) == joined
+    monkeypatch.setattr(publish, "_SHARE", 10**9)
+    alone = run(tmp_path / "in", tmp_path / "b", **options)
+    assert len(alone.collection.segments) == COUNT
+    assert alone.errors == space.errors
+    assert not store.verify(tmp_path / "b")

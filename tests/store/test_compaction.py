@@ -4,15 +4,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import planted
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loraspan import store
+from loraspan import compress, store
 from loraspan.collection.collection import Collection, Segment, SlotSpace, Task
 from loraspan.collection.segments import merge
 from loraspan.store import files
+from loraspan.store import plan as plans
 from loraspan.store.compaction import groups
 from store.samples import adding, assert_same, assert_same_columns, collection, columns, part_of, without
 
@@ -84,6 +86,37 @@ def test_joining_takes_bounded_memory(sizes):
         for places in groups(sizes, standing):
             some = sizes[places.start : places.stop]
             assert len(some) == 1 or sum(some) <= MEMORY
+
+
+@given(pairs=st.lists(st.tuples(SIZES, st.integers(1, 40)), max_size=100), memory=st.integers(0, 10**9))
+def test_joining_takes_what_it_may(pairs, memory):
+    """Of files that are larger in memory than on disk, too."""
+    sizes, taking = [size for size, _ in pairs], [size * times for size, times in pairs]
+    for standing in (0, len(sizes)):
+        found = groups(sizes, standing, taking=taking, memory=memory)
+        assert [i for places in found for i in places] == list(range(len(sizes)))
+        for places in found:
+            assert len(places) == 1 or sum(taking[places.start : places.stop]) <= memory
+
+
+def test_coded_ends_count_as_they_are_unpacked(tmp_path):
+    """They are joined where there is room for what they become, which is more than their files have."""
+    adapters = planted.adapters(count=1, shape=(300, 400), shared_out=0, shared_in=0)
+    compress(adapters, max_error=0.3, dtype="coded").save(tmp_path / "s")
+    opened = store.open_at(tmp_path / "s")
+    parts = [plans.Part(opened.collection.segments, opened.segments[0])] * 9
+    size, ends = (
+        opened.segments[0].size,
+        [
+            rows
+            for held in opened.collection.segments[0].columns.values()
+            for rows in (held.left_private, held.right_private)
+        ],
+    )
+    unpacked = 4 * sum(rows.codes.nbytes + rows.scales.nbytes for rows in ends)
+    assert unpacked > 4 * size
+    for memory, count in ((9 * size, 9), (9 * (size + unpacked) - 1, 2), (9 * (size + unpacked), 1)):
+        assert len(plans._joined(parts, 9, memory)) == count
 
 
 def test_a_pile_of_others_is_joined_at_its_end():

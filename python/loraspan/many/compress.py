@@ -16,6 +16,7 @@ from loraspan.collection.summary import summarize
 from loraspan.errors import ArgumentError, LoraspanError, StoreError
 from loraspan.many.aside import Aside, find_each
 from loraspan.many.census import Census, take_census
+from loraspan.many.groups import standing as standing_bytes
 from loraspan.many.ledger import DONE, Ledger
 from loraspan.many.publish import PUBLISH, gather, publish
 from loraspan.many.run import Progress, Run
@@ -106,7 +107,8 @@ def compress_in_groups(
             raise
         nbytes = collection_bytes(collection)
         collection = replace(collection, summary=summarize(collection, nbytes), fitted=nbytes)
-        generation = publish(ledger, collection, folder, overwrite)
+        room = size - standing_bytes(len(census.members))
+        generation = publish(ledger, collection, folder, overwrite, room)
         aside = (*census.aside, *more)
         ledger.write_json(DONE, {"arguments": arguments, "aside": aside, "census": census.as_dict()})
         ledger.drop()

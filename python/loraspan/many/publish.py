@@ -7,7 +7,7 @@ from pathlib import Path
 
 from loraspan import store
 from loraspan.collection.collection import Collection, Segment
-from loraspan.collection.rows import Widths, same_rows
+from loraspan.collection.rows import CODED, Widths, same_rows
 from loraspan.errors import ArgumentError, MismatchError, StoreError
 from loraspan.many.aside import Aside
 from loraspan.many.census import Census
@@ -18,6 +18,8 @@ from loraspan.store.publish import UnsyncedError
 from loraspan.store.reader import current
 
 PUBLISH = "publish.json"
+# Files that are joined at one time are two, and there is something beside them.
+_SHARE = 3
 
 
 def gather(
@@ -45,8 +47,10 @@ def gather(
     return Collection(kept, tuple(segments), widths.dtype, census.base_model, bits=widths.bits), aside
 
 
-def publish(ledger: Ledger, collection: Collection, folder: Path, overwrite: bool) -> int:
+def publish(ledger: Ledger, collection: Collection, folder: Path, overwrite: bool, memory: int) -> int:
     """Write the store, or see that it was written when the run was cut short right after that; give its generation.
+
+    Small pieces are joined as far as ``memory`` goes; the rest is left to later changes of the store.
 
     Raises:
         StoreError: if it cannot be written, or another writer was faster.
@@ -57,7 +61,9 @@ def publish(ledger: Ledger, collection: Collection, folder: Path, overwrite: boo
     parent = ledger.read_json(PUBLISH)["parent"]
     if now == parent:
         try:
-            return store.save(collection, folder, overwrite=overwrite, parent=parent, note="save")
+            # what joining unpacks of coded ends would stay in memory, piece after piece
+            room = 0 if collection.widths.private == CODED else memory // _SHARE
+            return store.save(collection, folder, overwrite=overwrite, parent=parent, note="save", memory=room)
         except UnsyncedError:
             # it was written: the next call sees that
             raise

@@ -10,10 +10,12 @@ _UNIT = 1 << 12
 # larger ones are left as they are
 _LARGEST = 1 << 26
 # what is joined is in memory: 8 of the largest, as many of each class below, and one more
-_MEMORY = 3 << 28
+MEMORY = 3 << 28
 
 
-def groups(sizes: Sequence[int], standing: int = 0) -> list[range]:
+def groups(
+    sizes: Sequence[int], standing: int = 0, *, taking: Sequence[int] | None = None, memory: int = MEMORY
+) -> list[range]:
     """Give which segments become one: ranges of places, one after another, most of them of one segment.
 
     Segments are taken to come one after another. Only what came last is joined, so tasks keep their order. Let ``S(c)``
@@ -24,12 +26,14 @@ def groups(sizes: Sequence[int], standing: int = 0) -> list[range]:
     a class. Tasks of one size are written at most once on each class, ``1 + log8(bytes of all / bytes of one)`` times;
     no order of sizes that was searched for comes above that with the smallest for the one.
 
-    A tail that would take more than 768 MiB is joined as far as that goes. These rules never make such a tail: it comes
-    from a store that others have written.
+    A tail that would take more than ``memory`` is joined as far as that goes. Of files that are in memory as they are
+    on disk these rules never make a tail of 768 MiB: it comes from a store that others have written.
 
     Args:
         sizes: bytes of the segments, in order.
         standing: how many of them are there already, and were joined where that was due.
+        taking: bytes of memory that joining each of them takes, where that is not its size.
+        memory: bytes that joining some may take.
 
     Example:
         >>> groups([9000] * 3, 2), groups([100_000] + [9000] * 9, 9), groups([9000] * 3 + [100_000], 3)[-1]
@@ -38,17 +42,19 @@ def groups(sizes: Sequence[int], standing: int = 0) -> list[range]:
     Source:
         O'Neil et al., *The log-structured merge-tree*, Acta Informatica 33 (1996), in its tiered form.
     """
+    taking = sizes if taking is None else taking
     held = [(range(i, i + 1), size) for i, size in enumerate(sizes[:standing])]
-    _join(held)
+    _join(held, taking, memory)
     for i, size in enumerate(sizes[standing:], standing):
         held.append((range(i, i + 1), size))
-        _join(held)
+        _join(held, taking, memory)
     return [places for places, _ in held]
 
 
-def _join(held: list[tuple[range, int]]) -> None:
+def _join(held: list[tuple[range, int]], taking: Sequence[int], memory: int) -> None:
     while (first := _excess([_class_of(size) for _, size in held])) is not None:
-        while sum(size for _, size in held[first:]) > _MEMORY:
+        stop = held[-1][0].stop
+        while first < len(held) and sum(taking[held[first][0].start : stop]) > memory:
             first += 1
         if len(held) - first < 2:
             return

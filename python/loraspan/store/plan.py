@@ -9,18 +9,21 @@ from itertools import zip_longest
 
 import numpy as np
 
+from loraspan.collection.coded import CODED_FIELDS, Coded
 from loraspan.collection.collection import Collection, Segment, Task
 from loraspan.collection.layout import basis_file_bytes, manifest_bytes, segment_bytes
 from loraspan.collection.rows import Rows
 from loraspan.collection.segments import merge
 from loraspan.errors import ArgumentError
 from loraspan.store.checks import check_change
-from loraspan.store.compaction import groups
+from loraspan.store.compaction import MEMORY, groups
 from loraspan.store.manifest import Change, DataFile
 from loraspan.store.opened import Opened
 
 # of a tensor beside its data, and of a task beside its tensors, about
 _HEADER, _RECORD = 100, 300
+# Times that coded ends are in memory where they are joined: as they were, joined, and twice that while they are coded.
+_UNPACKED = 4
 _KEPT = [each.name for each in fields(Task) if each.name != "name"]
 
 
@@ -59,7 +62,7 @@ def plan(opened: Opened, collection: Collection) -> Plan:
     after = names.after(opened.names)
     parts = [_without_dead(part) for part in parts if part.living]
     standing = next((i for i, part in enumerate(parts) if part.data is None), len(parts))
-    parts = _joined(parts, standing)
+    parts = _joined(parts, standing, MEMORY)
     basis = opened.basis if _bases_stand(opened.collection, collection) else None
     return Plan(basis, tuple(parts), after, names.change())
 
@@ -80,15 +83,16 @@ def forecast(opened: Opened, collection: Collection) -> int:
     return total + manifest_bytes(replace(collection, segments=segments))
 
 
-def all_new(collection: Collection) -> Plan:
-    """Write everything: a file a segment, or less where there are many."""
+def all_new(collection: Collection, memory: int = MEMORY) -> Plan:
+    """Write everything: a file a segment, or less where there are many, each joined within ``memory``."""
     parts = [Part((segment,), None) for segment in collection.segments]
-    return Plan(None, tuple(_joined(parts, 0)), frozenset(), None)
+    return Plan(None, tuple(_joined(parts, 0, memory)), frozenset(), None)
 
 
-def _joined(parts: list[Part], standing: int) -> list[Part]:
-    joined = []
-    for places in groups([_size(part) for part in parts], standing):
+def _joined(parts: list[Part], standing: int, memory: int) -> list[Part]:
+    sizes, joined = [_size(part) for part in parts], []
+    taking = [size + _unpacked(part) for size, part in zip(sizes, parts, strict=True)]
+    for places in groups(sizes, standing, taking=taking, memory=memory):
         some = parts[places.start : places.stop]
         joined.append(some[0] if len(some) == 1 else Part(tuple(s for part in some for s in part.segments), None))
     return joined
@@ -196,6 +200,12 @@ def _size(part: Part) -> int:
         tensors += [extra for task in segment.tasks if task is not None for extra in task.extras.values()]
         size += sum(tensor.nbytes + _HEADER for tensor in tensors) + _RECORD * segment.living
     return size
+
+
+def _unpacked(part: Part) -> int:
+    """Give the bytes that joining it takes beside those of its file."""
+    ends = [getattr(columns, field) for s in part.segments for columns in s.columns.values() for field in CODED_FIELDS]
+    return _UNPACKED * sum(rows.nbytes for rows in ends if isinstance(rows, Coded))
 
 
 def _bases_stand(opened: Collection, collection: Collection) -> bool:

@@ -14,6 +14,7 @@ from loraspan.collection.segments import merge
 from loraspan.errors import StoreError
 from loraspan.store import segment
 from loraspan.store.checks import check
+from loraspan.store.compaction import MEMORY
 from loraspan.store.drafts import Drafts, Named
 from loraspan.store.format import BASIS, TASKS, DamagedError
 from loraspan.store.manifest import Manifest
@@ -32,6 +33,7 @@ def save(
     parent: int | None = None,
     timeout: float = 30.0,
     note: str = "",
+    memory: int = MEMORY,
 ) -> int:
     """Write a collection to a folder, as a new store or as the next generation of one.
 
@@ -46,6 +48,7 @@ def save(
             the one that the store is at when the call begins.
         timeout: seconds to wait for another writer.
         note: what made this generation, for :func:`log`.
+        memory: bytes that joining small segments to one may take, of which two are written at a time.
 
     Returns:
         The number of the new generation; the first is 1.
@@ -69,7 +72,7 @@ def save(
     seen = standing(folder, overwrite)
     if parent is not None and parent != seen:
         raise StoreError(f"{folder}: at generation {seen}, not {parent}: open it again and repeat the change")
-    return _write(folder, seen, collection, all_new(collection), note, timeout).generation
+    return _write(folder, seen, collection, all_new(collection, memory), note, timeout).generation
 
 
 def commit(opened: Opened, collection: Collection, *, note: str = "", timeout: float = 30.0) -> Opened:
