@@ -16,6 +16,7 @@ from loraspan.adapters.base import Adapter, Slot
 from loraspan.collection.fit import Goal, fit
 from loraspan.collection.layout import segment_bytes
 from loraspan.collection.rebuild import rebuild
+from loraspan.collection.rows import CODED
 from loraspan.collection.update import add, remove, rename, replace_tasks
 from loraspan.errors import ArgumentError, MismatchError, NotFiniteError, UnknownTaskError
 
@@ -103,6 +104,19 @@ def test_packed_ends_carry_what_packing_leaves(structure, width, max_error):
     assert after.widths == before.widths
     alone = sum(c.counts[:, 3].sum() for c in after.segments[-1].columns.values())
     assert alone > sum(slot.lora_rank for a in adapters[5:] for slot in a.slots.values())
+
+
+@pytest.mark.parametrize("max_error", [1e-5, 1e-6, 2e-7])
+def test_small_errors_are_met_as_far_as_they_can_be_told(max_error):
+    """Columns of 16 bits for what others leave would go on where float64 sees no difference any more."""
+    adapters = planted.adapters(count=9)
+    before = fit(adapters[:8], Goal(max_error=0.05, dtype=CODED))
+    after = add(before, adapters[8:], max_error=max_error)
+    truth = lives.errors(after, {"task 8": adapters[8]})["task 8"]
+    assert truth <= 1.05 * max_error
+    assert after.task("task 8").error == pytest.approx(truth, rel=0.05)
+    with pytest.raises(ArgumentError, match=r"add: max_error=1\.9e-07 is below what rounding .* 2e-07 or more"):
+        add(before, adapters[8:], max_error=1.9e-7)
 
 
 def test_adding_to_nothing(collection):

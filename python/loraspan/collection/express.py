@@ -24,11 +24,14 @@ from loraspan.collection.rows import Rows, Width, Widths
 from loraspan.collection.segments import interleave
 from loraspan.collection.shares import Shares
 from loraspan.collection.vectors import Vectors
-from loraspan.errors import MismatchError
+from loraspan.errors import ArgumentError, MismatchError
 from loraspan.linalg.roots import gram_root
 from loraspan.ops import RowBlocks, gram_many
 from loraspan.ops.packed import Packed
 from loraspan.ops.packed_products import packed_products
+
+# An error is the root of a difference of float64 sums: below this it would be said and not known.
+_TOLD = 2e-7
 
 
 @dataclass(frozen=True)
@@ -71,10 +74,16 @@ def express(
         report: called with "add", slots done and slots in all, where there is a ``max_error``.
 
     Raises:
-        ArgumentError: if ``max_error`` is below what rounding to ``dtype`` allows.
+        ArgumentError: if ``max_error`` is below what rounding to ``dtype`` allows, or 2e-7, below which float64 does
+            not tell it.
         MismatchError: if an adapter disagrees with the bases on a slot.
         NotFiniteError: if a factor holds a NaN or an infinity.
     """
+    if max_error is not None and max_error < _TOLD:
+        raise ArgumentError(
+            f"{operator}: max_error={max_error:g} is below what rounding in float64 lets anyone measure: ask for "
+            f"{_TOLD:g} or more"
+        )
     widths = Widths.of(dtype)
     factors, bases = read_standing(slots, adapters, widths.dtype, place)
     whole = {**slots, **{f.path: _empty(f, widths.dtype) for f in factors if f.path not in slots}}
