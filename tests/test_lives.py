@@ -26,7 +26,7 @@ def test_a_new_space_changes_in_memory_until_it_is_saved(tmp_path):
     assert loraspan.open(tmp_path / "team.span").tasks == space.tasks == ["one", *(f"task {i}" for i in range(2, 7))]
 
 
-@pytest.mark.parametrize("dtype", lives.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [*lives.DTYPES, "int8", "coded"], ids=str)
 def test_a_whole_life(tmp_path, dtype):
     """Add, absorb, rename, replace, remove, refit, over many generations: names, errors and bytes stay true."""
     adapters = planted.adapters(count=40, slots=1, noise=0.01)

@@ -16,6 +16,7 @@ from loraspan.collection.absorb import absorb
 from loraspan.collection.fit import Goal, fit
 from loraspan.collection.layout import collection_bytes
 from loraspan.collection.refit import refit
+from loraspan.collection.rows import CODED
 from loraspan.collection.segments import merge
 from loraspan.collection.update import add
 from loraspan.errors import ArgumentError, MismatchError
@@ -37,7 +38,7 @@ def begun(adapters, dtype=torch.float32):
     return replace(collection, fitted=collection_bytes(collection))
 
 
-@pytest.mark.parametrize("dtype", lives.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [*lives.DTYPES, 8, CODED], ids=str)
 def test_a_hundred_absorbed_one_by_one(dtype, tried):
     """Families of tasks come one after the other, so that old bases no longer serve; all are checked in the end."""
     families = [planted.adapters(count=22, shape=(64, 72), seed=s, slots=1, noise=0.005) for s in range(5)]
@@ -55,10 +56,14 @@ def test_a_hundred_absorbed_one_by_one(dtype, tried):
         assert task.forgotten <= FORGETTING + 1e-9
     oldest = [adapter.name for adapter in adapters[:10]]
     assert max(truth[name] for name in oldest) <= ERROR + FORGETTING + lives.FLOOR
-    assert {held.task(name).error_kind for name in oldest} == {"bound"}
-    assert max(task.forgotten for task in held.tasks) > FORGETTING / 2
     # the collection grows by half between two tries
     assert 1 <= len(tried) <= 10
+    if dtype == CODED:
+        # columns of so few bytes leave a basis nothing to save here: nobody forgets anything
+        assert {task.error_kind for task in held.tasks} == {"measured"}
+        return
+    assert {held.task(name).error_kind for name in oldest} == {"bound"}
+    assert max(task.forgotten for task in held.tasks) > FORGETTING / 2
     alone = add(begun(adapters[:10], dtype), adapters[10:], max_error=ERROR)
     assert collection_bytes(held) < 0.9 * collection_bytes(alone)
 
