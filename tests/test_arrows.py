@@ -12,8 +12,8 @@ PACKAGE = ROOT / "python" / "loraspan"
 TRITON = ROOT / "kernels" / "triton_ops"
 
 # rooms that anyone may use: they know nothing of the rest
-LEAVES = {"errors", "_dispatch", "_native", "_core"}
-KERNELS = {"_core", "_device", "_native", "_dispatch", "errors"}
+LEAVES = {"errors", "_default_device", "_dispatch", "_native", "_core"}
+KERNELS = {"_core", "_default_device", "_device", "_native", "_dispatch", "errors"}
 # the glue of GPU kernels takes the operators' own types and their way back to the CPU, and is imported by name where a
 # call asks for it
 GLUE = {"ops.blocks", "ops.combine", "ops.reconstruct", "ops.cores", "ops.places", "ops.rounding", "_native", "errors"}
@@ -23,6 +23,7 @@ BELOW_SUBSPACE = {"store", "serve", "train", "adapters", *BELOW_STORE}
 MAY_IMPORT = {
     "errors": set(),
     "_core": set(),
+    "_default_device": set(),
     "_dispatch": {"errors"},
     "_native": {"_core", "_dispatch", "errors"},
     "_device": {"_dispatch", "errors"},

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from loraspan import store
+from loraspan._default_device import cpu_by_default
 from loraspan.adapters import check_together, read_all
 from loraspan.adapters.base import Adapter
 from loraspan.collection.changes import Change
@@ -32,6 +33,7 @@ Progress = Callable[[str, int, int], None]
 DEFAULT_MEMORY = "1GB"
 
 
+@cpu_by_default
 def compress(
     sources: Any,
     *,

@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from loraspan.adapters.base import Slot
@@ -106,8 +105,8 @@ def join(pairs: Sequence[tuple[Tensor, Tensor]], lora_rank: int) -> tuple[Tensor
         ``down [experts * r, d]`` and ``up [n, r * experts]``.
     """
     downs, ups = zip(*pairs, strict=True)
-    down = torch.zeros(len(pairs), lora_rank, downs[0].shape[1], dtype=downs[0].dtype)
-    up = torch.zeros(ups[0].shape[0], lora_rank, len(pairs), dtype=ups[0].dtype)
+    down = downs[0].new_zeros(len(pairs), lora_rank, downs[0].shape[1])
+    up = ups[0].new_zeros(ups[0].shape[0], lora_rank, len(pairs))
     for e, (one_down, one_up) in enumerate(pairs):
         down[e, : one_down.shape[0]] = one_down
         up[:, : one_up.shape[1], e] = one_up

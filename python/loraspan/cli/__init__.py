@@ -6,6 +6,7 @@ import errno
 
 import click
 
+from loraspan._default_device import cpu_by_default
 from loraspan.cli.absorb import absorb
 from loraspan.cli.add import add
 from loraspan.cli.compress import compress
@@ -33,6 +34,7 @@ INTERRUPTED = 130
 class _Commands(click.Group):
     """Turns what a user can mend into one line and exit code 1, and ends quietly when told to stop."""
 
+    @cpu_by_default
     def invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)

@@ -29,8 +29,8 @@ _OPTIONAL = {
     "triton": "pip install 'loraspan[gpu]'",
     "peft": "only for those who load the exported adapters",
 }
-_X = torch.linspace(-1, 1, 6 * 40).reshape(6, 40)
-_W = torch.linspace(-1, 1, 6 * 3, dtype=torch.float64).reshape(6, 3)
+_X = torch.linspace(-1, 1, 6 * 40, device="cpu").reshape(6, 40)
+_W = torch.linspace(-1, 1, 6 * 3, dtype=torch.float64, device="cpu").reshape(6, 3)
 
 
 def _shared_lora(backend: str, device: str) -> Tensor:

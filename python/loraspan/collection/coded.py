@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from loraspan._default_device import cpu_by_default
 from loraspan.collection import coding
 from loraspan.collection.columns import Columns
 from loraspan.collection.rows import CODED, Rows, row_bytes, tensors_of
@@ -92,6 +93,7 @@ class Stream:
             raise self._refuse(str(error)) from None
 
     @cached_property
+    @cpu_by_default
     def tables(self) -> list[Packed]:
         """The rows.
 

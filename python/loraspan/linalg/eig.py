@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from loraspan._default_device import cpu_by_default
 from loraspan.linalg.roots import orthonormalize
 from loraspan.linalg.svd import column_signs
 from loraspan.ops import reconstruct
@@ -19,6 +20,7 @@ _MAX_STEPS = 60
 
 
 @torch.no_grad()
+@cpu_by_default
 def top_eigenpairs(gram: Tensor, count: int, *, tolerance: float = 1e-12) -> tuple[Tensor, Tensor]:
     r"""Give the ``count`` largest eigenvalues of a symmetric positive semidefinite matrix, and their vectors.
 

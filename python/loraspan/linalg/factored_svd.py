@@ -9,6 +9,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from loraspan._default_device import cpu_by_default
 from loraspan._native import DTYPE_CODES
 from loraspan.errors import ArgumentError, ShapeError
 from loraspan.linalg.factors import Rows
@@ -39,6 +40,7 @@ def factored_svd(
     backend: str | None = None,
 ) -> list[SVD]: ...
 @torch.no_grad()
+@cpu_by_default
 def factored_svd(
     b: Tensor | Sequence[Tensor],
     a: Tensor | Sequence[Tensor],
@@ -119,6 +121,7 @@ def factored_svd(
 
 
 @torch.no_grad()
+@cpu_by_default
 def merged_svd(
     b: Sequence[Tensor],
     a: Sequence[Tensor],

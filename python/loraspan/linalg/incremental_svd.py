@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from loraspan._default_device import cpu_by_default
 from loraspan.errors import ArgumentError, MismatchError
 from loraspan.linalg.incremental_checks import check_basis, check_options, check_rows, check_state, held_dtype
 from loraspan.linalg.incremental_rows import HeldRows, capacity
@@ -89,6 +90,7 @@ class IncrementalSVD:
         self._rows: HeldRows | None = None
         self._cached: View | None = None
 
+    @cpu_by_default
     def update(self, rows: Tensor) -> None:
         """Take in newer rows.
 
@@ -123,6 +125,7 @@ class IncrementalSVD:
         self.seen += rows.shape[0]
         self._cached = None
 
+    @cpu_by_default
     def merge(self, other: IncrementalSVD) -> None:
         """Take in all rows that ``other`` has seen, as newer than those seen here.
 
@@ -193,6 +196,7 @@ class IncrementalSVD:
         """The sum of ``forget^(2 age)`` over all rows so far: ``seen`` where nothing is forgotten."""
         return self._view("weight").weight
 
+    @cpu_by_default
     def transform(self, rows: Tensor) -> Tensor:
         """Give the loadings of rows on the basis, ``(rows - mean) @ basis``, the mean being 0 without ``center``.
 
@@ -215,6 +219,7 @@ class IncrementalSVD:
         rows = check_rows("transform", rows, view.components, self.device)
         return carried(project(rows, view.components, view.mean), rows.device, view.components.dtype)
 
+    @cpu_by_default
     def rotation(self, old_basis: Tensor) -> Rotation:
         """Say how loadings on an older basis are expressed on the present one.
 
@@ -243,6 +248,7 @@ class IncrementalSVD:
         components = self._view("rotation").components
         return change_of_basis(components, check_basis(old_basis, components))
 
+    @cpu_by_default
     def state_dict(self) -> dict[str, Tensor]:
         """Give copies of everything as tensors, options included, which ``safetensors.torch.save_file`` takes.
 
@@ -258,6 +264,7 @@ class IncrementalSVD:
         dtypes = {name: torch.float64 if isinstance(value, float) else None for name, value in numbers.items()}
         return {name: torch.tensor(value, dtype=dtypes[name]) for name, value in numbers.items()} | tensors
 
+    @cpu_by_default
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from what :meth:`state_dict` gave, of an object with the same options.
 
@@ -290,6 +297,7 @@ class IncrementalSVD:
     def _options(self) -> dict[str, int | float | bool]:
         return {"rank": self.rank, "buffer": self.buffer, "forget": self.forget, "center": self.center}
 
+    @cpu_by_default
     def _view(self, name: str) -> View:
         if self._rows is None:
             raise ArgumentError(f"IncrementalSVD.{name}: no row has been seen yet; call update first")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from loraspan import _native
+from loraspan._default_device import cpu_by_default
 from loraspan.errors import ArgumentError, ShapeError
 from loraspan.linalg.svd import SVD
 from loraspan.linalg.svd_of_batch import svd_of_batch
@@ -56,6 +57,7 @@ def randomized_svd(
 
 
 @torch.no_grad()
+@cpu_by_default
 def randomized_svd(
     x: Matrix | Sequence[Matrix],
     rank: int | None = None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from loraspan._default_device import cpu_by_default
 from loraspan.ops.dense import Root, gram_root
 from loraspan.ops.gram import gram
 from loraspan.ops.places import backend_at
@@ -17,6 +18,7 @@ _NEARLY_ORTHOGONAL = 1.5
 
 
 @torch.no_grad()
+@cpu_by_default
 def orthonormalize(block: Tensor, *, backend: str | None = None) -> Tensor:
     r"""Make the columns of a tall float64 block orthonormal by Cholesky QR, in two rounds where they were far from it.
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from loraspan._default_device import cpu_by_default
 from loraspan.adapters.base import Adapter
 from loraspan.collection.collection import Segment, SlotSpace
 from loraspan.collection.express import express
@@ -55,12 +56,14 @@ def read_group(work: Work) -> Group:
     return Group(slots, total_squares(slots, len(adapters)))
 
 
+@cpu_by_default
 def scout_sample(work: Work, stands_for: Mapping[str, float]) -> dict[str, int]:
     """Guess the ranks of bases from a sample; see :func:`loraspan.collection.widths.scout`."""
     group = read_group(work)
     return scout(group.slots, group.squares, work.goal, stands_for)
 
 
+@cpu_by_default
 def summarize_group(work: Work, widths: Mapping[str, int]) -> Pieces:
     """Give the summaries of both sides of every slot that has a width."""
     group = read_group(work)
@@ -80,6 +83,7 @@ def summarize_group(work: Work, widths: Mapping[str, int]) -> Pieces:
     return encode(named, {"totals": totals, "precision": precisions})
 
 
+@cpu_by_default
 def merge_summaries(paths: Sequence[str], widths: Mapping[str, int]) -> Pieces:
     """Give the summaries of several groups as those of one, the older first."""
     pieces = [read_piece(path) for path in paths]
@@ -100,6 +104,7 @@ def merge_summaries(paths: Sequence[str], widths: Mapping[str, int]) -> Pieces:
     return encode(named, {"totals": totals, "precision": precisions})
 
 
+@cpu_by_default
 def choose_bases(
     work: Work, widths: Mapping[str, int], stands_for: Mapping[str, float], slots: Mapping[str, Map], path: str | None
 ) -> Pieces:
@@ -125,6 +130,7 @@ def choose_bases(
     return encode_bases(spaces)
 
 
+@cpu_by_default
 def express_group(work: Work, hash_files: bool, slots: Mapping[str, Map], bases: str) -> Pieces:
     """Give the tasks of a group on the bases, as a segment of the store.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from loraspan import _core, _device, _native
+from loraspan._default_device import cpu_by_default
 from loraspan._dispatch import Backend, choose
 from loraspan.errors import ArgumentError, ShapeError
 from loraspan.ops.blocks import RowBlocks, block_table, refuses_device, sum_chunks
@@ -25,6 +26,7 @@ class Combined(NamedTuple):
     vtv: Tensor
 
 
+@cpu_by_default
 def combine(
     x: RowBlocks | Sequence[Tensor] | Tensor,
     w: Tensor,
@@ -67,6 +69,7 @@ def combine(
     return combine_many([(x, w)], dtype=dtype, precision=precision, products=products, backend=backend)[0]
 
 
+@cpu_by_default
 def combine_many(
     batch: Sequence[tuple[RowBlocks | Sequence[Tensor] | Tensor, Tensor]],
     *,

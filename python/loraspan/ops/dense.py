@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from loraspan import _core, _native
+from loraspan._default_device import cpu_by_default
 from loraspan._dispatch import Backend, choose
 from loraspan.errors import ShapeError
 from loraspan.ops.places import backend_at
@@ -129,6 +130,7 @@ def svd(a: Tensor, *, backend: str | None = None) -> Svd:
     return choose("svd", SVD_BACKENDS, backend_at(a.device, backend), a).run(a)
 
 
+@cpu_by_default
 def gram_root(gram: Tensor, *, backend: str | None = None) -> Root:
     r"""Give ``R`` with ``R^T R = G`` for positive semidefinite matrices, and its pseudo-inverse.
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from loraspan import _core, _device, _native
+from loraspan._default_device import cpu_by_default
 from loraspan._dispatch import Backend, choose
 from loraspan.errors import ArgumentError
 from loraspan.ops.blocks import RowBlocks, block_table, refuses_device, sum_chunks
@@ -18,6 +19,7 @@ from loraspan.ops.places import Partials, off_metal
 from loraspan.ops.stream import in_chunks
 
 
+@cpu_by_default
 def gram(x: RowBlocks | Sequence[Tensor] | Tensor, *, precision: str = "f32", backend: str | None = None) -> Tensor:
     r"""Give ``G = X X^T`` in float64.
 
@@ -62,6 +64,7 @@ def gram(x: RowBlocks | Sequence[Tensor] | Tensor, *, precision: str = "f32", ba
     return choose("gram", BATCH_BACKENDS, backend, flat).run(flat, precision).view(*batch, rows, rows)
 
 
+@cpu_by_default
 def gram_many(
     batch: Sequence[RowBlocks | Sequence[Tensor] | Tensor], *, precision: str = "f32", backend: str | None = None
 ) -> list[Tensor]:
@@ -100,6 +103,7 @@ def gram_many(
     return total
 
 
+@cpu_by_default
 def gram_blocks(batch: Sequence[RowBlocks], *, precision: str = "f32") -> list[Tensor | list[Tensor]]:
     """Give :func:`gram` of every block of every matrix, each block alone, on the backend that comes first.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from loraspan import _core, _native
+from loraspan._default_device import cpu_by_default
 from loraspan._dispatch import Backend, choose
 from loraspan.errors import ArgumentError, NotFiniteError, ShapeError
 from loraspan.ops.packed_reference import BLOCK, LARGEST, pack_rows, unpack_rows
@@ -113,6 +114,7 @@ class Packed:
         return (self.codes.data_ptr() or 1, self.scales.data_ptr(), self.length, _CODES[self.bits])
 
 
+@cpu_by_default
 def pack(rows: Tensor, bits: int, *, backend: str | None = None) -> Packed:
     r"""Quantize every row in blocks of 64 entries.
 
@@ -165,6 +167,7 @@ def pack(rows: Tensor, bits: int, *, backend: str | None = None) -> Packed:
     return Packed(codes, scales, length, bits)
 
 
+@cpu_by_default
 def unpack(packed: Packed, *, dtype: torch.dtype = torch.float32, backend: str | None = None) -> Tensor:
     """Give the entries of what is packed.
 

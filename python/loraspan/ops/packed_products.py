@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from loraspan._default_device import cpu_by_default
 from loraspan.errors import ShapeError
 from loraspan.ops.blocks import RowBlocks
 from loraspan.ops.gram import gram_many
@@ -26,6 +27,7 @@ class PackedProducts(NamedTuple):
     basis: Tensor
 
 
+@cpu_by_default
 def packed_products(
     x: RowBlocks | Sequence[Tensor], basis: Packed, *, precision: str = "f32", backend: str | None = None
 ) -> PackedProducts:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from loraspan import _core, _device, _native
+from loraspan._default_device import cpu_by_default
 from loraspan._dispatch import Backend, choose
 from loraspan.errors import ArgumentError, ShapeError
 from loraspan.ops.blocks import RowBlocks, block_table, refuses_device, sum_chunks
@@ -21,6 +22,7 @@ from loraspan.ops.stream import in_chunks
 _SEED_RANGE = 2**63
 
 
+@cpu_by_default
 def sketch(
     x: RowBlocks | Sequence[Tensor] | Tensor,
     width: int,
@@ -65,6 +67,7 @@ def sketch(
     return sketch_many([(x, width)], seed=seed, precision=precision, backend=backend)[0]
 
 
+@cpu_by_default
 def sketch_many(
     batch: Sequence[tuple[RowBlocks | Sequence[Tensor] | Tensor, int]],
     *,
@@ -111,6 +114,7 @@ def sketch_many(
     return total
 
 
+@cpu_by_default
 def power(
     x: RowBlocks | Sequence[Tensor] | Tensor, q: Tensor, *, precision: str = "f32", backend: str | None = None
 ) -> Tensor:
@@ -140,6 +144,7 @@ def power(
     return power_many([(x, q)], precision=precision, backend=backend)[0]
 
 
+@cpu_by_default
 def power_many(
     batch: Sequence[tuple[RowBlocks | Sequence[Tensor] | Tensor, Tensor]],
     *,

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from loraspan import _core, _native
+from loraspan._default_device import cpu_by_default
 from loraspan._dispatch import Backend, choose
 from loraspan.ops.blocks import RowBlocks, block_table, panels, refuses_device, sum_chunks
 from loraspan.ops.places import Partials, backend_at
 from loraspan.ops.stream import in_chunks
 
 
+@cpu_by_default
 def squares(x: RowBlocks | Sequence[Tensor] | Tensor, *, backend: str | None = None) -> Tensor:
     r"""Give ``sum_j x_ij^2`` of every row ``i``, in one pass.
 

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from loraspan._default_device import cpu_by_default
 from loraspan.errors import ArgumentError
 from loraspan.serve.attached import Attached
 from loraspan.serve.layer import DTYPES, Served
@@ -24,6 +25,7 @@ class Space(Protocol):
         """Numbers of tasks, and who is told of them."""
 
 
+@cpu_by_default
 def attach(
     model: nn.Module,
     space: Space,

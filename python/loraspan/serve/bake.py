@@ -8,6 +8,7 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor, nn
 
+from loraspan._default_device import cpu_by_default
 from loraspan.collection.collection import Collection
 from loraspan.collection.rebuild import rebuild
 from loraspan.errors import MismatchError, UnsupportedError
@@ -25,6 +26,7 @@ class Holder(Protocol):
         ...
 
 
+@cpu_by_default
 def bake(
     model: Model,
     space: Holder,

@@ -118,7 +118,7 @@ def ids_of_names(names: object, number: Number) -> Tensor:
         raise ArgumentError(
             f"ids: lists need one length, and a mixture is numbers on another axis, beside task_shares; got {names!r}"
         )
-    numbers = torch.tensor([[number(name) for name in line] for line in lines], dtype=torch.int64)
+    numbers = torch.tensor([[number(name) for name in line] for line in lines], dtype=torch.int64, device="cpu")
     return numbers if nested else numbers[0]
 
 

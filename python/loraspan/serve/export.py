@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from loraspan._default_device import cpu_by_default
 from loraspan.adapters import peft
 from loraspan.adapters.base import Adapter, Slot
 from loraspan.collection.collection import Collection
@@ -26,6 +27,7 @@ _VLLM_KINDS = ("linear", "embedding")
 _UNSET = ("modules_to_save", "trainable_token_indices", "lora_bias", "use_dora", "target_parameters")
 
 
+@cpu_by_default
 def export(
     collection: Collection,
     names: str | Sequence[str] | None,

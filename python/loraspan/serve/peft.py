@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from loraspan._default_device import cpu_by_default
 from loraspan.adapters.base import Adapter
 from loraspan.adapters.peft_write import contents
 from loraspan.collection.collection import Collection
@@ -26,6 +27,7 @@ DEFAULT = "default"
 _PARTS = ("weight", "bias", "base_layer", "original_module", "modules_to_save")
 
 
+@cpu_by_default
 def as_peft(
     collection: Collection, model: nn.Module, tasks: str | Sequence[str] | Mapping[str, str], *, rank: int | None = None
 ) -> peft.PeftModel:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loraspan._default_device import cpu_by_default
 from loraspan.adapters.base import Adapter
 from loraspan.adapters.keys import BIAS, PREFIX
 from loraspan.adapters.peft_write import contents
@@ -19,6 +20,7 @@ from loraspan.serve.export import pad
 from loraspan.serve.peft import DEFAULT, library_of, live_key
 
 
+@cpu_by_default
 def swap_peft(collection: Collection, model: nn.Module, task: str, *, adapter_name: str = DEFAULT) -> None:
     """Put a task in the place of an adapter of a live PEFT model, through PEFT's own hot swap.
 

@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from loraspan._default_device import cpu_by_default
 from loraspan.collection.layout import parse_bytes
 from loraspan.errors import ArgumentError, LoraspanError
 from loraspan.serve.export import VLLM_RANKS, Fit
@@ -131,6 +132,7 @@ class TaskFolders:
         self._numbers: dict[int, str] = {}
         self._given: dict[str, str] = {}
 
+    @cpu_by_default
     def resolve(self, base_model: str, name: str) -> Found | None:
         """Give the folder and the number of a task, None for a name that is no task of this store and base model.
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from loraspan import store
+from loraspan._default_device import cpu_by_default
 from loraspan.adapters import check_together, read_all
 from loraspan.adapters.base import Adapter
 from loraspan.collection.collection import Collection
@@ -105,7 +106,7 @@ class Held:
             tensor([-1,  0])
         """
         numbers = plain_numbers(names, self.roster.state.numbers)
-        return torch.tensor(numbers) if numbers else ids_of_names(names, self.roster.number)
+        return torch.tensor(numbers, device="cpu") if numbers else ids_of_names(names, self.roster.number)
 
     @property
     def errors(self) -> dict[str, float]:
@@ -113,6 +114,7 @@ class Held:
         return {task.name: task.error for task in self.collection.tasks}
 
     @property
+    @cpu_by_default
     def nbytes(self) -> int:
         """Bytes of all files of a generation that holds this collection: bases, columns, extras and records."""
         return self._bytes_of(self.collection)
@@ -135,6 +137,7 @@ class Held:
         """
         return self._aside
 
+    @cpu_by_default
     def report(self) -> Report:
         """Give every task's error and bytes, every slot's form, and the plans that a compression counted.
 
@@ -142,6 +145,7 @@ class Held:
         """
         return replace(make_report(self.collection, self.nbytes), plans=self._plans)
 
+    @cpu_by_default
     def project(self, adapter: Any, *, max_error: float = 0.05) -> Projection:
         """Say what the bases carry of an adapter, and what adding it would cost. Nothing changes.
 
@@ -162,6 +166,7 @@ class Held:
             raise ArgumentError(f"project: takes one adapter; got {len(adapters)}")
         return project(self.collection, adapters[0], max_error=max_error)
 
+    @cpu_by_default
     def reconstruct(self, name: str, *, dtype: torch.dtype = torch.float32) -> Adapter:
         """Give a task back as an adapter: balanced factors, scale 1, extras as they came.
 

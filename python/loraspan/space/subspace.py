@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loraspan import store
+from loraspan._default_device import cpu_by_default
 from loraspan.collection.absorb import absorb
 from loraspan.collection.changes import Change, compare
 from loraspan.collection.collection import Collection
@@ -44,6 +45,7 @@ class Subspace(Held):
         1.0
     """
 
+    @cpu_by_default
     def save(self, path: str | Path, *, overwrite: bool = False, note: str = "save") -> None:
         """Write the collection to a folder, as a new store or, with ``overwrite``, a new generation of one.
 
@@ -66,6 +68,7 @@ class Subspace(Held):
         if fault is not None:
             raise fault
 
+    @cpu_by_default
     def add(
         self, adapters: Any, *, max_error: float = 0.05, progress: Progress | None = None, dry_run: bool = False
     ) -> Change:
@@ -91,6 +94,7 @@ class Subspace(Held):
         added = add(self.collection, read, max_error=max_error, report=progress)
         return self._become(added, "add", [adapter.name for adapter in read], dry_run)
 
+    @cpu_by_default
     def remove(self, *names: str, dry_run: bool = False) -> Change:
         """Remove tasks at once. Bases and other tasks stay as they are.
 
@@ -104,6 +108,7 @@ class Subspace(Held):
         """
         return self._become(remove(self.collection, names), "remove", names, dry_run)
 
+    @cpu_by_default
     def rename(self, old: str, new: str) -> Change:
         """Give a task another name.
 
@@ -115,6 +120,7 @@ class Subspace(Held):
         renamed = rename(self.collection, {old: new})
         return self._become(renamed, "rename", [old, "to", new], dry_run=False, renamed={old: new})
 
+    @cpu_by_default
     def replace(
         self, adapters: Any, *, max_error: float = 0.05, progress: Progress | None = None, dry_run: bool = False
     ) -> Change:
@@ -134,6 +140,7 @@ class Subspace(Held):
         replaced = replace_tasks(self.collection, read, max_error=max_error, report=progress)
         return self._become(replaced, "replace", [adapter.name for adapter in read], dry_run)
 
+    @cpu_by_default
     def refit(
         self,
         *,
@@ -168,6 +175,7 @@ class Subspace(Held):
         size = collection_bytes(fitted)
         return self._become(replace(fitted, fitted=size), "refit", [], dry_run)
 
+    @cpu_by_default
     def absorb(
         self,
         adapters: Any,
@@ -204,6 +212,7 @@ class Subspace(Held):
         )
         return self._become(absorbed, "absorb", [adapter.name for adapter in read], dry_run)
 
+    @cpu_by_default
     def start(
         self, name: str, *, like: str | None = None, lora_rank: int | None = None, seed: int = 0, dry_run: bool = False
     ) -> Change:
@@ -228,6 +237,7 @@ class Subspace(Held):
         started = start(self.collection, name, like=like, lora_rank=lora_rank, seed=seed)
         return self._become(started, "start", [name], dry_run)
 
+    @cpu_by_default
     def keep(self, served: Attached, names: str | Sequence[str] | None, *, dry_run: bool = False) -> Change:
         """Put loadings that were trained in the place of those of their tasks, which move to the end.
 

@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from loraspan._default_device import cpu_by_default
 from loraspan.collection.collection import Collection, SlotSpace
 from loraspan.errors import StoreError
 from loraspan.store import segment
@@ -53,6 +54,7 @@ def nbytes(opened: Opened) -> int:
     return data + manifest + len(f"{opened.generation}\n")
 
 
+@cpu_by_default
 def open_at(path: str | os.PathLike[str], generation: int | None = None) -> Opened:
     """Open a store, and keep what is needed to write its next generation from this one.
 
@@ -94,6 +96,7 @@ def open_at(path: str | os.PathLike[str], generation: int | None = None) -> Open
         raise error.within(folder) from None
 
 
+@cpu_by_default
 def open(path: str | os.PathLike[str], *, generation: int | None = None) -> Collection:
     """Open a store as a collection, as :func:`open_at` does.
 

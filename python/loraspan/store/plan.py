@@ -9,6 +9,7 @@ from itertools import zip_longest
 
 import numpy as np
 
+from loraspan._default_device import cpu_by_default
 from loraspan.collection.coded import CODED_FIELDS, Coded
 from loraspan.collection.collection import Collection, Segment, Task
 from loraspan.collection.layout import basis_file_bytes, manifest_bytes, segment_bytes
@@ -67,6 +68,7 @@ def plan(opened: Opened, collection: Collection) -> Plan:
     return Plan(basis, tuple(parts), after, names.change())
 
 
+@cpu_by_default
 def forecast(opened: Opened, collection: Collection) -> int:
     """Give the bytes of the files of the generation that ``commit`` would write, as ``layout`` counts them.
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from loraspan._default_device import cpu_by_default
 from loraspan.collection.collection import Collection, Segment, SlotSpace
 from loraspan.collection.segments import merge
 from loraspan.errors import StoreError
@@ -25,6 +26,7 @@ from loraspan.store.publish import AGAIN, UnsyncedError, check_files, check_note
 from loraspan.store.reader import current, read_sealed
 
 
+@cpu_by_default
 def save(
     collection: Collection,
     path: str | os.PathLike[str],
@@ -75,6 +77,7 @@ def save(
     return _write(folder, seen, collection, all_new(collection, memory), note, timeout).generation
 
 
+@cpu_by_default
 def commit(opened: Opened, collection: Collection, *, note: str = "", timeout: float = 30.0) -> Opened:
     """Write the generation that follows on an opened one, and of it only what is not there yet.
 

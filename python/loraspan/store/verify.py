@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from loraspan._default_device import cpu_by_default
 from loraspan.adapters.regular import open_regular
 from loraspan.collection.collection import Segment
 from loraspan.collection.columns import Columns
@@ -30,6 +31,7 @@ _ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.
 _CHUNK = 1 << 22
 
 
+@cpu_by_default
 def verify(path: str | os.PathLike[str], *, generation: int | None = None) -> list[Finding]:
     """Check a store: sizes and checksums of its files, all that opening checks, and the values.
 
