@@ -13,6 +13,7 @@ import torch
 
 import loraspan
 import loraspan.adapters.peft
+from loraspan import store
 from loraspan.collection import coded
 from loraspan.collection.coded import Coded, column_tensors
 from loraspan.collection.coding import LARGEST
@@ -299,9 +300,32 @@ def test_a_report_counts_what_tasks_take_in_files(tmp_path, max_error):
     space.save(tmp_path / "a")
     opened = loraspan.open(tmp_path / "a")
     after = [line.nbytes for line in opened.report().tasks]
-    assert not any("tables" in vars(rows._stream) for rows in privates(opened.collection))
+    assert not any("tables" in vars(rows.stream) for rows in privates(opened.collection))
     (segment,) = opened.collection.segments
     kept = sum(tensor.nbytes for name, tensor in column_tensors(segment.columns))
     assert sum(after) == pytest.approx(kept, abs=8 * len(after))
     # tables this small take a few per cent more on their own
     assert before == pytest.approx(after, rel=0.1)
+
+
+def test_streams_that_nobody_changed_go_into_other_files_as_they_are(tmp_path):
+    """Nothing is unpacked by another store, by more tasks or by counting bytes; those of fewer tasks are coded anew."""
+    adapters = alone(count=6, slots=2)
+    loraspan.compress(adapters[:4], max_error=0.2, dtype="coded").save(tmp_path / "a")
+
+    def looked_at(space):
+        return ["tables" in vars(rows.stream) for rows in privates(space.collection) if isinstance(rows, Coded)]
+
+    space = loraspan.open(tmp_path / "a")
+    space.save(tmp_path / "b")
+    assert not any(looked_at(space))
+    assert [p.read_bytes() for p in sorted((tmp_path / "a").glob("*.safetensors"))] == [
+        p.read_bytes() for p in sorted((tmp_path / "b").glob("*.safetensors"))
+    ]
+    space.add(adapters[4:5], max_error=0.2)
+    first = space.collection.segments[0].columns.values()
+    assert not any("tables" in vars(rows.stream) for c in first for rows in (c.left_private, c.right_private))
+    space.remove("task 1")
+    space.save(tmp_path / "c")
+    assert loraspan.open(tmp_path / "c").tasks == ["task 0", "task 2", "task 3", "task 4"]
+    assert not store.verify(tmp_path / "c")

@@ -48,10 +48,17 @@ def column_tensors(columns: Mapping[str, Columns]) -> list[tuple[str, Tensor]]:
     # by name: a reader may know the slots in another order
     shapes = {slot: {field: rows.shape for field, rows in tables[slot].items()} for slot in sorted(tables)}
     for slots in groups(shapes):
-        parts = [rows.numbers.numpy() for slot in slots for rows in tables[slot].values()]
-        stream = bytearray(coding.encode(parts))
-        named.append((f"coded.{slots[-1]}", torch.frombuffer(stream, dtype=torch.uint8)))
+        named.append((f"coded.{slots[-1]}", _stream_of([rows for slot in slots for rows in tables[slot].values()])))
     return named
+
+
+def _stream_of(tables: Sequence[Packed]) -> Tensor:
+    """Give the stream of some tables: that of a file as it is, where it holds these and no others."""
+    first = tables[0]
+    if isinstance(first, Coded) and first.stream.holds(tables):
+        return first.stream.data
+    coded = bytearray(coding.encode([rows.numbers.numpy() for rows in tables]))
+    return torch.frombuffer(coded, dtype=torch.uint8)
 
 
 def groups(shapes: Shapes) -> Iterator[list[str]]:
@@ -78,7 +85,7 @@ class Stream:
     """
 
     def __init__(self, data: Tensor, shapes: Sequence[tuple[int, int]], refuse: Callable[[str], Exception]) -> None:
-        self._data, self._shapes, self._refuse = data, shapes, refuse
+        self.data, self._shapes, self._refuse = data, shapes, refuse
 
     @cached_property
     def bits(self) -> list[int]:
@@ -88,7 +95,7 @@ class Stream:
             FormatError: if the stream does not begin with 8 or 16 for each.
         """
         try:
-            return coding.bits_in(self._data[: len(self._shapes)].numpy().tobytes(), len(self._shapes))
+            return coding.bits_in(self.data[: len(self._shapes)].numpy().tobytes(), len(self._shapes))
         except FormatError as error:
             raise self._refuse(str(error)) from None
 
@@ -101,39 +108,48 @@ class Stream:
             FormatError: if the stream is not one of such rows.
         """
         try:
-            tables = coding.decode(self._data.numpy().tobytes(), self._shapes)
+            tables = coding.decode(self.data.numpy().tobytes(), self._shapes)
         except FormatError as error:
             raise self._refuse(str(error)) from None
         return [packed_numbers(torch.from_numpy(table)) for table in tables]
 
+    def holds(self, tables: Sequence[Packed]) -> bool:
+        """Say whether these are its tables, all of them in their order."""
+        own = [isinstance(rows, Coded) and rows.stream is self and rows.place == i for i, rows in enumerate(tables)]
+        return all(own) and len(own) == len(self._shapes)
+
     @property
     def bytes_per_number(self) -> float:
         """What the stream takes in its file for each of its numbers."""
-        return self._data.numel() / sum(rows * length for rows, length in self._shapes)
+        return self.data.numel() / sum(rows * length for rows, length in self._shapes)
 
 
 class Coded(Packed):
     """Rows of a :class:`Stream`, in memory from when they are first looked at."""
 
+    stream: Stream
+    place: int
+    _rows: int
+
     def __init__(self, stream: Stream, place: int, shape: tuple[int, int]) -> None:
-        found = {"length": shape[1], "bits": stream.bits[place], "_stream": stream, "_place": place, "_rows": shape[0]}
+        found = {"length": shape[1], "bits": stream.bits[place], "stream": stream, "place": place, "_rows": shape[0]}
         for name, value in found.items():
             object.__setattr__(self, name, value)
 
     @cached_property
     def codes(self) -> Tensor:
         """As :class:`Packed`."""
-        return self._stream.tables[self._place].codes  # type: ignore[attr-defined, no-any-return]
+        return self.stream.tables[self.place].codes
 
     @cached_property
     def scales(self) -> Tensor:
         """As :class:`Packed`."""
-        return self._stream.tables[self._place].scales  # type: ignore[attr-defined, no-any-return]
+        return self.stream.tables[self.place].scales
 
     @property
     def shape(self) -> tuple[int, int]:
         """As :class:`Packed`."""
-        return self._rows, self.length  # type: ignore[attr-defined]
+        return self._rows, self.length
 
     @property
     def nbytes(self) -> int:
@@ -143,7 +159,7 @@ class Coded(Packed):
     @property
     def file_bytes(self) -> float:
         """What a row takes in its file."""
-        return self.length * self._stream.bytes_per_number  # type: ignore[attr-defined, no-any-return]
+        return self.length * self.stream.bytes_per_number
 
     @property
     def device(self) -> torch.device:
