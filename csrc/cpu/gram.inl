@@ -1,4 +1,4 @@
-// gram: the lower triangle tile by tile from packed panels, then its mirror image.
+// gram: the lower triangle tile by tile, then its mirror image.
 //
 // Few rows: X is cut into slabs of columns, each thread takes whole slabs, and their float64 sums are added in order.
 // Many rows: all threads pack a chunk of columns, then share its tiles, and G itself holds the sums.
@@ -93,31 +93,14 @@ inline std::int64_t gram_slab_columns(std::int64_t rows, std::int64_t columns) {
   return slab_columns(columns, max_of(1024, (std::int64_t{1} << 17) / max_of(rows, 1)), 32);
 }
 
-// Sums of one slab, all columns of it, by one thread.
-template <typename T>
-inline void gram_slab(const Rows& x, std::int64_t rows, std::int64_t slab, double* sums) {
-  constexpr int L = kLanes<T>;
-  const std::int64_t padded = round_up(rows, row_unit<T>());
-  const std::int64_t width = gram_slab_columns(rows, x.columns), end = min_of(x.columns, (slab + 1) * width);
-  const std::int64_t stride = kChunk<T> * L + L;
-  T* panels = scratch<T>(Use::packed, padded / L * stride);
-  Sums g{sums, padded, padded, true, false};
-  for (std::int64_t c = slab * width; c < end || g.fresh; c += kChunk<T>) {
-    const std::int64_t n = max_of(0, min_of(end - c, kChunk<T>));
-    pack_panels(x, rows, 0, padded / L, c, n, panels, stride);
-    gram_block(panels, stride, n, 0, padded, 0, padded, g);
-    g.fresh = false;
-  }
-}
-
 // Adds the slabs in order and writes rows [i0, i1) of the lower triangle, and their mirror image.
-inline void finish_gram(const double* sums, std::int64_t slabs, std::int64_t padded, const GramJob& job,
-                        std::int64_t rows, std::int64_t i0, std::int64_t i1) {
+inline void finish_gram(const double* sums, std::int64_t slabs, const GramJob& job, std::int64_t rows, std::int64_t i0,
+                        std::int64_t i1) {
   for (std::int64_t i = i0; i < i1; ++i) {
     double* row = job.out + i * rows;
     for (std::int64_t j = 0; j <= i; ++j) {
-      double sum = sums[i * padded + j];
-      for (std::int64_t s = 1; s < slabs; ++s) sum += sums[(s * padded + i) * padded + j];
+      double sum = sums[i * rows + j];
+      for (std::int64_t s = 1; s < slabs; ++s) sum += sums[(s * rows + i) * rows + j];
       row[j] = sum;
     }
     for (std::int64_t j = 0; j < i; ++j) job.out[j * rows + i] = row[j];
@@ -150,20 +133,20 @@ inline void gram_wide(const GramJob& job, std::int64_t rows, int threads) {
 // Jobs of few rows, all slabs of all of them at once.
 template <typename T>
 inline void gram_narrow(const GramJob* jobs, std::int64_t count, int threads) {
-  const auto padded_rows = [&](std::int64_t job) { return round_up(row_count(jobs[job].x), row_unit<T>()); };
   run_slabs(
       count, threads,
       [&](std::int64_t job) {
-        const std::int64_t columns = jobs[job].x.columns, padded = padded_rows(job);
-        const std::int64_t width = gram_slab_columns(row_count(jobs[job].x), columns);
-        return Slabs{slabs_of(columns, width), padded * padded, 0, nullptr};
+        const std::int64_t columns = jobs[job].x.columns, rows = row_count(jobs[job].x);
+        return Slabs{slabs_of(columns, gram_slab_columns(rows, columns)), rows * rows, 0, nullptr};
       },
       [&](std::int64_t job, std::int64_t slab, double* sums) {
-        gram_slab<T>(jobs[job].x, row_count(jobs[job].x), slab, sums);
+        const Rows& x = jobs[job].x;
+        const std::int64_t rows = row_count(x), width = gram_slab_columns(rows, x.columns);
+        dot_slab<T>(x, rows, slab * width, min_of(x.columns, (slab + 1) * width), sums);
       },
       [&](std::int64_t job, std::int64_t slabs, const double* sums, std::int64_t part, std::int64_t parts) {
         const std::int64_t rows = row_count(jobs[job].x);
-        finish_gram(sums, slabs, padded_rows(job), jobs[job], rows, rows * part / parts, rows * (part + 1) / parts);
+        finish_gram(sums, slabs, jobs[job], rows, rows * part / parts, rows * (part + 1) / parts);
       });
 }
 

@@ -30,6 +30,7 @@
 #include "packed_write.inl"
 #include "tile.inl"
 #include "slabs.inl"
+#include "gram_rows.inl"
 #include "gram.inl"
 #include "philox.inl"
 #include "sketch_tile.inl"

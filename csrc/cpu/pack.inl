@@ -183,23 +183,6 @@ inline void strips_from_row(const S* p, std::int64_t col_stride, std::int64_t n,
   }
 }
 
-// Rows lie pages apart, so no hardware prefetcher follows them from one to the next.
-constexpr std::int64_t kRowsAhead = 4;
-
-// Fetches columns [c0, c0 + n) of the row `ahead` rows after `at`, if it lies in the same block or the next.
-inline void prefetch_row(const Rows& x, Cursor at, std::int64_t ahead, std::int64_t c0, std::int64_t n) {
-  at.row += ahead;
-  if (at.row >= x.blocks[at.block].rows) {
-    at.row -= x.blocks[at.block++].rows;
-    if (at.block >= x.count || at.row >= x.blocks[at.block].rows) return;
-  }
-  const Block& b = x.blocks[at.block];
-  if (b.col_stride != 1) return;
-  const std::int64_t size = entry_bytes(b.dtype);
-  const char* p = static_cast<const char*>(b.data) + (at.row * b.row_stride + c0) * size;
-  for (std::int64_t byte = 0; byte < n * size; byte += 64) __builtin_prefetch(p + byte);
-}
-
 // Rows [i0, i0 + rows) of columns [c0, c0 + n) of X as strips; row i0 goes to strips[0].
 template <typename T>
 inline void pack_strips(const Rows& x, std::int64_t i0, std::int64_t rows, std::int64_t c0, std::int64_t n, T* strips,
@@ -215,10 +198,8 @@ inline void pack_strips(const Rows& x, std::int64_t i0, std::int64_t rows, std::
         auto* p = data + at.row * b.row_stride + c0 * b.col_stride;
         T* out = strips + done * L;
         if (is_column_major(b)) return strips_from_columns(p, b.col_stride, count, n, out, stride);
-        for (std::int64_t i = 0; i < count; ++i) {
-          prefetch_row(x, at, i + kRowsAhead, c0, n);
+        for (std::int64_t i = 0; i < count; ++i)
           strips_from_row(p + i * b.row_stride, b.col_stride, n, out + i * L, stride);
-        }
       });
     done += count;
     at = {at.block + 1, 0};
