@@ -531,3 +531,10 @@ def test_a_failure_leaves_the_default_device_as_it_was():
         with pytest.raises(loraspan.errors.ArgumentError):
             ops.gram(X, precision="f16")
         assert torch.zeros(0).is_meta
+
+
+def test_it_may_be_one_that_is_not_here():
+    """As in a process that was forked from one that uses a GPU: there nothing can be made on it."""
+    wanted = bits(ops.gram(X))
+    with torch.device("xpu" if torch.cuda.is_available() else "cuda"):
+        assert bits(ops.gram(X)) == wanted

@@ -33,10 +33,18 @@ def cpu_by_default(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        # asked by making a tensor: not every version of `torch.get_default_device` knows of `with torch.device(...)`
-        if torch.compiler.is_compiling() or torch.zeros(0).is_cpu:
+        if torch.compiler.is_compiling() or _is_cpu():
             return function(*args, **kwargs)
         with torch.device("cpu"):
             return function(*args, **kwargs)
 
     return run
+
+
+def _is_cpu() -> bool:
+    """Ask by making a tensor: not every version of ``torch.get_default_device`` knows of ``with torch.device(...)``."""
+    try:
+        return torch.zeros(0).is_cpu
+    except (RuntimeError, AssertionError):
+        # a GPU that is not here, or cannot be used after a fork
+        return False
