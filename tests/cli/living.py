@@ -10,7 +10,7 @@ from cli.calls import run
 PREFIX = "base_model.model.layer"
 OUT, IN, RANK = 24, 32, 3
 NAMES = ("chat", "code", "legal", "math", "poems", "sql")
-COMMANDS = ("add", "absorb", "remove", "replace", "refit")
+COMMANDS = ("add", "absorb", "remove", "rename", "replace", "refit")
 
 
 def write_adapter(folder, seed, *, basis=0, base="tiny", inputs=IN, noise=0.01):
@@ -62,6 +62,7 @@ def commands(store, new):
         "add": (["add", store, *new[:2]], [*NAMES, "near-0", "near-1"]),
         "absorb": (["absorb", store, *new], [*NAMES, "near-0", "near-1", "far"]),
         "remove": (["remove", store, "sql", "chat"], ["code", "legal", "math", "poems"]),
+        "rename": (["rename", store, "sql", "queries"], [*(n for n in NAMES if n != "sql"), "queries"]),
         "replace": (["replace", store, again], [*NAMES]),
         "refit": (["refit", store, "--max-forgetting", "0.02"], [*NAMES]),
     }

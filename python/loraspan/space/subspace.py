@@ -109,8 +109,13 @@ class Subspace(Held):
         return self._become(remove(self.collection, names), "remove", names, dry_run)
 
     @cpu_by_default
-    def rename(self, old: str, new: str) -> Change:
+    def rename(self, old: str, new: str, *, dry_run: bool = False) -> Change:
         """Give a task another name.
+
+        Args:
+            old: of a task.
+            new: that no task has.
+            dry_run: change nothing, and say what would change.
 
         Raises:
             UnknownTaskError: if there is no such task.
@@ -118,7 +123,7 @@ class Subspace(Held):
             StoreError: as :meth:`add`.
         """
         renamed = rename(self.collection, {old: new})
-        return self._become(renamed, "rename", [old, "to", new], dry_run=False, renamed={old: new})
+        return self._become(renamed, "rename", [old, "to", new], dry_run, renamed={old: new})
 
     @cpu_by_default
     def replace(
