@@ -61,20 +61,21 @@ def test_a_stream_is_near_the_entropy(deviation):
 
 @given(made=tables(), data=st.data())
 @settings(deadline=None, max_examples=150)
-def test_a_spoilt_stream_is_refused_or_gives_tables_of_the_same_shapes(made, data):
+def test_a_spoilt_stream_gives_no_other_numbers(made, data):
+    """It is refused, or the byte stood for nothing; the bits of a table may be others that hold its numbers too."""
     stream = bytearray(encode(made))
     at = data.draw(st.integers(0, len(stream) - 1))
     cut = data.draw(st.booleans())
     stream = (
         stream[:at] if cut else stream[:at] + bytes([stream[at] ^ data.draw(st.integers(1, 255))]) + stream[at + 1 :]
     )
-    shapes = [table.shape for table in made]
     try:
-        found = decode(bytes(stream), shapes)
+        found = decode(bytes(stream), [table.shape for table in made])
     except FormatError:
         return
     assert not cut
-    assert [table.shape for table in found] == shapes
+    for table, back in zip(made, found, strict=True):
+        np.testing.assert_array_equal(back, table)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +83,7 @@ def test_a_spoilt_stream_is_refused_or_gives_tables_of_the_same_shapes(made, dat
     [
         (lambda s: s + b"x", "end where its rows do"),
         (lambda s: s[:-3], "as long as its rows|end where"),
-        (lambda s: b"\x08\xff" + s[1:], "deflate stream"),
+        (lambda s: b"\x08\xff" + s[1:], "zlib stream"),
         (lambda s: b"\x09" + s[1:], "8 or 16, the bits of numbers, for each of 1 tables"),
         (lambda _: b"\x08" + deflated(b"\0\0" + b"y" * 5), "end where its rows do"),
         (lambda _: b"\x08" + deflated(b"\0\0"), "as long as its rows"),
@@ -110,8 +111,8 @@ def test_a_stream_that_unpacks_to_much_is_not_unpacked():
 def test_short_rows_take_little_more_than_what_indexes_them():
     """200,000 rows of one number, of a stream that is none: 25 bytes each, not an object each."""
     tracemalloc.start()
-    with pytest.raises(FormatError, match="deflate stream"):
-        decode(b"\x08\xff", [(200_000, 1)])
+    with pytest.raises(FormatError, match="zlib stream"):
+        decode(b"\x08\xff\xff", [(200_000, 1)])
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 200_000 * 32
@@ -137,5 +138,5 @@ def test_low_bits_make_no_number_above_what_a_table_holds(bits, place, high, low
 
 
 def deflated(data):
-    stream = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+    stream = zlib.compressobj(9, zlib.DEFLATED)
     return stream.compress(data) + stream.flush()

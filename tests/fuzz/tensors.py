@@ -102,18 +102,18 @@ def _spoil_records(draw, tensors, name):
 
 
 def _spoil_stream(draw, tensors, name):
-    """Change what a coded stream unpacks to, or the bits that its tables have: bytes that a deflate stream may hold."""
+    """Change what a coded stream unpacks to, or the bits that its tables have: bytes that a zlib stream may hold."""
     data = tensors[name][2]
     bits = data[: next((i for i, byte in enumerate(data) if byte not in (8, 16)), len(data))]
     try:
-        inside = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data[len(bits) :])
+        inside = zlib.decompressobj().decompress(data[len(bits) :])
     except zlib.error:
         return
     if draw(st.booleans()):
         bits = bytes(draw(st.sampled_from([8, 16, byte])) for byte in bits)
     else:
         inside = draw(spoiled_bytes(inside))
-    stream = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+    stream = zlib.compressobj(9, zlib.DEFLATED)
     data = bits + stream.compress(inside) + stream.flush()
     tensors[name] = ["U8", [len(data)], data]
 

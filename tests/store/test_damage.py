@@ -164,7 +164,7 @@ def test_a_newer_version_is_named(tmp_path):
 def test_shapes_against_the_manifest(tmp_path):
     path = saved(tmp_path, seed=1)
     manifest = json.loads(file_of(path, "manifest-*").read_text())
-    wide = next(i for i, s in enumerate(manifest["slots"]) if s["k_in"])
+    wide = next(i for i, s in enumerate(manifest["slots"]) if s.get("k_in"))
     edit_manifest(path, lambda t: t["slots"][wide].update(k_in=t["slots"][wide]["k_in"] - 1) or t)
 
     assert "the manifest says shape" in refused(path)

@@ -37,7 +37,7 @@ _MEMORY = 7
 def encode(tables: Sequence[Codes]) -> bytes:
     """Give tables ``[R, L]`` of int8 from -127 to 127, or of int16 from -32512 to 32512, as one stream.
 
-    It is a byte for each table, its bits, and then a deflate stream without matches: a byte for each row (the number of
+    It is a byte for each table, its bits, and then a zlib stream without matches: a byte for each row (the number of
     its kind in :data:`KINDS`, times 64, plus a place); the rows in ascending order of these bytes, each kind filled up
     with zeros to whole bytes; and the low bits of rows of the last kind, a place at a time, filled up too. Digits of a
     byte are the numbers plus ``m``, the first the least significant, to base ``2 m + 1``.
@@ -51,7 +51,7 @@ def encode(tables: Sequence[Codes]) -> bytes:
     rows = [row for table in tables for row in table]
     marks = np.concatenate([np.zeros(0, dtype=np.uint8), *map(_marks, tables)])
     rows = [row for table in tables for row in table]
-    deflate = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS, _MEMORY, zlib.Z_HUFFMAN_ONLY)
+    deflate = zlib.compressobj(9, zlib.DEFLATED, zlib.MAX_WBITS, _MEMORY, zlib.Z_HUFFMAN_ONLY)
     parts = [bytes(8 * table.itemsize for table in tables)]
 
     def write(data: NDArray[np.uint8]) -> None:
@@ -172,7 +172,7 @@ class _Unpacked:
     """What a stream unpacks to, as much of it as is asked for."""
 
     def __init__(self, stream: bytes) -> None:
-        self._inflate, self._left = zlib.decompressobj(-zlib.MAX_WBITS), stream
+        self._inflate, self._left = zlib.decompressobj(), stream
 
     def take(self, count: int) -> bytes:
         """Give the next bytes."""
@@ -194,6 +194,6 @@ class _Unpacked:
         try:
             part = self._inflate.decompress(self._left, most)
         except zlib.error as error:
-            raise FormatError(f"needs to be a deflate stream: {error}") from None
+            raise FormatError(f"needs to be a zlib stream: {error}") from None
         self._left = self._inflate.unconsumed_tail
         return part
