@@ -23,7 +23,8 @@ struct PackedMatrix {
 
   PackedRows view() const { return {codes.get(), scales.get(), length, bits}; }
   Matrix matrix() const {
-    return {codes.get(), 0, 0, bits == 8 ? Dtype::packed8 : Dtype::packed4, scales.get(), length};
+    const Dtype dtype = bits == 16 ? Dtype::packed16 : bits == 8 ? Dtype::packed8 : Dtype::packed4;
+    return {codes.get(), 0, 0, dtype, scales.get(), length};
   }
   double scale(std::int64_t row, std::int64_t i) const {
     return decode16(scales[static_cast<std::size_t>(row * blocks + i / kPackedBlock)], 10, -14);
@@ -43,6 +44,26 @@ PackedMatrix packed(const Kernels& kernels, const Strided& x, std::int64_t bits,
   const std::int64_t wrong = kernels.pack(x.block(), x.columns(), bits, out.codes.get(), out.scales.get(), threads);
   CHECK(wrong == -1, "row %d was refused", int(wrong));
   return out;
+}
+
+// Numbers of 16 bits, which nobody packs, with the scales of other rows.
+PackedMatrix drawn(const PackedMatrix& like, Random& random) {
+  PackedMatrix out(like.rows, like.length, 16);
+  for (std::int64_t i = 0; i < out.rows * out.bytes; ++i)
+    out.codes[static_cast<std::size_t>(i)] = static_cast<std::uint8_t>(random.next());
+  std::memcpy(out.scales.get(), like.scales.get(), static_cast<std::size_t>(like.rows * like.blocks * 2));
+  return out;
+}
+
+void check_numbers(const PackedMatrix& rows, const Strided& exact) {
+  for (std::int64_t i = 0; i < rows.rows; ++i)
+    for (std::int64_t j = 0; j < rows.length; ++j) {
+      std::int16_t level;
+      std::memcpy(&level, rows.codes.get() + i * rows.bytes + 2 * j, 2);
+      const float value = static_cast<float>(level) * static_cast<float>(rows.scale(i, j) / 128);
+      CHECK(exact.at(i, j) == static_cast<double>(value), "[%d, %d]: %.9g, not %.9g", int(i), int(j), exact.at(i, j),
+            static_cast<double>(value));
+    }
 }
 
 void check_entries(const Strided& x, const PackedMatrix& rows, const Strided& exact) {
@@ -80,7 +101,7 @@ void check_dtypes(const Kernels& kernels, const PackedMatrix& rows, const Stride
 void check_reconstruct(const Kernels& kernels, const PackedMatrix& basis, const Strided& plain, Random& random) {
   const std::int64_t m = basis.length, k = basis.rows, p = 5;
   const PackedMatrix loadings =
-      packed(kernels, Strided::random(p, k, Dtype::f32, Layout::shifted, random), 12 - basis.bits, 1);
+      packed(kernels, Strided::random(p, k, Dtype::f32, Layout::shifted, random), basis.bits == 8 ? 4 : 8, 1);
   const Strided full = unpacked(kernels, loadings, Dtype::f32, 1);
   const Matrix bases[2] = {basis.matrix(), {plain.data(), 1, m, Dtype::f32}};
   const Matrix weights[2] = {loadings.matrix(), {full.data(), 1, k, Dtype::f32}};
@@ -134,6 +155,11 @@ void test_packed(const Kernels& kernels) {
         check_entries(x, rows, exact);
         check_dtypes(kernels, rows, exact);
         check_reconstruct(kernels, rows, unpacked(kernels, rows, Dtype::f32, 2), random);
+        const PackedMatrix wide = drawn(rows, random);
+        const Strided numbers = unpacked(kernels, wide, Dtype::f64, 1);
+        check_numbers(wide, numbers);
+        check_dtypes(kernels, wide, numbers);
+        check_reconstruct(kernels, wide, unpacked(kernels, wide, Dtype::f32, 2), random);
       }
   check_refusals(kernels);
 }
