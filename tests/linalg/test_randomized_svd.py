@@ -238,3 +238,23 @@ def test_graded_values_keep_their_digits_and_so_does_the_rest(rank):
     assert np.abs(s - true[:rank]).max() <= 1e-14
     # a sum of what is left out, not a difference to the whole
     assert float(found.discarded) == pytest.approx(np.square(true[rank:]).sum(), rel=1e-4, abs=0)
+
+
+def off_in_units(columns):
+    """``|V^T V - I|_2`` in units of roundoff of float64, summed past it."""
+    v = to_numpy(columns).astype(np.longdouble)
+    return np.linalg.norm((v.T @ v - np.eye(v.shape[1])).astype(np.float64), 2) / UNIT_ROUNDOFF[F64]
+
+
+@pytest.mark.parametrize(("m", "n"), [(45, 115), (200, 900), (257, 322), (520, 600)])
+@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize("large", [1.0, 1e8])
+def test_few_vectors_are_as_orthonormal_as_few_can_be(m, n, rank, large):
+    """They come out of the rotations of many columns, which are off by more."""
+    x = normal(25, m, n)
+    x[0] *= large
+
+    found = randomized_svd(x, rank)
+
+    assert off_in_units(found.u) <= 8 * rank
+    assert off_in_units(found.vh.T) <= 8 * rank

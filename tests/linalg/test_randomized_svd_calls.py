@@ -187,8 +187,12 @@ class AnonymousPeak:
         ({"rank": 0.9}, ArgumentError, "rank is a whole number of at least 0; got 0.9"),
         ({"energy": 1.5}, ArgumentError, r"energy is a share in \(0, 1\]; got 1.5"),
         ({"tolerance": 1.0}, ArgumentError, r"tolerance is a share of \|x\|_F in \[0, 1\); got 1.0"),
-        ({"rank": 1, "oversample": -1}, ArgumentError, "oversample and power_iterations are at least 0"),
-        ({"rank": 1, "seed": -1}, ArgumentError, "seed lies in"),
+        ({"rank": 1, "oversample": -1}, ArgumentError, "oversample is a whole number of at least 0; got -1"),
+        ({"rank": 1, "oversample": 1.5}, ArgumentError, "oversample is a whole number of at least 0; got 1.5"),
+        ({"rank": 1, "power_iterations": 0.5}, ArgumentError, "power_iterations is a whole number .*; got 0.5"),
+        ({"rank": 1, "seed": -1}, ArgumentError, "seed is a whole number .*; got -1"),
+        ({"rank": 1, "seed": 1.5}, ArgumentError, "seed is a whole number .*; got 1.5"),
+        ({"rank": 1, "seed": 2**63}, ArgumentError, "seed lies below 2.63"),
         ({"rank": 1, "backend": "gpu"}, BackendError, "no backend 'gpu'"),
     ],
 )
@@ -209,6 +213,9 @@ def test_arguments_that_cannot_be_are_refused(options, error, message):
         (torch.ones(4), r"\[..., m, n\].*got torch.strided \[4\]"),
         (torch.ones(3, 4).to_sparse(), "torch.sparse_coo"),
         ([torch.ones(3, 4), np.ones((3, 4))], r"x\[1\] needs to be a dense tensor.*got ndarray"),
+        ([torch.ones(3, 4), torch.ones(2, 3, 4)], r"x\[1\] is one matrix of a list; got \[2, 3, 4\]"),
+        (torch.ones(3, 4, dtype=torch.complex64).conj().imag, r"randomized_svd: x needs .*resolve_neg\(\)"),
+        (torch.ones(2, 3, 4, dtype=torch.complex64).conj().imag, r"randomized_svd: x needs .*resolve_neg\(\)"),
     ],
 )
 def test_matrices_that_cannot_be_are_refused(x, message):
@@ -223,8 +230,9 @@ def test_what_is_not_finite_is_named(m, n, value):
     x[1, 3, 2] = value
     with pytest.raises(NotFiniteError, match=r"randomized_svd: x\[1\] holds a NaN or an infinity"):
         randomized_svd(x, 2)
-    with pytest.raises(NotFiniteError, match="randomized_svd: x holds"):
-        randomized_svd(x[1], 2)
+    for rank in (2, 0):
+        with pytest.raises(NotFiniteError, match="randomized_svd: x holds"):
+            randomized_svd(x[1], rank)
     with pytest.raises(ArgumentError, match="squares pass float64"):
         randomized_svd(torch.full((m, n), 1e200, dtype=F64), 2)
 

@@ -98,7 +98,8 @@ def randomized_svd(
         ``.rank`` says how many there are; matrices of one tensor share ``k``, and what one of them lacks is zero.
         All lie where ``x`` does, but for ``discarded`` and for what float64 Metal cannot hold, on the CPU.
         The entry of largest magnitude of each column of ``u`` is positive. ``u`` and ``v`` are orthonormal to ``8 k``
-        units of roundoff. ``discarded = |x|_F^2 - sum s^2`` is the squared error.
+        units of roundoff, but for the length of vectors whose entries are nearly all of one size, which is off by what
+        a sum of so many equal squares rounds. ``discarded = |x|_F^2 - sum s^2`` is the squared error.
         The compiled kernels give the same bits for any number of threads, any batch and any order of it, where the
         shorter side has at most 512 rows or the projection at most 512 columns; beyond, LAPACK's threads may show.
 
@@ -124,11 +125,10 @@ def randomized_svd(
     place = find_device("randomized_svd", device)
     if oversample is None:
         oversample = max(32, (rank or 0) // 2)
-    if oversample < 0 or power_iterations < 0 or not 0 <= seed < 2**63:
-        raise ArgumentError(
-            f"randomized_svd: oversample and power_iterations are at least 0 and seed lies in [0, 2^63); "
-            f"got {oversample}, {power_iterations} and {seed}"
-        )
+    for name, value in (("oversample", oversample), ("power_iterations", power_iterations), ("seed", seed)):
+        _check_whole(name, value)
+    if seed >= 2**63:
+        raise ArgumentError(f"randomized_svd: seed lies below 2^63; got {seed}")
     solve = Solver(oversample, power_iterations, seed, backend)
     if isinstance(x, Tensor) and x.ndim > 2:
         return _batched(x, goal, center, place, solve)
@@ -143,8 +143,7 @@ def _goal(rank: int | None, energy: float | None, tolerance: float | None) -> Go
             f"randomized_svd: give exactly one of rank, energy and tolerance; got {rank}, {energy} and {tolerance}"
         )
     if rank is not None:
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
-            raise ArgumentError(f"randomized_svd: rank is a whole number of at least 0; got {rank!r}")
+        _check_whole("rank", rank)
         return Goal(rank)
     if energy is not None:
         if not 0 < energy <= 1:
@@ -156,10 +155,17 @@ def _goal(rank: int | None, energy: float | None, tolerance: float | None) -> Go
     return Goal(None, tolerance**2)
 
 
+def _check_whole(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ArgumentError(f"randomized_svd: {name} is a whole number of at least 0; got {value!r}")
+
+
 def _job(name: str, x: Matrix, goal: Goal, center: bool, place: torch.device | None) -> Job:
     if isinstance(x, RowBlocks):
         return Job(name, (RowBlocks(_centered(x.blocks), x.columns) if center else x).on(place), goal)
     _check(name, x)
+    if x.ndim > 2:
+        raise ShapeError(f"{name} is one matrix of a list; got {list(x.shape)}: pass a stack by itself")
     if center:
         [x] = _centered([x])
     flipped = x.shape[0] > x.shape[1]
@@ -173,6 +179,8 @@ def _check(name: str, x: Tensor) -> None:
             f"{name} needs to be a dense tensor [..., m, n] of float16, bfloat16, float32 or float64 (of a complex "
             f"one, decompose the real and imaginary parts under each other); got {got}"
         )
+    if x.is_neg():
+        raise ShapeError(f"{name} needs memory that says its values; got a negative view: use .resolve_neg()")
 
 
 def _centered(blocks: Sequence[Tensor]) -> list[Tensor]:

@@ -128,11 +128,25 @@ def project(jobs: Sequence[Job], ranges: Sequence[Range], backend: str | None) -
     writes, found = _Writes(), []
     for i, (job, keep, rest) in enumerate(zip(jobs, *_kept(jobs, ranges, s), strict=True)):
         u, v = places = job.places or _new_places(job, keep)
+        loadings = right[i, :, :keep]
+        if dtype == torch.float64:
+            loadings = _nearer_orthonormal(grams[i], loadings, backend)
         writes.add(left[i, :, :keep], None, u[:, :keep])
-        writes.add(bases[i], right[i, :, :keep], v[:, :keep])
+        writes.add(bases[i], loadings, v[:, :keep])
         found.append(_result(s[i, :keep], places, rest))
     writes.run(backend)
     return [_turned(job, svd_) for job, svd_ in zip(jobs, found, strict=True)]
+
+
+def _nearer_orthonormal(gram_: Tensor, loadings: Tensor, backend: str | None) -> Tensor:
+    """Take a Newton step that makes ``B loadings`` orthonormal, where ``gram_`` is ``B^T B``.
+
+    Rotations add their roundings up in the lengths of what they turn: by as many as there are columns, not as are kept.
+    """
+    here = backend_at(CPU, backend)
+    off = -reconstruct(loadings.mT, reconstruct(gram_, loadings, backend=here), backend=here)
+    off.diagonal().add_(1)
+    return loadings + reconstruct(loadings, off, scale=0.5, backend=here)
 
 
 class _Writes:
@@ -179,7 +193,8 @@ def _orthonormal(blocks: list[Tensor], grams: Tensor, precision: str, backend: s
     """Give ``blocks`` and the roots with which ``block @ inverse`` is orthonormal to roundoff, ``r`` that of the Grams.
 
     A Gram loses the square of the condition number of its columns made unit ones. Where that is too much, the block is
-    made nearly orthonormal with the root, measured again, and the two roots are multiplied: CholeskyQR2.
+    made nearly orthonormal with the root, measured again, and the two roots are multiplied: CholeskyQR2. ``blocks`` and
+    ``grams`` are then the new ones.
     """
     root = gram_root(grams, backend=backend)
     lengths = torch.linalg.vector_norm(root.r, dim=-2).unsqueeze(-1)
@@ -188,7 +203,8 @@ def _orthonormal(blocks: list[Tensor], grams: Tensor, precision: str, backend: s
         here = backend_at(blocks[i].device, backend)
         inverse = carried(root.inverse[i], blocks[i].device, blocks[i].dtype)
         blocks[i] = reconstruct(blocks[i], inverse, backend=here)
-        again = gram_root(gram([blocks[i].T], precision=precision, backend=here), backend=backend)
+        grams[i] = gram([blocks[i].T], precision=precision, backend=here)
+        again = gram_root(grams[i], backend=backend)
         root.r[i] = reconstruct(again.r, root.r[i], backend=backend_at(CPU, backend))
         root.inverse[i] = again.inverse
     return blocks, root

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from loraspan.linalg.svd import SVD
 from loraspan.linalg.svd_by_gram import gram_ranges
 from loraspan.linalg.svd_by_sketch import svd_by_sketch
-from loraspan.linalg.svd_range import Goal, Job, nothing, project, project_vectors
+from loraspan.linalg.svd_range import Goal, Job, check_total, nothing, project, project_vectors
 from loraspan.ops import squares, stream
 from loraspan.ops.stream import held
 
@@ -36,7 +36,9 @@ class Solver:
         by_rows: dict[int, list[int]] = {}
         for i, job in enumerate(jobs):
             if 0 in job.x.shape or job.goal.rank == 0:
-                found[i] = nothing(job, float(squares(job.x, backend=self.backend).sum()))
+                total = float(squares(job.x, backend=self.backend).sum())
+                check_total(job, total)
+                found[i] = nothing(job, total)
             elif self.takes_gram(job.x.shape, job.goal):
                 by_rows.setdefault(job.x.shape[0], []).append(i)
             else:
