@@ -152,6 +152,16 @@ def test_what_is_cut_below_the_floor_of_a_gram_is_counted():
     assert svd.discarded <= 1.1 * outside
 
 
+def test_a_spectrum_of_seven_decades_behind_a_large_basis():
+    """Many combinations, most of them small, of few directions: their root is not found by every iteration."""
+    x = np.random.default_rng(14).standard_normal((900, 300)) * np.geomspace(1, 1e-7, 300)
+    svd = follow(x, 100)
+    s = np.linalg.svd(x, compute_uv=False)
+    assert np.abs(to_numpy(svd.s) - s[:100]).max() <= 1e-12 * s[0]
+    assert_nearly_best(svd, x, excess=1e-3)
+    assert_orthonormal(svd.basis)
+
+
 def test_signs_are_fixed():
     svd = follow(torch.from_numpy(np.random.default_rng(7).standard_normal((300, 40))), 6)
     assert (svd.basis.gather(0, svd.basis.abs().argmax(0, keepdim=True)) > 0).all()

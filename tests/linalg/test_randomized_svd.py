@@ -240,6 +240,20 @@ def test_graded_values_keep_their_digits_and_so_does_the_rest(rank):
     assert float(found.discarded) == pytest.approx(np.square(true[rank:]).sum(), rel=1e-4, abs=0)
 
 
+@pytest.mark.parametrize(("m", "n"), [(256, 900), (400, 900)])
+def test_all_of_a_low_rank_is_there_over_ten_decades(m, n):
+    count = 150 if m < 300 else 180
+    x = with_values(m, n, torch.logspace(0, -10, count, dtype=F64), count)
+
+    found = randomized_svd(x, 256)
+
+    true = np.linalg.svd(to_numpy(x), compute_uv=False)
+    assert found.rank == (true > 1e-11).sum()
+    assert np.abs(to_numpy(found.s) - true[: found.rank]).max() <= 1e-12
+    assert torch.linalg.matrix_norm(x - (found.u * found.s) @ found.vh) <= 1e-12
+    assert float(found.discarded) <= 1e-20
+
+
 def off_in_units(columns):
     """``|V^T V - I|_2`` in units of roundoff of float64, summed past it."""
     v = to_numpy(columns).astype(np.longdouble)

@@ -52,6 +52,23 @@ def test_a_batch_is_its_members():
         torch.testing.assert_close(together.r[i], alone.r, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(("m", "n"), [(400, 200), (500, 300)])
+def test_a_root_of_many_rows_that_depend_and_differ_in_length(m, n):
+    """Half of what is left of their Gram, scaled, is rounding, which an iteration may stir without an end."""
+    x = np.random.default_rng(4).standard_normal((m, n)) * np.geomspace(1, 1e-7, n)
+    rows = torch.from_numpy(np.linalg.eigh(x @ x.T).eigenvectors[:, ::-1].T @ x)
+    gram = rows @ rows.T
+    scale = gram.diagonal().sqrt()
+
+    alone, together = gram_root(gram), gram_root(torch.stack([torch.eye(m, dtype=gram.dtype), gram]))
+
+    assert torch.equal(together.r[1], alone.r)
+    assert torch.equal(together.inverse[1], alone.inverse)
+    assert torch.equal(together.r[0], torch.eye(m, dtype=gram.dtype))
+    assert ((alone.r.T @ alone.r - gram) / scale / scale.unsqueeze(1)).abs().max() <= 1e-13 * m
+    assert float((alone.r * alone.inverse.T).sum()) == pytest.approx(np.linalg.matrix_rank(x), abs=1e-6)
+
+
 @pytest.mark.parametrize("cond", [1.0, 1e4, 1e6])
 def test_orthonormal_for_ill_conditioned_blocks(cond):
     rng = np.random.default_rng(1)

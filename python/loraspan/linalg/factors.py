@@ -9,9 +9,10 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from loraspan.linalg.roots import gram_root
 from loraspan.ops.blocks import CPU, RowBlocks
 from loraspan.ops.combine import combine_many
-from loraspan.ops.dense import Root, eigh, gram_root
+from loraspan.ops.dense import Root, eigh
 from loraspan.ops.gram import gram, gram_many
 from loraspan.ops.places import backend_at
 from loraspan.ops.reconstruct import Piece, reconstruct, reconstruct_many

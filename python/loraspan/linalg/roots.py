@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from loraspan._default_device import cpu_by_default
-from loraspan.ops.dense import Root, gram_root
+from loraspan.ops import dense
+from loraspan.ops.dense import Root
 from loraspan.ops.gram import gram
 from loraspan.ops.places import backend_at
 from loraspan.ops.reconstruct import Piece, reconstruct_many
@@ -15,6 +16,24 @@ __all__ = ["Root", "gram_root", "orthonormalize"]
 
 # Columns made unit ones whose inverse root has no larger entry come out of one round orthonormal to some units.
 _NEARLY_ORTHOGONAL = 1.5
+
+
+def gram_root(gram: Tensor, *, backend: str | None = None) -> Root:
+    """Give what :func:`loraspan.ops.dense.gram_root` gives, and LAPACK's root of what that found none of.
+
+    Its iteration for eigenvectors may not end where many rows of very different lengths depend on each other.
+
+    Example:
+        >>> import torch
+        >>> gram_root(torch.tensor([[4.0]], dtype=torch.float64))
+        Root(r=tensor([[2.]], dtype=torch.float64), inverse=tensor([[0.5000]], dtype=torch.float64))
+    """
+    found = dense.gram_root(gram, backend=backend)
+    if found.r.isnan().any():
+        failed = found.r.isnan().any(-1).any(-1) & gram.isfinite().all(-1).all(-1)
+        for place, part in zip(found, dense.gram_root(gram[failed], backend="reference"), strict=True):
+            place[failed] = part
+    return found
 
 
 @torch.no_grad()

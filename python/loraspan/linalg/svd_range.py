@@ -13,10 +13,11 @@ from torch import Tensor
 
 from loraspan import _native
 from loraspan.errors import ArgumentError, NotFiniteError
+from loraspan.linalg.roots import gram_root
 from loraspan.linalg.svd import SVD, column_signs
 from loraspan.ops import Piece, RowBlocks, combine_many, gram, reconstruct, reconstruct_many
 from loraspan.ops.blocks import CPU
-from loraspan.ops.dense import Root, gram_root, svd
+from loraspan.ops.dense import Root, svd
 from loraspan.ops.places import backend_at, carried, off_metal
 
 
