@@ -254,6 +254,26 @@ def test_all_of_a_low_rank_is_there_over_ten_decades(m, n):
     assert float(found.discarded) <= 1e-20
 
 
+@pytest.mark.parametrize("power_iterations", [0, 1])
+@pytest.mark.parametrize("rank", [95, 160])
+@pytest.mark.parametrize("decades", [7, 10])
+@pytest.mark.parametrize(("m", "n"), [(500, 700), (700, 500)])
+def test_a_projection_loses_no_small_value_of_float64(m, n, decades, rank, power_iterations):
+    """A Gram of the projection, from which it is made orthonormal, tells six or seven decades apart."""
+    x = with_values(m, n, torch.logspace(0, -decades, 100, dtype=F64), 27)
+
+    found = randomized_svd(x, rank, oversample=60, power_iterations=power_iterations)
+
+    true = np.linalg.svd(to_numpy(x), compute_uv=False)
+    bound = expected_range_error(true, rank, 60, power_iterations)
+    _, s, _, _ = assert_decomposes(x, found, rank, bound, F64)
+    assert len(s) == min(rank, 100)
+    assert np.abs(s - true[: len(s)]).max() <= 1e-12
+    a, b, c = scikit_learns(x.numpy(), rank, random_state=0)
+    ours, theirs = (np.linalg.norm(x.numpy() - y) for y in ((to_numpy(found.u) * s) @ to_numpy(found.vh), (a * b) @ c))
+    assert ours <= 1.02 * theirs + 1e-15 * math.sqrt(max(m, n))
+
+
 def off_in_units(columns):
     """``|V^T V - I|_2`` in units of roundoff of float64, summed past it."""
     v = to_numpy(columns).astype(np.longdouble)

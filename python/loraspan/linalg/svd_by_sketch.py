@@ -18,6 +18,8 @@ from loraspan.ops.places import backend_at, carried
 
 # What a search for an error starts with, and doubles.
 _FIRST_WIDTH = 32
+# How often what a Gram took for dependent is looked through: each time six decades or so.
+_ROUNDS = 3
 
 
 def svd_by_sketch(job: Job, oversample: int, power_iterations: int, seed: int, backend: str | None) -> SVD:
@@ -72,7 +74,31 @@ def _range_of(
         y = power(job.x, q, precision=precision, backend=backend).to(here).mul_(scale)
     if power_iterations:
         y = _along_vectors(q, y, backend)
-    return _present(orthonormalize(y, backend=backend))
+    w = _present(orthonormalize(y, backend=backend))
+    return _with_the_small(job, w, width, scale, seed, backend) if job.is_double else w
+
+
+def _with_the_small(job: Job, w: Tensor, width: int, scale: float, seed: int, backend: str | None) -> Tensor:
+    """Add to ``w [R, l]``, where ``l < width``, what a Gram took for dependent and float64 tells apart.
+
+    Each round sketches what is outside of ``w``, and so reaches further down by as much as a Gram does.
+    """
+    here = backend_at(w.device, backend)
+    for _ in range(_ROUNDS):
+        if w.shape[1] >= width:
+            break
+        y = sketch(job.x, width, seed=seed, precision="f64", backend=backend).to(w.device).mul_(scale)
+        floor = float(y.norm()) * job.smallest
+        y = _outside(w, _outside(w, y, here), here)
+        if float(y.norm()) <= floor:
+            break
+        more = _outside(w, _present(orthonormalize(y, backend=backend)), here)
+        w = torch.cat([w, _present(orthonormalize(more, backend=backend))], 1)
+    return w
+
+
+def _outside(w: Tensor, y: Tensor, backend: str | None) -> Tensor:
+    return y - reconstruct(w, reconstruct(w.T, y, backend=backend), backend=backend)
 
 
 def _present(w: Tensor) -> Tensor:
