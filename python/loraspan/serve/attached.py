@@ -35,7 +35,8 @@ class Attached(nn.Module):
 
         served(**batch, task_ids=space.ids(["sql", None]))
 
-    Without either the output is the base model's, bit for bit, as it is for rows without a task.
+    Without either the output is the base model's, bit for bit, as it is for rows without a task (where rows do not meet
+    before: how many of them an expert takes may change how the base rounds).
 
     A compiled graph takes the tensors and is compiled once, whatever the tasks are. What the model is called with may
     have more rows than were named, a multiple: the beams of a search. The batch has to be the first axis of every
