@@ -152,6 +152,16 @@ def test_what_is_cut_below_the_floor_of_a_gram_is_counted():
     assert svd.discarded <= 1.1 * outside
 
 
+@pytest.mark.parametrize("offset", [0.0, 1e5])
+def test_orthonormal_over_all_decades_of_float64(offset):
+    """Rows that fade leave vectors of all sizes, the last of them hardly more than rounding of the first."""
+    rows = streams.shared(rows=300, columns=200, seed=2) + offset
+    svd = follow(rows, 150, forget=0.9)
+    assert svd.basis.shape == (200, 150)
+    assert_orthonormal(svd.basis)
+    assert_nearly_best(svd, streams.weighted(rows, 0.9), excess=1e-3)
+
+
 def test_a_spectrum_of_seven_decades_behind_a_large_basis():
     """Many combinations, most of them small, of few directions: their root is not found by every iteration."""
     x = np.random.default_rng(14).standard_normal((900, 300)) * np.geomspace(1, 1e-7, 300)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from loraspan.linalg.incremental_algebra import graded_values
+from loraspan.linalg.roots import gram_root
 from loraspan.linalg.svd import column_signs
 from loraspan.ops.dense import eigh
 from loraspan.ops.gram import gram, gram_many
@@ -19,6 +20,8 @@ from loraspan.ops.reconstruct import Piece, reconstruct_many
 _FLOOR = {torch.float32: 2.0**-22, torch.float64: 2.0**-49}
 # Vectors per Gram that takes their products with a basis; more would mostly multiply vectors with each other.
 _PROJECTED = 32
+# Products of float64 components that are off by less are as good as summed.
+_ROUNDOFF = 4 * 2.0**-53
 
 
 class Leading(NamedTuple):
@@ -72,8 +75,19 @@ def leading(rows: Tensor, rank: int) -> Leading:
         weights = v[:, :k] * (largest / s[:k])
         weights = carried(weights, rows.device, rows.dtype)
         reconstruct_many([Piece(rows.T, weights, components.T, scale=1 / largest)])
+        if rows.dtype == torch.float64:
+            _make_orthonormal(components)
         components *= column_signs(components.T).unsqueeze(1)
     return Leading(components, s[:k], float(s[k:].square().sum()))
+
+
+def _make_orthonormal(components: Tensor) -> None:
+    """Take out of small components what rounding left of larger ones: over many decades it is more than roundoff."""
+    products = gram(components, precision="f64")
+    if float((products - torch.eye(len(products), dtype=products.dtype)).abs().max()) > _ROUNDOFF:
+        # triangular, so that each is changed by those before it alone
+        inverse = carried(gram_root(products).inverse, components.device, components.dtype)
+        reconstruct_many([Piece(components.T, inverse, components.T)])
 
 
 def project(rows: Tensor, components: Tensor, mean: Tensor | None) -> Tensor:
