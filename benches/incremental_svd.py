@@ -132,7 +132,7 @@ def by_block_size(rank: int) -> Iterator[dict[str, object]]:
             ours.update(piece)
         for piece in (rows[: max(64, block)], *rows[max(64, block) :].split(block)):
             theirs.partial_fit(piece.numpy())
-        outside = {"loraspan": judge(ours.basis.T), "scikit-learn": judge(torch.from_numpy(theirs.components_))}
+        outside = {"ours": judge(ours.basis.T), "scikit-learn's": judge(torch.from_numpy(theirs.components_))}
         yield {"case": f"512 x 8000 in blocks of {block}, outside", **outside}
 
 
