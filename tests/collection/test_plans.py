@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import loraspan
-from loraspan.collection import plans
+from loraspan.collection import plans, plans_in_bytes
 from loraspan.collection.budget import column_bytes
 from loraspan.collection.columns import FORMS
 from loraspan.collection.fit import Goal, fit, fit_with_plans
@@ -185,3 +185,28 @@ def test_bytes_may_be_text(size):
 def test_what_is_no_number_of_bytes_is_refused(size):
     with pytest.raises(ArgumentError, match="compress: a number of bytes is positive"):
         loraspan.compress(adapters("none"), max_bytes=size)
+
+
+@pytest.mark.parametrize("coarse", [1, 40])
+def test_what_fits_comes_close_to_what_does_not(coarse):
+    """Bytes over errors as entropy has them, told exactly or in jumps: nearly all are used, and never more."""
+    limit, asked = 10_000, []
+
+    def built(error):
+        nbytes = round((11_000 - 900 * math.log(error / 0.2) / math.log(2)) / coarse) * coarse
+        return plans_in_bytes._Built(error, error, nbytes, [])
+
+    def build(error):
+        asked.append(error)
+        return built(error)
+
+    fits, other = built(0.5), built(0.3)
+    assert fits.nbytes < 0.99 * limit < limit < other.nbytes
+    found = plans_in_bytes._closer(fits, other, limit, build)
+    assert 0.995 * limit <= found.nbytes <= limit
+    assert found.error < fits.error
+    assert len(asked) <= 3
+    # nothing is built where enough is used, or where nobody knows what takes too many
+    assert plans_in_bytes._closer(found, other, limit, build) is found
+    assert plans_in_bytes._closer(fits, None, limit, build) is fits
+    assert len(asked) <= 3

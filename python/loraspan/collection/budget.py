@@ -71,7 +71,7 @@ class Planner:
         self._energy = self._s.square().sum(-1)
         self._zero = (self._s == 0).all(-1)
         self._spectra: dict[tuple[str, int, int], tuple[Tensor, ...]] = {}
-        self._curves: dict[tuple[tuple[str, int, int], Widths], Curve] = {}
+        self._curves: dict[tuple[tuple[str, int, int], tuple[int, ...]], Curve] = {}
 
     def at(self, allowed: Tensor, widths: Widths) -> Planner:
         """Give the planner of the same slot for other allotments and widths; spectra are shared."""
@@ -193,9 +193,11 @@ class Planner:
 
     def _coded(self, key: tuple[str, int, int], ends: Sequence[Ends], left: tuple[Tensor, Tensor]) -> NDArray[np.int64]:
         """Give the bytes of coded ends within what rounding of the rest leaves, ``left``."""
-        found = self._curves.get((key, self._widths))
+        # the same whatever bases are stored in, but for the loadings beside an end
+        place = key, tuple(part.nbytes for part in ends)
+        found = self._curves.get(place)
         if found is None:
-            found = self._curves[key, self._widths] = Curve(ends)
+            found = self._curves[place] = Curve(ends)
         nbytes, within = found.bytes_at(left[0])
         possible = (within & left[1]) | self._zero
         return torch.where(possible, nbytes, NEVER // max(len(nbytes), 1)).numpy()

@@ -17,7 +17,8 @@ from loraspan.collection.collection import Collection, Segment, SlotSpace, Task
 from loraspan.collection.core_space import energy_by_rank, refine_products
 from loraspan.collection.factors import SlotFactors, read_factors
 from loraspan.collection.layout import collection_bytes
-from loraspan.collection.plans import CANDIDATES, Options, Outcome, PlanLine, fit_bytes, fit_smallest
+from loraspan.collection.plans import CANDIDATES, Options, Outcome, PlanLine, fit_smallest
+from loraspan.collection.plans_in_bytes import fit_bytes
 from loraspan.collection.ranges import Range, find_range
 from loraspan.collection.rows import WIDTHS, Width, Widths
 from loraspan.collection.stack import Stack

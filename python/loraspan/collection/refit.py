@@ -23,7 +23,8 @@ from loraspan.collection.columns import Columns
 from loraspan.collection.factors import SlotFactors
 from loraspan.collection.fit import Goal, fit_shared, total_squares
 from loraspan.collection.layout import CHANGE_BYTES, collection_bytes
-from loraspan.collection.plans import Options, fit_bytes
+from loraspan.collection.plans import Options
+from loraspan.collection.plans_in_bytes import fit_bytes
 from loraspan.collection.private import CORRECTIONS
 from loraspan.collection.rows import Widths
 from loraspan.collection.segments import merge
