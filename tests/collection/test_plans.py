@@ -187,14 +187,14 @@ def test_what_is_no_number_of_bytes_is_refused(size):
         loraspan.compress(adapters("none"), max_bytes=size)
 
 
-@pytest.mark.parametrize("coarse", [1, 40])
-def test_what_fits_comes_close_to_what_does_not(coarse):
-    """Bytes over errors as entropy has them, told exactly or in jumps: nearly all are used, and never more."""
+@pytest.mark.parametrize(("coarse", "bend"), [(1, 1.0), (40, 1.0), (1, 0.7), (1, 1.3)])
+def test_what_fits_comes_close_to_what_does_not(coarse, bend):
+    """Bytes over errors straight or bent, told exactly or in jumps: nearly all are used, and never more."""
     limit, asked = 10_000, []
 
     def built(error):
-        nbytes = round((11_000 - 900 * math.log(error / 0.2) / math.log(2)) / coarse) * coarse
-        return plans_in_bytes._Built(error, error, nbytes, [])
+        way = math.log(error / 0.5) / math.log(0.3 / 0.5)
+        return plans_in_bytes._Built(error, error, round((9700 + 900 * way**bend) / coarse) * coarse, [])
 
     def build(error):
         asked.append(error)
