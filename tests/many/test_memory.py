@@ -10,14 +10,8 @@ from pathlib import Path
 
 import pytest
 
-CHILD = """
+WATCH = """
 import json, sys, threading, time
-import torch
-import loraspan
-from loraspan.many.groups import IN_FLIGHT, standing
-
-torch.set_num_threads(1)
-root, out, count, group = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 
 
 def anonymous():
@@ -26,26 +20,33 @@ def anonymous():
             return 1024 * int(line.split()[1])
 
 
-before, peak, over = anonymous(), 0, threading.Event()
+def peak_of(call):
+    before, most, over = anonymous(), [0], threading.Event()
 
+    def watch():
+        while not over.is_set():
+            most[0] = max(most[0], anonymous())
+            time.sleep(0.0005)
 
-def watch():
-    global peak
-    while not over.is_set():
-        peak = max(peak, anonymous())
-        time.sleep(0.002)
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    call()
+    over.set()
+    watcher.join()
+    return most[0] - before
+"""
+CHILD = """
+import torch
+import loraspan
+from loraspan.many.groups import IN_FLIGHT, standing
 
-
-watcher = threading.Thread(target=watch)
-watcher.start()
+torch.set_num_threads(1)
+root, out, count, group = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 memory = standing(count) + (IN_FLIGHT + 1) * group
-space = loraspan.compress(root, out=out, max_error=0.1, memory=memory)
-over.set()
-watcher.join()
-print(json.dumps({"peak": peak - before, "memory": memory}))
+peak = peak_of(lambda: loraspan.compress(root, out=out, max_error=0.1, memory=memory))
+print(json.dumps({"peak": peak, "memory": memory}))
 """
 GROUP = """
-import json, sys, threading, time
 from pathlib import Path
 import torch
 from loraspan.collection.collection import SlotSpace
@@ -72,33 +73,13 @@ def express(count):
     return express_group(Work(origins, goal, False), False, census.slots, str(folder / "bases.safetensors"))
 
 
-def anonymous():
-    for line in open("/proc/self/status"):
-        if line.startswith("RssAnon:"):
-            return 1024 * int(line.split()[1])
-
-
 express(2)
 tally = Tally()
 for member in census.members:
     tally.add(member.maps)
-before, peak, over = anonymous(), 0, threading.Event()
-
-
-def watch():
-    global peak
-    while not over.is_set():
-        peak = max(peak, anonymous())
-        time.sleep(0.0005)
-
-
-watcher = threading.Thread(target=watch)
-watcher.start()
-express(len(census.members))
-over.set()
-watcher.join()
+peak = peak_of(lambda: express(len(census.members)))
 counted = express_cost(census.slots, dict.fromkeys(census.slots, 0), goal)(tally)
-print(json.dumps({"peak": peak - before, "counted": counted}))
+print(json.dumps({"peak": peak, "counted": counted}))
 """
 COUNT = 160
 
@@ -119,7 +100,7 @@ def peak_of(sources, out, group):
 
 def told_by(script, *arguments):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", script, *map(str, arguments)]
+    command = [sys.executable, "-c", WATCH + script, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     return json.loads(done.stdout)
 
