@@ -44,6 +44,7 @@
 #include "sketch.inl"
 #include "reconstruct_place.inl"
 #include "reconstruct.inl"
+#include "thin_tile.inl"
 #include "shared_lora_rows.inl"
 #include "shared_lora_columns.inl"
 #include "shared_lora.inl"

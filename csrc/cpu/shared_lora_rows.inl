@@ -15,50 +15,6 @@ struct PickedRows {
   std::int64_t count;
 };
 
-// out[i * out_step + j * L] (+)= sum over c in [0, n) of rows[i][c] * vector j at b + c * step + j * vector_step, for M
-// rows i and N vectors j. A row's sum is the same whatever M is.
-template <typename T, int M, int N>
-__attribute__((noinline)) void thin_tile(const T* const* rows, const T* b, std::int64_t step, std::int64_t vector_step,
-                                         std::int64_t n, bool add, T* out, std::int64_t out_step) {
-  constexpr int L = kLanes<T>;
-  const T* x[M];
-  LORASPAN_UNROLL
-  for (int i = 0; i < M; ++i) x[i] = rows[i];
-  Vec<T> sums[M][N] = {};
-  for (std::int64_t c = 0; c < n; ++c) {
-    Vec<T> v[N];
-    LORASPAN_UNROLL
-    for (int j = 0; j < N; ++j) v[j] = load(b + c * step + j * vector_step);
-    LORASPAN_UNROLL
-    for (int i = 0; i < M; ++i) {
-      const Vec<T> w = broadcast(x[i][c]);
-      LORASPAN_UNROLL
-      for (int j = 0; j < N; ++j) sums[i][j] = w * v[j] + sums[i][j];
-    }
-  }
-  // to aligned memory first: stored in two ways, the sums would live in memory during the loop as well
-  alignas(64) T done[M * N * L];
-  LORASPAN_UNROLL
-  for (int i = 0; i < M; ++i) LORASPAN_UNROLL
-  for (int j = 0; j < N; ++j) store(done + (i * N + j) * L, sums[i][j]);
-  for (int i = 0; i < M; ++i)
-    for (int j = 0; j < N; ++j) {
-      T* p = out + i * out_step + j * L;
-      const Vec<T> sum = load(static_cast<const T*>(done) + (i * N + j) * L);
-      store(p, add ? load(static_cast<const T*>(p)) + sum : sum);
-    }
-}
-
-// A full tile of rows, or a lone one.
-template <typename T, int N>
-inline void thin_rows_of(std::int64_t real, const T* const* rows, const T* b, std::int64_t step,
-                         std::int64_t vector_step, std::int64_t n, bool add, T* out, std::int64_t out_step) {
-  if (real == 1)
-    thin_tile<T, 1, N>(rows, b, step, vector_step, n, add, out, out_step);
-  else
-    thin_tile<T, kTileRows, N>(rows, b, step, vector_step, n, add, out, out_step);
-}
-
 // Pointers to columns [c0, c0 + n) of kTileRows picked rows from `first` on, as T: where they lie, or copied to `copy`.
 // Past the last row comes the last again.
 template <typename T>
@@ -116,7 +72,7 @@ inline ThinRows<T> thin_rows(const Matrix& v, std::int64_t c0, std::int64_t n, s
 // Columns [c0, c0 + n) of picked rows [first, last) times V's rows there, put or added to z [., stride].
 template <typename T>
 void project_block(const PickedRows& x, std::int64_t first, std::int64_t last, std::int64_t c0, std::int64_t n,
-                   const Matrix& v, std::int64_t k, bool add, T* z, std::int64_t stride) {
+                   const Matrix& v, std::int64_t k, Coming coming, bool add, T* z, std::int64_t stride) {
   constexpr int L = kLanes<T>;
   const ThinRows<T> thin = thin_rows<T>(v, c0, n, k, stride);
   T* copy = scratch<T>(Use::weights, kTileRows * (kProjectColumns + L));
@@ -131,7 +87,7 @@ void project_block(const PickedRows& x, std::int64_t first, std::int64_t last, s
     if (out == spare && add) __builtin_memcpy(spare, z + i * stride, static_cast<size_t>(real * stride) * sizeof(T));
     for_vectors(stride / L, [&](std::int64_t at, auto size) {
       thin_rows_of<T, decltype(size)::value>(real, rows, thin.data + at * thin.vector_step, thin.step, thin.vector_step,
-                                             n, add, out + at * L, stride);
+                                             n, add, out + at * L, stride, &coming);
     });
     if (out == spare) __builtin_memcpy(z + i * stride, spare, static_cast<size_t>(real * stride) * sizeof(T));
   }
@@ -141,6 +97,7 @@ void project_block(const PickedRows& x, std::int64_t first, std::int64_t last, s
 template <typename T>
 void project(const PickedRows& x, std::int64_t d, const Matrix& v, std::int64_t k, T* z, std::int64_t stride,
              int threads) {
+  constexpr int L = kLanes<T>;
   if (stride == 0) return;
   const std::int64_t blocks = (x.count + kProjectRows - 1) / kProjectRows;
   const std::int64_t slabs = max_of(1, (d + kProjectColumns - 1) / kProjectColumns);
@@ -150,13 +107,16 @@ void project(const PickedRows& x, std::int64_t d, const Matrix& v, std::int64_t 
   parallel_for(whole ? blocks : blocks * slabs, threads, [&](std::int64_t task) {
     const std::int64_t first = task % blocks * kProjectRows, last = min_of(x.count, first + kProjectRows);
     for (std::int64_t slab = task / blocks; slab < (whole ? slabs : task / blocks + 1); ++slab) {
-      const std::int64_t c0 = slab * kProjectColumns;
-      project_block(x, first, last, c0, min_of(kProjectColumns, d - c0), v, k, whole && slab > 0,
-                    partial + (whole ? 0 : slab * size), stride);
+      const std::int64_t c0 = slab * kProjectColumns, n = min_of(kProjectColumns, d - c0);
+      // what this thread is likely to read next; a lone row reads as fast as memory comes by itself
+      const std::int64_t next = x.count == 1 ? d : max_of(slab + 1, (task + threads) / blocks) * kProjectColumns;
+      const Coming coming =
+          coming_rows(v, next, min_of(d, next + kProjectColumns), n * tiles_of(last - first, stride / L));
+      project_block(x, first, last, c0, n, v, k, coming, whole && slab > 0, partial + (whole ? 0 : slab * size),
+                    stride);
     }
   });
   if (whole) return;
-  constexpr int L = kLanes<T>;
   parallel_for(blocks, threads, [&](std::int64_t block) {
     const std::int64_t end = min_of(x.count, (block + 1) * kProjectRows) * stride;
     for (std::int64_t i = block * kProjectRows * stride; i < end; i += L) {
@@ -253,12 +213,14 @@ void expand(const PickedRows& y, std::int64_t n, const Matrix& u, std::int64_t k
     T* panels = scratch<T>(Use::basis, vectors * panel);
     if (k > 0) row_panels(u, k, c0, width, panels, panel);
     T* sums = scratch<T>(Use::tile, kTileRows * kWidth);
+    const std::int64_t next = (task + threads) * kWidth;
+    Coming coming = coming_rows(u, next, min_of(n, next + kWidth), k * tiles_of(y.count, vectors));
     for (std::int64_t i = 0; i < y.count; i += kTileRows) {
       const T* rows[kTileRows];
       for (int r = 0; r < kTileRows; ++r) rows[r] = g + min_of(i + r, y.count - 1) * stride;
       for_vectors(vectors, [&](std::int64_t at, auto size) {
         thin_rows_of<T, decltype(size)::value>(y.count - i, rows, panels + at * panel, L, panel, k, false,
-                                               sums + at * L, kWidth);
+                                               sums + at * L, kWidth, &coming);
       });
       for (std::int64_t r = 0; r < min_of(kTileRows, y.count - i); ++r) {
         if (own) add_own_ends(*own, i + r, c0, width, sums + r * kWidth);

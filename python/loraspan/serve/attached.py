@@ -246,7 +246,7 @@ class Attached(nn.Module):
     def _check_numbers(self, ids: Tensor) -> None:
         if not ids.is_cpu or torch.compiler.is_compiling():
             return
-        wrong = self._layers.state.strangers(ids.numpy())
+        wrong = self._layers.state.strangers(ids)
         if wrong:
             raise ArgumentError(
                 f"attach: task_ids are numbers of tasks in the space, as space.ids gives, or -1; no task that is "
