@@ -39,7 +39,7 @@ def show_inside(records: list[Record]) -> None:
         seconds = dict(record["seconds"])
         total = seconds.pop("in all")
         seconds["everything else"] = total - sum(seconds.values())
-        print(f"\ninside loraspan, {record['dtype']}, {record['adapters']} adapters: {total:.3f} s")
+        print(f"\ninside loraspan, {record['dtype']}, {record['adapters']} adapters, slot after slot: {total:.3f} s")
         for label, took in sorted(seconds.items(), key=lambda item: -item[1]):
             print(f"  {label:<28} {took:7.3f} s {took / total:6.1%}")
         passes = sum(took for label, took in seconds.items() if label.startswith(("pass", "top-k")))

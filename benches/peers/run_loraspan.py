@@ -1,7 +1,8 @@
 """loraspan: ``compress(folders, rank=...)`` and ``save``.
 
 A run for the inside (``--inside``) times what the stages are made of: the compiled passes over the factors, the top-k,
-the opening of files. It is a run of its own; the runs that are compared carry no timers inside.
+the opening of files. It is a run of its own, slot after slot, where the others have several at work at a time; the runs
+that are compared carry no timers inside.
 """
 
 from __future__ import annotations
@@ -47,9 +48,10 @@ class Shares:
 
     def __init__(self) -> None:
         from loraspan import _core, adapters, store
-        from loraspan.collection import bases, core_space, factors, ranges
+        from loraspan.collection import abreast, bases, core_space, factors, ranges
         from loraspan.linalg import eig, roots
 
+        abreast._MOST = 1
         self.seconds: dict[str, float] = {}
         self._inner = [0.0]
         self._wrap("open files", adapters.read_all, adapters.check_together)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from loraspan.adapters.base import Adapter
+from loraspan.collection.abreast import abreast
 from loraspan.collection.assemble import assemble
 from loraspan.collection.bases import make_basis, shared_cores
 from loraspan.collection.collection import Collection, Segment, SlotSpace, Task
@@ -26,6 +27,7 @@ from loraspan.collection.summary import summarized
 from loraspan.collection.turned import turned_cores
 from loraspan.collection.within import Fitted, fit_within
 from loraspan.errors import ArgumentError, MismatchError
+from loraspan.ops.blocks import CPU
 from loraspan.ops.stream import held
 
 Progress = Callable[[str, int, int], None]
@@ -140,10 +142,14 @@ def _fit_slots(
         fitted = fit_within(slots, squares, goal.max_error, goal.widths, goal.seed, goal.refine, report)
         return Outcome(fitted, goal.widths, goal.max_error, ())
     if goal.max_error is None and goal.max_bytes is None:
-        fitted = []
-        for i, slot in enumerate(slots):
-            report("fit", i, len(slots))
-            fitted.append(fit_shared(slot, squares, goal, goal.widths))
+        # a device is one for all slots
+        on_cpu = all(side.x.plain and side.x.device in (CPU, None) for slot in slots for side in (slot.up, slot.down))
+        fitted = abreast(
+            lambda slot: fit_shared(slot, squares, goal, goal.widths),
+            slots,
+            lambda i: report("fit", i, len(slots)),
+            None if on_cpu else 1,
+        )
         return Outcome(fitted, goal.widths, 0.0, ())
     options = Options(goal.candidates, goal.seed, goal.refine, report)
     if goal.max_error is not None:
