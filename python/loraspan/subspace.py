@@ -154,17 +154,20 @@ def compress(
     return Subspace(opened.collection, opened, aside=done.aside)
 
 
-def open(path: str | Path) -> Subspace:
+def open(path: str | Path, *, check: bool = False) -> Subspace:
     """Open a store. Tensors are mapped and read when they are needed; each change is written to it at once.
 
     Args:
         path: the folder.
+        check: whether to read every file whole and compare its sha256 with the one that was written: a second or two
+            for a gigabyte. Otherwise a bit that a disk has changed is found where opening reads it (the manifest,
+            headers, names, coded columns), and in bases and plain columns by :func:`verify` alone.
 
     Raises:
         StoreError: if there is no store.
-        FormatError: if a file of it is damaged.
+        FormatError: if a file of it is damaged; names it.
     """
-    opened = store.open_at(Path(path))
+    opened = store.open_at(Path(path), check=check)
     return Subspace(opened.collection, opened)
 
 

@@ -70,7 +70,7 @@ def spoil(file, content, judge):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_flipped_bit(whole, kind):
-    """Verify finds it wherever it is, and opening wherever it is read."""
+    """Verify finds it wherever it is, as opening with a check does, and opening wherever it is read."""
     path, saved = whole
     cases, noticed = 0, 0
     for file in parts(path, kind):
@@ -85,13 +85,16 @@ def test_a_flipped_bit(whole, kind):
                 assert spoil(file, content, lambda: found(path)), (file.name, region, at)
                 got = spoil(file, content, lambda: seen(path))
                 noticed += isinstance(got, LoraspanError)
+                if kind in ("basis", "tasks"):
+                    with pytest.raises(LoraspanError, match=file.name):
+                        spoil(file, content, lambda: store.open(path, check=True))
                 if kind in ("CURRENT", "manifest"):
                     # a line feed more or less does not matter, nor does another generation: both are whole
                     assert isinstance(got, LoraspanError) or kind == "CURRENT", (file.name, at)
     print(kind, cases, "flipped bits, found by verify;", noticed, "by opening")  # noqa: T201
     assert cases >= (2 if kind == "CURRENT" else 40)
     assert noticed >= (1 if kind == "CURRENT" else 30)
-    assert seen(path) == saved
+    assert seen(path) == saved == digest(store.open(path, check=True))
 
 
 @pytest.mark.parametrize("kind", KINDS)

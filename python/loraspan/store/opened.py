@@ -11,6 +11,7 @@ from loraspan._default_device import cpu_by_default
 from loraspan.collection.collection import Collection, SlotSpace
 from loraspan.errors import StoreError
 from loraspan.store import segment
+from loraspan.store.checksums import wrong_files
 from loraspan.store.format import DamagedError, manifest_name
 from loraspan.store.manifest import DataFile
 from loraspan.store.mapped import TensorFile
@@ -55,7 +56,7 @@ def nbytes(opened: Opened) -> int:
 
 
 @cpu_by_default
-def open_at(path: str | os.PathLike[str], generation: int | None = None) -> Opened:
+def open_at(path: str | os.PathLike[str], generation: int | None = None, *, check: bool = False) -> Opened:
     """Open a store, and keep what is needed to write its next generation from this one.
 
     The tensors are views of the mapped files: nothing of them is read before it is used, and the files are closed. A
@@ -64,6 +65,7 @@ def open_at(path: str | os.PathLike[str], generation: int | None = None) -> Open
     Args:
         path: the folder.
         generation: which one to open; None opens the current one.
+        check: whether to read every file whole and compare its sha256 with the manifest's.
 
     Returns:
         The collection as it was saved, and the files of its parts.
@@ -86,23 +88,24 @@ def open_at(path: str | os.PathLike[str], generation: int | None = None) -> Open
         for _ in range(_PATIENCE):
             number = wanted(folder, generation)
             try:
-                return _open(folder, number)
+                return _open(folder, number, check)
             except StoreError:
                 # gc may have removed what a writer has just replaced: then there is a newer one
                 if generation is not None or current(folder) == number:
                     raise
-        return _open(folder, wanted(folder, generation))
+        return _open(folder, wanted(folder, generation), check)
     except DamagedError as error:
         raise error.within(folder) from None
 
 
 @cpu_by_default
-def open(path: str | os.PathLike[str], *, generation: int | None = None) -> Collection:
+def open(path: str | os.PathLike[str], *, generation: int | None = None, check: bool = False) -> Collection:
     """Open a store as a collection, as :func:`open_at` does.
 
     Args:
         path: the folder.
         generation: which one to open; None opens the current one.
+        check: whether to read every file whole and compare its sha256 with the manifest's.
 
     Returns:
         The collection as it was saved.
@@ -121,16 +124,20 @@ def open(path: str | os.PathLike[str], *, generation: int | None = None) -> Coll
         1
         torch.bfloat16
     """
-    return open_at(path, generation).collection
+    return open_at(path, generation, check=check).collection
 
 
-def _open(folder: Path, number: int) -> Opened:
+def _open(folder: Path, number: int, check: bool) -> Opened:
     data = read_sealed(folder, number)
     manifest = parse_manifest(data, number)
     bases = segment.read_basis(TensorFile(folder, manifest.basis), manifest)
     segments = tuple(segment.read_tasks(TensorFile(folder, each), manifest, each) for each in manifest.segments)
     if (double := double_name(segments)) is not None:
         raise DamagedError(manifest_name(number), f"task {double!r}"[:200], "two tasks have this name")
+    for wrong in wrong_files(folder, manifest.files) if check else ():
+        if wrong.what == "file":
+            raise StoreError(f"{folder / wrong.file}: {wrong.problem}")
+        raise DamagedError(wrong.file, wrong.what, wrong.problem)
     slots = {slot.name: SlotSpace(*bases[slot.name], slot.kind, slot.kernel) for slot in manifest.slots}
     held = Collection(
         slots, segments, manifest.dtype, manifest.base_model, manifest.summary, manifest.fitted, manifest.bits

@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from loraspan._default_device import cpu_by_default
-from loraspan.adapters.regular import open_regular
 from loraspan.collection.collection import Segment
 from loraspan.collection.columns import Columns
 from loraspan.errors import StoreError
 from loraspan.ops.gram import gram_many
 from loraspan.ops.packed import Packed
 from loraspan.store import segment
+from loraspan.store.checksums import wrong_files
 from loraspan.store.format import CURRENT, DamagedError, Finding, manifest_name
-from loraspan.store.manifest import DataFile, Manifest
+from loraspan.store.manifest import Manifest
 from loraspan.store.mapped import TensorFile
 from loraspan.store.reader import double_name, read_manifest, wanted
 
 # What a fit may leave between two vectors beyond rounding: float32 sums reach a tenth of it.
 _FIT_DEPARTURE = 1e-4
 _ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-# bytes and entries looked at in one go
+# entries looked at in one go
 _CHUNK = 1 << 22
 
 
@@ -69,30 +67,11 @@ def verify(path: str | os.PathLike[str], *, generation: int | None = None) -> li
         return [error.finding]
     except StoreError as error:
         return [Finding(manifest_name(number), "file", f"{error}; {CURRENT} names generation {number}")]
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        checksums = pool.map(lambda data: _checksum(folder, data), manifest.files)
-    findings = [finding for of_file in checksums for finding in of_file]
+    findings = wrong_files(folder, manifest.files)
     spoilt = {finding.file for finding in findings if finding.what != "checksum"}
     findings += _basis(folder, manifest, spoilt)
     findings += _tasks(folder, manifest, spoilt)
     return findings
-
-
-def _checksum(folder: Path, data: DataFile) -> list[Finding]:
-    digest = hashlib.sha256()
-    size = 0
-    try:
-        with open_regular(folder / data.file) as file:
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
-                size += len(chunk)
-    except OSError as error:
-        return [Finding(data.file, "file", f"cannot be read: {error.strerror}")]
-    if size != data.size:
-        return [Finding(data.file, "size", f"the manifest says {data.size} bytes; it has {size}")]
-    if digest.hexdigest() != data.sha256:
-        return [Finding(data.file, "checksum", f"the manifest says {data.sha256}; it has {digest.hexdigest()}")]
-    return []
 
 
 def _basis(folder: Path, manifest: Manifest, spoilt: set[str]) -> Iterator[Finding]:
