@@ -116,8 +116,9 @@ inline void combine_all(const CombineJob* jobs, std::int64_t count, int threads)
       [&](std::int64_t i) {
         return Slabs{slabs_of(jobs[i].x.columns, combine_slab_width(jobs[i])), sums_of(i), 0, nullptr};
       },
-      [&](std::int64_t i, std::int64_t slab, double* sums) {
-        combine_slab<T>(jobs[i], slab, jobs[i].xv ? sums : nullptr, sums + sums_of(i) - jobs[i].k * jobs[i].k);
+      [&](std::int64_t i, std::int64_t first, std::int64_t last, double* sums) {
+        for (std::int64_t slab = first; slab < last; ++slab, sums += sums_of(i))
+          combine_slab<T>(jobs[i], slab, jobs[i].xv ? sums : nullptr, sums + sums_of(i) - jobs[i].k * jobs[i].k);
       },
       [&](std::int64_t i, std::int64_t slabs, const double* sums, std::int64_t part, std::int64_t parts) {
         finish_combine(jobs[i], slabs, sums, sums_of(i), part, parts);

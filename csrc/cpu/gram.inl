@@ -93,20 +93,6 @@ inline std::int64_t gram_slab_columns(std::int64_t rows, std::int64_t columns) {
   return slab_columns(columns, max_of(1024, (std::int64_t{1} << 17) / max_of(rows, 1)), 32);
 }
 
-// Adds the slabs in order and writes rows [i0, i1) of the lower triangle, and their mirror image.
-inline void finish_gram(const double* sums, std::int64_t slabs, const GramJob& job, std::int64_t rows, std::int64_t i0,
-                        std::int64_t i1) {
-  for (std::int64_t i = i0; i < i1; ++i) {
-    double* row = job.out + i * rows;
-    for (std::int64_t j = 0; j <= i; ++j) {
-      double sum = sums[i * rows + j];
-      for (std::int64_t s = 1; s < slabs; ++s) sum += sums[(s * rows + i) * rows + j];
-      row[j] = sum;
-    }
-    for (std::int64_t j = 0; j < i; ++j) job.out[j * rows + i] = row[j];
-  }
-}
-
 // Many rows: chunk by chunk, the threads together.
 template <typename T>
 inline void gram_wide(const GramJob& job, std::int64_t rows, int threads) {
@@ -137,16 +123,15 @@ inline void gram_narrow(const GramJob* jobs, std::int64_t count, int threads) {
       count, threads,
       [&](std::int64_t job) {
         const std::int64_t columns = jobs[job].x.columns, rows = row_count(jobs[job].x);
-        return Slabs{slabs_of(columns, gram_slab_columns(rows, columns)), rows * rows, 0, nullptr};
+        return Slabs{slabs_of(columns, gram_slab_columns(rows, columns)), dot_tiles(rows) * kDotTile, 0, nullptr};
       },
-      [&](std::int64_t job, std::int64_t slab, double* sums) {
+      [&](std::int64_t job, std::int64_t first, std::int64_t last, double* sums) {
         const Rows& x = jobs[job].x;
         const std::int64_t rows = row_count(x), width = gram_slab_columns(rows, x.columns);
-        dot_slab<T>(x, rows, slab * width, min_of(x.columns, (slab + 1) * width), sums);
+        dot_slabs<T>(x, rows, width, first, last, sums);
       },
       [&](std::int64_t job, std::int64_t slabs, const double* sums, std::int64_t part, std::int64_t parts) {
-        const std::int64_t rows = row_count(jobs[job].x);
-        finish_gram(sums, slabs, jobs[job], rows, rows * part / parts, rows * (part + 1) / parts);
+        finish_dots(row_count(jobs[job].x), slabs, sums, part, parts, jobs[job].out);
       });
 }
 

@@ -39,7 +39,10 @@ inline void power_all(const PowerJob* jobs, std::int64_t count, int threads) {
         return Slabs{slabs_of(jobs[i].x.columns, power_slab_width(jobs[i])),
                      image_of(jobs[i].x, jobs[i].q, jobs[i].width).product_entries(), 0, nullptr};
       },
-      [&](std::int64_t i, std::int64_t slab, double* sums) { power_slab<T>(jobs[i], slab, sums); },
+      [&](std::int64_t i, std::int64_t first, std::int64_t last, double* sums) {
+        const std::int64_t entries = image_of(jobs[i].x, jobs[i].q, jobs[i].width).product_entries();
+        for (std::int64_t slab = first; slab < last; ++slab, sums += entries) power_slab<T>(jobs[i], slab, sums);
+      },
       [&](std::int64_t i, std::int64_t slabs, const double* sums, std::int64_t part, std::int64_t parts) {
         finish_power(jobs[i], slabs, sums, part, parts);
       });
