@@ -43,7 +43,7 @@ constexpr std::int64_t kDotStride = (kDotPanel + kDotRows) * kLanes<T>;
 template <typename T>
 __attribute__((noinline)) void dot_tile(const T* a, const T* b, std::int64_t steps, double* sums) {
   constexpr int L = kLanes<T>, M = kDotRows, N = kDotVectors;
-  Vec<T> sum[M * N] = {};
+  Sum<T> sum[M * N] = {};
   for (std::int64_t k = 0; k < steps; ++k, a += kDotStride<T>, b += kDotStride<T>) {
     Vec<T> v[N];
     LORASPAN_UNROLL
@@ -52,12 +52,12 @@ __attribute__((noinline)) void dot_tile(const T* a, const T* b, std::int64_t ste
     for (int i = 0; i < M; ++i) {
       const Vec<T> w = load(a + i * L);
       LORASPAN_UNROLL
-      for (int j = 0; j < N; ++j) sum[i * N + j] = w * v[j] + sum[i * N + j];
+      for (int j = 0; j < N; ++j) sum[i * N + j] = multiply_add(w, v[j], sum[i * N + j]);
     }
   }
   LORASPAN_UNROLL
   for (int i = 0; i < M * N; i += L) {
-    Vec<T> some[L];
+    Sum<T> some[L];
     LORASPAN_UNROLL
     for (int j = 0; j < L; ++j) some[j] = sum[i + j];
     flush<true>(sums + i, add_across(some));
@@ -114,8 +114,8 @@ inline std::int64_t dot_tiles(std::int64_t rows) {
 // The tiles of slabs [first, last) of `width` columns each, row by row of the upper triangle: when a group of rows had
 // its turn nobody reads its part of a chunk any more, and that of the next chunk, which was fetched meanwhile, takes
 // its place. Rows lie pages apart, and no hardware prefetcher follows them.
-template <typename T>
-inline void dot_slabs(const Rows& x, std::int64_t rows, std::int64_t width, std::int64_t first, std::int64_t last,
+template <typename T, typename X>
+inline void dot_slabs(const X& x, std::int64_t rows, std::int64_t width, std::int64_t first, std::int64_t last,
                       double* tiles) {
   constexpr std::int64_t L = kLanes<T>;
   const std::int64_t groups = (rows + kDotRows - 1) / kDotRows, sums = dot_tiles(rows) * kDotTile;
@@ -136,7 +136,9 @@ inline void dot_slabs(const Rows& x, std::int64_t rows, std::int64_t width, std:
     if (i + kDotRows < min_of(start + unit, rows) || c == end) return;
     pack_strips(x, start, min_of(unit, rows - start), c, chunk_end(c) - c, panels + dot_row<T>(start), kDotStride<T>);
   };
-  const auto fetch = [&](std::int64_t c) { return Fetch{x, c, along ? chunk_end(c) : c}; };
+  const auto fetch = [&](std::int64_t c) {
+    return Fetch{x, c * kEntries<T>, (along ? chunk_end(c) : c) * kEntries<T>};
+  };
   // twice the share of a tile: the last groups have few tiles to be fetched under
   const std::int64_t chunk_lines = rows * kDotColumns<T> * static_cast<std::int64_t>(sizeof(T)) / 64;
   const std::int64_t lines = 2 * chunk_lines / max_of(1, dot_tiles(rows)) + 1;

@@ -22,10 +22,12 @@
 
 #include "load.inl"
 #include "simd.inl"
+#include "products.inl"
 #include "entries.inl"
 #include "scratch.inl"
 #include "transpose.inl"
 #include "pack.inl"
+#include "pairs.inl"
 #include "packed.inl"
 #include "packed_write.inl"
 #include "tile.inl"
