@@ -123,7 +123,7 @@ inline void gram_narrow(const Job* jobs, std::int64_t count, int threads) {
       count, threads,
       [&](std::int64_t job) {
         const std::int64_t columns = jobs[job].x.columns, rows = row_count(jobs[job].x);
-        return Slabs{slabs_of(columns, gram_slab_columns(rows, columns)), dot_tiles(rows) * kDotTile, 0, nullptr};
+        return Slabs{slabs_of(columns, gram_slab_columns(rows, columns)), dot_sums(rows), 0, nullptr};
       },
       [&](std::int64_t job, std::int64_t first, std::int64_t last, double* sums) {
         const auto& x = jobs[job].x;
@@ -131,7 +131,8 @@ inline void gram_narrow(const Job* jobs, std::int64_t count, int threads) {
         dot_slabs<T>(x, rows, width, first, last, sums);
       },
       [&](std::int64_t job, std::int64_t slabs, const double* sums, std::int64_t part, std::int64_t parts) {
-        finish_dots(row_count(jobs[job].x), slabs, sums, part, parts, jobs[job].out);
+        const std::int64_t rows = row_count(jobs[job].x);
+        finish_dots(rows, slabs, sums, dot_sums(rows), part, parts, jobs[job].out);
       });
 }
 

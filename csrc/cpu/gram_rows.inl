@@ -39,18 +39,18 @@ template <typename T>
 constexpr std::int64_t kDotStride = (kDotPanel + kDotRows) * kLanes<T>;
 
 // Adds the products of kDotRows rows from a on with kDotVectors rows from b on over `steps` vectors: entry (i, j) to
-// sums[i * kDotVectors + j].
-template <typename T>
-__attribute__((noinline)) void dot_tile(const T* a, const T* b, std::int64_t steps, double* sums) {
+// sums[i * kDotVectors + j]. Rows lie kRow apart, their vectors kStep.
+template <typename T, std::int64_t kRow, std::int64_t kStep>
+__attribute__((noinline)) void dot_part(const T* a, const T* b, std::int64_t steps, double* sums) {
   constexpr int L = kLanes<T>, M = kDotRows, N = kDotVectors;
   Sum<T> sum[M * N] = {};
-  for (std::int64_t k = 0; k < steps; ++k, a += kDotStride<T>, b += kDotStride<T>) {
+  for (std::int64_t k = 0; k < steps; ++k, a += kStep, b += kStep) {
     Vec<T> v[N];
     LORASPAN_UNROLL
-    for (int j = 0; j < N; ++j) v[j] = load(b + j * L);
+    for (int j = 0; j < N; ++j) v[j] = load(b + j * kRow);
     LORASPAN_UNROLL
     for (int i = 0; i < M; ++i) {
-      const Vec<T> w = load(a + i * L);
+      const Vec<T> w = load(a + i * kRow);
       LORASPAN_UNROLL
       for (int j = 0; j < N; ++j) sum[i * N + j] = multiply_add(w, v[j], sum[i * N + j]);
     }
@@ -62,6 +62,13 @@ __attribute__((noinline)) void dot_tile(const T* a, const T* b, std::int64_t ste
     for (int j = 0; j < L; ++j) some[j] = sum[i + j];
     flush<true>(sums + i, add_across(some));
   }
+}
+
+// The same with kDotRows rows from b on: one tile.
+template <typename T, std::int64_t kRow, std::int64_t kStep>
+inline void dot_tile(const T* a, const T* b, std::int64_t steps, double* tile) {
+  for (int part = 0; part < kDotRows; part += kDotVectors)
+    dot_part<T, kRow, kStep>(a, b + part * kRow, steps, tile + part * kDotRows);
 }
 
 // Row i of panels, and how many entries these take.
@@ -106,9 +113,10 @@ struct Fetch {
   }
 };
 
-inline std::int64_t dot_tiles(std::int64_t rows) {
+// The sums of all tiles of so many rows.
+inline std::int64_t dot_sums(std::int64_t rows) {
   const std::int64_t groups = (rows + kDotRows - 1) / kDotRows;
-  return groups * (groups + 1) / 2;
+  return groups * (groups + 1) / 2 * kDotTile;
 }
 
 // The tiles of slabs [first, last) of `width` columns each, row by row of the upper triangle: when a group of rows had
@@ -118,7 +126,7 @@ template <typename T, typename X>
 inline void dot_slabs(const X& x, std::int64_t rows, std::int64_t width, std::int64_t first, std::int64_t last,
                       double* tiles) {
   constexpr std::int64_t L = kLanes<T>;
-  const std::int64_t groups = (rows + kDotRows - 1) / kDotRows, sums = dot_tiles(rows) * kDotTile;
+  const std::int64_t groups = (rows + kDotRows - 1) / kDotRows, sums = dot_sums(rows);
   T* panels = scratch<T>(Use::packed, dot_row<T>(round_up(rows, kDotPanel)));
   for (std::int64_t i = 0; i < (last - first) * sums; ++i) tiles[i] = 0;
   // rows that the last group lacks
@@ -141,7 +149,7 @@ inline void dot_slabs(const X& x, std::int64_t rows, std::int64_t width, std::in
   };
   // twice the share of a tile: the last groups have few tiles to be fetched under
   const std::int64_t chunk_lines = rows * kDotColumns<T> * static_cast<std::int64_t>(sizeof(T)) / 64;
-  const std::int64_t lines = 2 * chunk_lines / max_of(1, dot_tiles(rows)) + 1;
+  const std::int64_t lines = 2 * chunk_lines * kDotTile / max_of(1, dot_sums(rows)) + 1;
   Fetch near = fetch(begin);
   for (std::int64_t i = 0; i < rows && begin < end; i += kDotRows) {
     near.some(chunk_lines, i + kDotAhead);
@@ -155,20 +163,19 @@ inline void dot_slabs(const X& x, std::int64_t rows, std::int64_t width, std::in
     for (std::int64_t i = 0; i < rows; i += kDotRows) {
       for (std::int64_t j = i; j < rows; j += kDotRows, tile += kDotTile) {
         near.some(lines, i + kDotAhead);
-        const T *a = panels + dot_row<T>(i), *b = panels + dot_row<T>(j);
-        for (std::int64_t part = 0; part < kDotRows; part += kDotVectors)
-          dot_tile(a, b + part * L, steps, tile + part * kDotRows);
+        dot_tile<T, L, kDotStride<T>>(panels + dot_row<T>(i), panels + dot_row<T>(j), steps, tile);
       }
       pack(i, after);
     }
   }
 }
 
-// Adds the tiles of all slabs in order and writes a share of the rows, and the columns that are their mirror image.
-inline void finish_dots(std::int64_t rows, std::int64_t slabs, const double* tiles, std::int64_t part,
-                        std::int64_t parts, double* out) {
+// Adds the tiles of all slabs, `stride` apart, in order and writes a share of the rows, and the columns that are their
+// mirror image.
+inline void finish_dots(std::int64_t rows, std::int64_t slabs, const double* tiles, std::int64_t stride,
+                        std::int64_t part, std::int64_t parts, double* out) {
   constexpr std::int64_t L = kLanes<double>;
-  const std::int64_t groups = (rows + kDotRows - 1) / kDotRows, stride = dot_tiles(rows) * kDotTile;
+  const std::int64_t groups = (rows + kDotRows - 1) / kDotRows;
   for (std::int64_t i = groups * part / parts; i < groups * (part + 1) / parts; ++i)
     for (std::int64_t j = i; j < groups; ++j) {
       const double* tile = tiles + (i * groups - i * (i - 1) / 2 + j - i) * kDotTile;

@@ -23,12 +23,7 @@ inline void power_slab(const PowerJob& job, std::int64_t slab, double* sums) {
 inline void finish_power(const PowerJob& job, std::int64_t slabs, const double* sums, std::int64_t part,
                          std::int64_t parts) {
   const Image s = image_of(job.x, job.q, job.width);
-  for (std::int64_t i = s.rows * part / parts; i < s.rows * (part + 1) / parts; ++i)
-    for (std::int64_t j = 0; j < s.k; ++j) {
-      double sum = sums[i * s.width + j];
-      for (std::int64_t slab = 1; slab < slabs; ++slab) sum += sums[slab * s.product_entries() + i * s.width + j];
-      job.y[i * s.k + j] = sum;
-    }
+  add_slabs(slabs, sums, s.product_entries(), s.width, s.k, s.rows * part / parts, s.rows * (part + 1) / parts, job.y);
 }
 
 template <typename T>

@@ -31,6 +31,19 @@ struct Wave {
   std::int64_t tasks;
 };
 
+// Adds rows [first, last) of all slabs, `stride` sums apart, in order: `width` of the `row` sums of each go to out.
+inline void add_slabs(std::int64_t slabs, const double* sums, std::int64_t stride, std::int64_t row, std::int64_t width,
+                      std::int64_t first, std::int64_t last, double* out) {
+  for (std::int64_t i = first; i < last; ++i) {
+    double* to = out + i * width;
+    for (std::int64_t c = 0; c < width; ++c) to[c] = 0;
+    for (std::int64_t slab = 0; slab < slabs; ++slab) {
+      const double* from = sums + slab * stride + i * row;
+      for (std::int64_t c = 0; c < width; ++c) to[c] += from[c];
+    }
+  }
+}
+
 // The jobs that follow `begin` and whose sums fit a wave, at least one of them; places their sums.
 inline Wave plan_wave(Slabs* plan, std::int64_t begin, std::int64_t count, int threads) {
   Wave wave{begin, 0, 1, 0};
