@@ -77,12 +77,14 @@ inline void transpose_lines(const T* lines, std::int64_t n, T* panel) {
 template <typename T, typename S>
 inline void transpose_rows(const S* p, std::int64_t row_stride, std::int64_t n, T* panel) {
   constexpr int L = kLanes<T>;
+  // rows lie pages apart: no hardware prefetcher follows them. Short rows follow each other: the panels after this one
+  const std::int64_t page = 4096 / static_cast<std::int64_t>(sizeof(S));
+  const std::int64_t ahead = n > kLineColumns ? kLineColumns : max_of(L, page / n) * row_stride;
   for (std::int64_t c = 0; c < n; c += L) {
     Vec<T> v[L];
     LORASPAN_UNROLL
     for (int i = 0; i < L; ++i) {
-      // rows lie pages apart: no hardware prefetcher follows them
-      __builtin_prefetch(p + i * row_stride + c + kLineColumns);
+      __builtin_prefetch(p + i * row_stride + c + ahead);
       v[i] = load_as<T>(p + i * row_stride + c);
     }
     transpose(v);
