@@ -111,13 +111,17 @@ inline void pack_strips(const PairRows& x, std::int64_t i0, std::int64_t rows, s
     const Block& b = x.blocks[at.block];
     count = min_of(rows - done, b.rows - at.row);
     for (std::int64_t i = 0, height; i < count; i += height) {
-      height = b.col_stride == 1 ? 1 : min_of(count - i, L);
-      for (std::int64_t k = 0; k < n; k += L) {
-        Pair* out = strips + k / L * stride + (done + i) * L;
-        if (height == 1 && b.col_stride == 1) {
-          store(out, loader.along(entry_at(b, at.row + i, 2 * (c0 + k)), x.entries - 2 * (c0 + k)));
-          continue;
-        }
+      Pair* out = strips + (done + i) * L;
+      if (b.col_stride == 1) {
+        const Bfloat* row = entry_at(b, at.row + i, 2 * c0);
+#pragma GCC unroll 4
+        for (std::int64_t k = 0; k < n; k += L, out += stride)
+          store(out, loader.along(row + 2 * k, x.entries - 2 * (c0 + k)));
+        height = 1;
+        continue;
+      }
+      height = min_of(count - i, L);
+      for (std::int64_t k = 0; k < n; k += L, out += stride) {
         Bits v[L] = {};
         add_across(loader, x, b, at.row + i, height, c0 + k, min_of(n - k, L), 0, v);
         transpose(v);
