@@ -22,6 +22,7 @@
 
 #include "load.inl"
 #include "simd.inl"
+#include "stores.inl"
 #include "products.inl"
 #include "entries.inl"
 #include "scratch.inl"

@@ -34,8 +34,7 @@ struct PairLoader {
     const __mmask16 mask = static_cast<__mmask16>(((1u << count) - 1u) << lane);
     const auto column = [&](const Bfloat* rows) {
       const std::uintptr_t at = reinterpret_cast<std::uintptr_t>(rows) - static_cast<std::uintptr_t>(2 * lane);
-      return __builtin_convertvector(
-          reinterpret_cast<Shorts>(_mm256_maskz_loadu_epi16(mask, reinterpret_cast<const void*>(at))), Bits);
+      return widen(reinterpret_cast<Shorts>(_mm256_maskz_loadu_epi16(mask, reinterpret_cast<const void*>(at))));
     };
     return seen(both ? column(p) | column(p + step) << 16 : column(p));
   }
