@@ -250,7 +250,8 @@ def _reconstruct_case(tasks: int, k: int, dtype: torch.dtype, p: int = 16) -> Ca
         for _ in range(tasks):
             for basis, (m, turned) in zip(own, sides, strict=True):
                 loadings = torch.randn(p, k, generator=rng).T
-                out = torch.empty(p, m, dtype=dtype).T if turned else torch.empty(m, p, dtype=dtype)
+                # written once: else whoever comes first would wait for new pages
+                out = torch.ones(p, m, dtype=dtype).T if turned else torch.ones(m, p, dtype=dtype)
                 batch.append(Piece(basis, loadings, out, 0.3))
         batches.append(batch)
 
