@@ -79,7 +79,7 @@ inline void transpose_rows(const S* p, std::int64_t row_stride, std::int64_t n, 
   constexpr int L = kLanes<T>;
   // rows lie pages apart: no hardware prefetcher follows them. Short rows follow each other: the panels after this one
   const std::int64_t page = 4096 / static_cast<std::int64_t>(sizeof(S));
-  const std::int64_t ahead = n > kLineColumns ? kLineColumns : max_of(L, page / n) * row_stride;
+  const std::int64_t ahead = n > kLineColumns ? kLineColumns : max_of(L, page / max_of(1, n)) * row_stride;
   for (std::int64_t c = 0; c < n; c += L) {
     Vec<T> v[L];
     LORASPAN_UNROLL
