@@ -18,6 +18,14 @@ inline double add_lanes(Vec<double> x) {
   return t[0];
 }
 
+inline double add_all_lanes(Vec<double> x) { return add_lanes(x); }
+inline double add_all_lanes(Vec<float> x) {
+  alignas(64) float entries[kLanes<float>];
+  store(entries, x);
+  constexpr int L = kLanes<double>;
+  return add_lanes(load_as<double>(entries) + load_as<double>(entries + L));
+}
+
 inline double dot(const double* x, const double* y, std::int64_t first, std::int64_t end) {
   constexpr int L = kLanes<double>;
   Vec<double> a{}, b{};

@@ -93,23 +93,9 @@ inline std::int64_t gram_slab_columns(std::int64_t rows, std::int64_t columns) {
   return slab_columns(columns, max_of(1024, (std::int64_t{1} << 17) / max_of(rows, 1)), 32);
 }
 
-// Adds the slabs in order and writes rows [i0, i1) of the lower triangle, and their mirror image.
-inline void finish_gram(const double* sums, std::int64_t slabs, const GramJob& job, std::int64_t rows, std::int64_t i0,
-                        std::int64_t i1) {
-  for (std::int64_t i = i0; i < i1; ++i) {
-    double* row = job.out + i * rows;
-    for (std::int64_t j = 0; j <= i; ++j) {
-      double sum = sums[i * rows + j];
-      for (std::int64_t s = 1; s < slabs; ++s) sum += sums[(s * rows + i) * rows + j];
-      row[j] = sum;
-    }
-    for (std::int64_t j = 0; j < i; ++j) job.out[j * rows + i] = row[j];
-  }
-}
-
 // Many rows: chunk by chunk, the threads together.
-template <typename T>
-inline void gram_wide(const GramJob& job, std::int64_t rows, int threads) {
+template <typename T, typename Job>
+inline void gram_wide(const Job& job, std::int64_t rows, int threads) {
   constexpr int L = kLanes<T>;
   const std::int64_t padded = round_up(rows, row_unit<T>()), panels = padded / L;
   const std::int64_t stride = kChunk<T> * L + L;
@@ -131,27 +117,27 @@ inline void gram_wide(const GramJob& job, std::int64_t rows, int threads) {
 }
 
 // Jobs of few rows, all slabs of all of them at once.
-template <typename T>
-inline void gram_narrow(const GramJob* jobs, std::int64_t count, int threads) {
+template <typename T, typename Job>
+inline void gram_narrow(const Job* jobs, std::int64_t count, int threads) {
   run_slabs(
       count, threads,
       [&](std::int64_t job) {
         const std::int64_t columns = jobs[job].x.columns, rows = row_count(jobs[job].x);
-        return Slabs{slabs_of(columns, gram_slab_columns(rows, columns)), rows * rows, 0, nullptr};
+        return Slabs{slabs_of(columns, gram_slab_columns(rows, columns)), dot_sums(rows), 0, nullptr};
       },
-      [&](std::int64_t job, std::int64_t slab, double* sums) {
-        const Rows& x = jobs[job].x;
+      [&](std::int64_t job, std::int64_t first, std::int64_t last, double* sums) {
+        const auto& x = jobs[job].x;
         const std::int64_t rows = row_count(x), width = gram_slab_columns(rows, x.columns);
-        dot_slab<T>(x, rows, slab * width, min_of(x.columns, (slab + 1) * width), sums);
+        dot_slabs<T>(x, rows, width, first, last, sums);
       },
       [&](std::int64_t job, std::int64_t slabs, const double* sums, std::int64_t part, std::int64_t parts) {
         const std::int64_t rows = row_count(jobs[job].x);
-        finish_gram(sums, slabs, jobs[job], rows, rows * part / parts, rows * (part + 1) / parts);
+        finish_dots(rows, slabs, sums, dot_sums(rows), part, parts, jobs[job].out);
       });
 }
 
-template <typename T>
-inline void gram_all(const GramJob* jobs, std::int64_t count, int threads) {
+template <typename T, typename Job>
+inline void gram_all(const Job* jobs, std::int64_t count, int threads) {
   for (std::int64_t begin = 0, end; begin < count; begin = end) {
     for (end = begin; end < count && row_count(jobs[end].x) <= kSlabRows;) ++end;
     if (end > begin)
@@ -161,11 +147,44 @@ inline void gram_all(const GramJob* jobs, std::int64_t count, int threads) {
   }
 }
 
+#if defined(__AVX512BF16__)
+struct PairJob {
+  PairRows x;
+  double* out;
+};
+
+inline bool has_pairs(const Rows& x) {
+  for (std::int64_t b = 0; b < x.count; ++b)
+    if (x.blocks[b].dtype != Dtype::bf16) return false;
+  return true;
+}
+
+// Of bfloat16 matrices; those in which pairs lose an entry once more without them.
+inline void gram_pairs(const GramJob* jobs, std::int64_t count, int threads) {
+  PairJob* pairs = scratch<PairJob>(Use::pairs, count);
+  bool* lost = scratch<bool>(Use::lost, count);
+  for (std::int64_t i = 0; i < count; ++i) {
+    const Rows& x = jobs[i].x;
+    lost[i] = false;
+    pairs[i] = {{{x.blocks, x.count, (x.columns + 1) / 2}, x.columns, lost + i}, jobs[i].out};
+  }
+  gram_all<Pair>(pairs, count, threads);
+  for (std::int64_t i = 0; i < count; ++i)
+    if (lost[i]) gram_all<float>(jobs + i, 1, threads);
+}
+#endif
+
 void gram(const GramJob* jobs, std::int64_t count, Precision precision, int threads) {
-  if (precision == Precision::f32)
-    gram_all<float>(jobs, count, threads);
-  else
-    gram_all<double>(jobs, count, threads);
+  if (precision == Precision::f64) return gram_all<double>(jobs, count, threads);
+#if defined(__AVX512BF16__)
+  for (std::int64_t begin = 0, end; begin < count; begin = end) {
+    const bool in_pairs = has_pairs(jobs[begin].x);
+    for (end = begin; end < count && has_pairs(jobs[end].x) == in_pairs;) ++end;
+    (in_pairs ? gram_pairs : gram_all<float, GramJob>)(jobs + begin, end - begin, threads);
+  }
+#else
+  gram_all<float>(jobs, count, threads);
+#endif
 }
 
 }  // namespace LORASPAN_ISA

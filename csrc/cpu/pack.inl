@@ -77,12 +77,14 @@ inline void transpose_lines(const T* lines, std::int64_t n, T* panel) {
 template <typename T, typename S>
 inline void transpose_rows(const S* p, std::int64_t row_stride, std::int64_t n, T* panel) {
   constexpr int L = kLanes<T>;
+  // rows lie pages apart: no hardware prefetcher follows them. Short rows follow each other: the panels after this one
+  const std::int64_t page = 4096 / static_cast<std::int64_t>(sizeof(S));
+  const std::int64_t ahead = n > kLineColumns ? kLineColumns : max_of(L, page / max_of(1, n)) * row_stride;
   for (std::int64_t c = 0; c < n; c += L) {
     Vec<T> v[L];
     LORASPAN_UNROLL
     for (int i = 0; i < L; ++i) {
-      // rows lie pages apart: no hardware prefetcher follows them
-      __builtin_prefetch(p + i * row_stride + c + kLineColumns);
+      __builtin_prefetch(p + i * row_stride + c + ahead);
       v[i] = load_as<T>(p + i * row_stride + c);
     }
     transpose(v);
@@ -174,13 +176,11 @@ inline void strips_from_columns(const S* p, std::int64_t col_stride, std::int64_
 template <typename T, typename S>
 inline void strips_from_row(const S* p, std::int64_t col_stride, std::int64_t n, T* strips, std::int64_t stride) {
   constexpr int L = kLanes<T>;
-  for (std::int64_t c = 0; c < n; c += L) {
-    T* out = strips + c / L * stride;
-    if (col_stride == 1 && n - c >= L)
-      store(out, load_as<T>(p + c));
-    else
-      read_line(p + c * col_stride, col_stride, min_of(n - c, L), out);
-  }
+  const std::int64_t whole = col_stride == 1 ? n / L * L : 0;
+#pragma GCC unroll 4
+  for (std::int64_t c = 0; c < whole; c += L, strips += stride) store(strips, load_as<T>(p + c));
+  for (std::int64_t c = whole; c < n; c += L, strips += stride)
+    read_line(p + c * col_stride, col_stride, min_of(n - c, L), strips);
 }
 
 // Rows [i0, i0 + rows) of columns [c0, c0 + n) of X as strips; row i0 goes to strips[0].

@@ -23,12 +23,7 @@ inline void power_slab(const PowerJob& job, std::int64_t slab, double* sums) {
 inline void finish_power(const PowerJob& job, std::int64_t slabs, const double* sums, std::int64_t part,
                          std::int64_t parts) {
   const Image s = image_of(job.x, job.q, job.width);
-  for (std::int64_t i = s.rows * part / parts; i < s.rows * (part + 1) / parts; ++i)
-    for (std::int64_t j = 0; j < s.k; ++j) {
-      double sum = sums[i * s.width + j];
-      for (std::int64_t slab = 1; slab < slabs; ++slab) sum += sums[slab * s.product_entries() + i * s.width + j];
-      job.y[i * s.k + j] = sum;
-    }
+  add_slabs(slabs, sums, s.product_entries(), s.width, s.k, s.rows * part / parts, s.rows * (part + 1) / parts, job.y);
 }
 
 template <typename T>
@@ -39,7 +34,10 @@ inline void power_all(const PowerJob* jobs, std::int64_t count, int threads) {
         return Slabs{slabs_of(jobs[i].x.columns, power_slab_width(jobs[i])),
                      image_of(jobs[i].x, jobs[i].q, jobs[i].width).product_entries(), 0, nullptr};
       },
-      [&](std::int64_t i, std::int64_t slab, double* sums) { power_slab<T>(jobs[i], slab, sums); },
+      [&](std::int64_t i, std::int64_t first, std::int64_t last, double* sums) {
+        const std::int64_t entries = image_of(jobs[i].x, jobs[i].q, jobs[i].width).product_entries();
+        for (std::int64_t slab = first; slab < last; ++slab, sums += entries) power_slab<T>(jobs[i], slab, sums);
+      },
       [&](std::int64_t i, std::int64_t slabs, const double* sums, std::int64_t part, std::int64_t parts) {
         finish_power(jobs[i], slabs, sums, part, parts);
       });

@@ -18,6 +18,8 @@ enum class Use {
   blocks,
   first_jobs,
   second_jobs,
+  pairs,
+  lost,
   count
 };
 

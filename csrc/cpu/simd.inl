@@ -1,4 +1,4 @@
-// Vectors of one register of the instruction set, and the loads and stores that convert.
+// Vectors of one register of the instruction set, and the loads that convert.
 //
 // Vec<float> and Vec<double> are the compiler's vector extensions: + - * work, and a * b + c is one fused multiply-add
 // where the set has one. Half-precision entries are Half and Bfloat, so that a template can tell them apart.
@@ -103,6 +103,34 @@ Vec<T> load_as(const float* p);
 template <typename T>
 Vec<T> load_as(const double* p);
 
+// gcc 12 makes two halves of what AVX-512 converts at once.
+inline Vec<double> widen(FloatHalf x) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec<double>>(_mm512_maskz_cvtps_pd(0xff, reinterpret_cast<__m256>(x)));
+#else
+  return __builtin_convertvector(x, Vec<double>);
+#endif
+}
+
+inline Bits widen(Shorts x) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Bits>(_mm512_maskz_cvtepu16_epi32(kAll, reinterpret_cast<__m256i>(x)));
+#else
+  return __builtin_convertvector(x, Bits);
+#endif
+}
+
+inline Shorts narrow(Bits x) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Shorts>(_mm512_maskz_cvtepi32_epi16(kAll, reinterpret_cast<__m512i>(x)));
+#else
+  return __builtin_convertvector(x, Shorts);
+#endif
+}
+
+inline ShortsHalf narrow(BitsHalf x) { return __builtin_convertvector(x, ShortsHalf); }
+inline FloatHalf narrow(Vec<double> x) { return __builtin_convertvector(x, FloatHalf); }
+
 inline FloatHalf load_float_half(const Half* p) {
 #if defined(__AVX512F__)
   return reinterpret_cast<FloatHalf>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i_u*>(p))));
@@ -133,21 +161,18 @@ inline Vec<float> load_as<float>(const Half* p) {
 
 template <>
 inline Vec<float> load_as<float>(const Bfloat* p) {
-  return reinterpret_cast<Vec<float>>(__builtin_convertvector(read_unaligned<Shorts>(p), Bits) << 16);
+  return reinterpret_cast<Vec<float>>(widen(read_unaligned<Shorts>(p)) << 16);
 }
 
 template <>
 inline Vec<double> load_as<double>(const Half* p) {
-  return __builtin_convertvector(load_float_half(p), Vec<double>);
+  return widen(load_float_half(p));
 }
 
 template <>
 inline Vec<double> load_as<double>(const Bfloat* p) {
-  return __builtin_convertvector(load_float_half(p), Vec<double>);
+  return widen(load_float_half(p));
 }
-
-inline Vec<double> widen(FloatHalf x) { return __builtin_convertvector(x, Vec<double>); }
-inline FloatHalf narrow(Vec<double> x) { return __builtin_convertvector(x, FloatHalf); }
 
 inline FloatHalf low_half(Vec<float> x) {
   FloatHalf half;
@@ -212,80 +237,6 @@ inline Vec<T> load_first(const S* p, std::int64_t n) {
 #endif
   for (std::int64_t i = 0; i < n; ++i) buffer[i] = p[i];
   return load_as<T>(buffer);
-}
-
-inline void round_entry(double* p, double x) { *p = x; }
-inline void round_entry(float* p, double x) { *p = static_cast<float>(x); }
-inline void round_entry(Half* p, double x) { p->bits = float_to_half(round_to_odd(x)); }
-inline void round_entry(Bfloat* p, double x) { p->bits = float_to_bfloat(round_to_odd(x)); }
-inline void round_entry(float* p, float x) { *p = x; }
-inline void round_entry(double* p, float x) { *p = x; }
-inline void round_entry(Half* p, float x) { p->bits = float_to_half(x); }
-inline void round_entry(Bfloat* p, float x) { p->bits = float_to_bfloat(x); }
-
-// All lanes of x, rounded once, to p, which needs no alignment.
-inline void store_as(float* p, Vec<float> x) { store(p, x); }
-inline void store_as(double* p, Vec<double> x) { store(p, x); }
-
-inline void store_as(double* p, Vec<float> x) {
-  store(p, widen(low_half(x)));
-  store(p + kLanes<double>, widen(high_half(x)));
-}
-
-inline void store_as(float* p, Vec<double> x) {
-  const FloatHalf half = narrow(x);
-  __builtin_memcpy(p, &half, sizeof half);
-}
-
-inline void store_as(Half* p, Vec<float> x) {
-#if defined(__AVX512F__)
-  _mm256_storeu_si256(reinterpret_cast<__m256i_u*>(p), _mm512_maskz_cvtps_ph(kAll, reinterpret_cast<__m512>(x), 0));
-#elif defined(__AVX2__)
-  _mm_storeu_si128(reinterpret_cast<__m128i_u*>(p), _mm256_cvtps_ph(reinterpret_cast<__m256>(x), 0));
-#elif defined(__aarch64__)
-  vst1_u16(&p->bits, vreinterpret_u16_f16(vcvt_f16_f32(reinterpret_cast<float32x4_t>(x))));
-#else
-  for (int i = 0; i < kLanes<float>; ++i) p[i].bits = float_to_half(x[i]);
-#endif
-}
-
-// Rounded to odd, as round_to_odd does it: towards zero, and the last bit set where something was cut off.
-inline FloatHalf narrow_to_odd(Vec<double> x) {
-  const FloatHalf nearest = narrow(x);
-  const Vec<double> back = widen(nearest);
-  const Vec<double> magnitude = x < 0 ? -x : x, back_magnitude = back < 0 ? -back : back;
-  // a comparison gives -1 where it holds
-  const BitsHalf too_far = __builtin_convertvector(back_magnitude > magnitude, BitsHalf);
-  const BitsHalf inexact = __builtin_convertvector(back != x, BitsHalf);
-  return reinterpret_cast<FloatHalf>((reinterpret_cast<BitsHalf>(nearest) + too_far) | (inexact & 1u));
-}
-
-inline void store_as(Half* p, Vec<double> x) {
-  const FloatHalf odd = narrow_to_odd(x);
-#if defined(__AVX512F__)
-  _mm_storeu_si128(reinterpret_cast<__m128i_u*>(p), _mm256_cvtps_ph(reinterpret_cast<__m256>(odd), 0));
-#elif defined(__AVX2__)
-  _mm_storel_epi64(reinterpret_cast<__m128i_u*>(p), _mm_cvtps_ph(reinterpret_cast<__m128>(odd), 0));
-#else
-  for (int i = 0; i < kLanes<double>; ++i) p[i].bits = float_to_half(odd[i]);
-#endif
-}
-
-template <typename BitsV, typename ShortsV>
-inline ShortsV round_bfloat_bits(BitsV bits) {
-  const BitsV is_nan = reinterpret_cast<BitsV>((bits & 0x7fffffffu) > 0x7f800000u);
-  const BitsV rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return __builtin_convertvector((is_nan & ((bits >> 16) | 0x40u)) | (~is_nan & rounded), ShortsV);
-}
-
-inline void store_as(Bfloat* p, Vec<float> x) {
-  const Shorts out = round_bfloat_bits<Bits, Shorts>(reinterpret_cast<Bits>(x));
-  __builtin_memcpy(p, &out, sizeof out);
-}
-
-inline void store_as(Bfloat* p, Vec<double> x) {
-  const ShortsHalf out = round_bfloat_bits<BitsHalf, ShortsHalf>(reinterpret_cast<BitsHalf>(narrow_to_odd(x)));
-  __builtin_memcpy(p, &out, sizeof out);
 }
 
 }  // namespace LORASPAN_ISA

@@ -44,21 +44,6 @@ inline std::int64_t place_plans(SlabPlan* plans, std::int64_t count) {
   return tasks;
 }
 
-// y [R, width] = the sums of all slabs, added in order.
-inline void add_slabs(const SlabPlan& plan, std::int64_t width, double* y, int threads) {
-  constexpr std::int64_t kRows = 64;
-  parallel_for((plan.rows + kRows - 1) / kRows, threads, [&](std::int64_t part) {
-    for (std::int64_t i = part * kRows; i < min_of(plan.rows, (part + 1) * kRows); ++i) {
-      double* out = y + i * width;
-      for (std::int64_t c = 0; c < width; ++c) out[c] = 0;
-      for (std::int64_t slab = 0; slab < plan.slabs; ++slab) {
-        const double* sums = plan.sums + slab * sum_entries(plan) + i * plan.row_sums;
-        for (std::int64_t c = 0; c < width; ++c) out[c] += sums[c];
-      }
-    }
-  });
-}
-
 template <typename T>
 void sketch_task(const SketchJob& job, const SlabPlan& plan, std::int64_t slab, std::int64_t piece) {
   constexpr std::int64_t kOmegaBytes = std::int64_t{1} << 18;  // a part of the second-level cache
@@ -98,7 +83,14 @@ void sketch(const SketchJob* jobs, std::int64_t count, Precision precision, int 
     else
       sketch_task<double>(jobs[i], plans[i], slab, piece);
   });
-  for (std::int64_t i = 0; i < count; ++i) add_slabs(plans[i], jobs[i].width, jobs[i].y, threads);
+  for (std::int64_t i = 0; i < count; ++i) {
+    constexpr std::int64_t kRows = 64;
+    const SlabPlan& plan = plans[i];
+    parallel_for((plan.rows + kRows - 1) / kRows, threads, [&](std::int64_t part) {
+      add_slabs(plan.slabs, plan.sums, sum_entries(plan), plan.row_sums, jobs[i].width, part * kRows,
+                min_of(plan.rows, (part + 1) * kRows), jobs[i].y);
+    });
+  }
 }
 
 }  // namespace LORASPAN_ISA

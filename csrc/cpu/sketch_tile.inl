@@ -20,7 +20,7 @@ inline __attribute__((always_inline)) void prefetch_line(Ahead ahead, std::int64
   if (!ahead.rows || line * 64 >= ahead.bytes) return;
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r)
-    __builtin_prefetch(reinterpret_cast<const void*>(ahead.rows[r] + static_cast<std::uintptr_t>(line * 64)), 0, 2);
+    __builtin_prefetch(reinterpret_cast<const void*>(ahead.rows[r] + static_cast<std::uintptr_t>(line * 64)), 0, 3);
 }
 
 template <int N>

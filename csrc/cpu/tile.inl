@@ -23,7 +23,7 @@ constexpr std::int64_t kFlush = 128;
 // Across: a_i[k] is lane k % L of vector i of strip k / L, a_stride from strip to strip.
 template <typename T, int M, int N>
 inline __attribute__((always_inline)) void sum_along(const T* a, std::int64_t a_stride, const T* b,
-                                                     std::int64_t b_stride, std::int64_t n, Vec<T> (&sums)[M][N]) {
+                                                     std::int64_t b_stride, std::int64_t n, Sum<T> (&sums)[M][N]) {
   constexpr int L = kLanes<T>;
   for (std::int64_t k = 0; k < n; ++k) {
     Vec<T> v[N];
@@ -33,14 +33,14 @@ inline __attribute__((always_inline)) void sum_along(const T* a, std::int64_t a_
     for (int i = 0; i < M; ++i) {
       const Vec<T> w = broadcast(a[(i / L) * a_stride + i % L + k * L]);
       LORASPAN_UNROLL
-      for (int j = 0; j < N; ++j) sums[i][j] += w * v[j];
+      for (int j = 0; j < N; ++j) sums[i][j] = multiply_add(w, v[j], sums[i][j]);
     }
   }
 }
 
 template <typename T, int M, int N>
 inline __attribute__((always_inline)) void sum_across(const T* a, std::int64_t a_stride, const T* b,
-                                                      std::int64_t b_stride, std::int64_t n, Vec<T> (&sums)[M][N]) {
+                                                      std::int64_t b_stride, std::int64_t n, Sum<T> (&sums)[M][N]) {
   constexpr int L = kLanes<T>;
   for (std::int64_t start = 0; start < n; start += L, a += a_stride) {
     const std::int64_t end = n - start < L ? n - start : L;
@@ -52,7 +52,7 @@ inline __attribute__((always_inline)) void sum_across(const T* a, std::int64_t a
       for (int i = 0; i < M; ++i) {
         const Vec<T> w = broadcast(a[i * L + k]);
         LORASPAN_UNROLL
-        for (int j = 0; j < N; ++j) sums[i][j] += w * v[j];
+        for (int j = 0; j < N; ++j) sums[i][j] = multiply_add(w, v[j], sums[i][j]);
       }
     }
   }
@@ -77,9 +77,9 @@ template <typename T, int M, int N, bool kAcross>
 __attribute__((noinline)) void tile(const T* a, std::int64_t a_stride, const T* b, std::int64_t b_stride,
                                     std::int64_t n, double* out) {
   constexpr int L = kLanes<T>;
-  const std::int64_t step = sizeof(T) == sizeof(double) ? n : kFlush;
+  const std::int64_t step = sizeof(T) == sizeof(double) ? n : kFlush / kEntries<T>;
   for (std::int64_t start = 0; start == 0 || start < n; start += step) {
-    Vec<T> sums[M][N] = {};
+    Sum<T> sums[M][N] = {};
     const std::int64_t width = min_of(n - start, step);
     if constexpr (kAcross)
       sum_across<T, M, N>(a + start / L * a_stride, a_stride, b + start * L, b_stride, width, sums);

@@ -67,8 +67,9 @@ def matrix_fields(matrix: Tensor | None) -> tuple[int, int, int, int]:
     """Give address, strides and dtype of a matrix as the core reads them; zeros for none."""
     if matrix is None:
         return (0, 0, 0, 0)
+    row, column = matrix.stride()
     # torch says 0 for the address of an empty matrix, which is not "none"; nothing is read there
-    return (matrix.data_ptr() or matrix.element_size(), matrix.stride(0), matrix.stride(1), DTYPE_CODES[matrix.dtype])
+    return (matrix.data_ptr() or matrix.element_size(), row, column, DTYPE_CODES[matrix.dtype])
 
 
 def batch_fields(matrices: Tensor) -> NDArray[np.int64]:

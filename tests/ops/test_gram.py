@@ -74,6 +74,21 @@ def test_float32_sums_end_in_time(backend, dtype):
     check(backend, [swallowing(8209, dtype)])
 
 
+# an instruction set may have products of bfloat16 numbers that take subnormal ones for zero
+@pytest.mark.parametrize("heights", [[3, 5], [150, 130]], ids=str)
+@pytest.mark.parametrize("layout", ["row-major", "column-major"])
+def test_subnormal_entries_count(compiled, heights, layout):
+    small, large = blocks(6, heights, 77, "bf16", layout)
+    # the last column alone, or all of a row
+    small[0, :76], small[1, :76] = 0, 2.0**-126
+    small[:, 76] *= 2.0**-130
+    large *= 2.0**60
+    check(compiled, [small, large])
+    batch = [[large], [small, large], [small], [large.float()], [large]]
+    for together, x in zip(gram_many(batch, backend=compiled), batch, strict=True):
+        assert oracles.same_bits(together, gram(x, backend=compiled))
+
+
 def test_products_of_half_precision_numbers_are_exact(backend):
     # 11 bits times 11 bits fit float32's 24: sums of two such numbers with small exponents have no error at all
     x = torch.tensor([[1 + 2.0**-10, 1 - 2.0**-11], [2 - 2.0**-10, 1 + 2.0**-9]], dtype=torch.float16)

@@ -38,6 +38,10 @@ def gram(x: RowBlocks | Sequence[Tensor] | Tensor, *, precision: str = "f32", ba
         the roundoff and where no product leaves the normal range of float32 or float64. The compiled kernels give
         the same bits for any number of threads.
 
+        Where a matrix is bfloat16 throughout and the processor multiplies pairs of such numbers
+        (``"cpu:avx512bf16"``), ``"f32"`` does so: each product is still rounded once, with its sum, but a float32 sum
+        below ``2^-126`` counts as zero, so ``d 2^-126`` is added to the error.
+
     Raises:
         ShapeError: if the blocks do not fit together.
         ArgumentError: if ``precision`` is neither ``"f32"`` nor ``"f64"``.

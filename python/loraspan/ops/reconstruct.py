@@ -129,11 +129,19 @@ def reconstruct_many(pieces: Sequence[Piece], *, backend: str | None = None) -> 
 
 
 def _check(pieces: Sequence[Piece]) -> None:
-    for piece in pieces:
-        basis, loadings, out, _ = piece
-        tensors = [t for t in (basis, loadings, out) if t is not None]
-        if any(isinstance(t, Tensor) and t.ndim != 2 for t in tensors):
-            raise ShapeError(f"reconstruct: a piece is of matrices; got {[list(t.shape) for t in tensors]}")
+    for basis, loadings, out, _ in pieces:
+        device = basis.device
+        tensors = (basis, out) if loadings is None else (basis, loadings, out)
+        for t in tensors:
+            if isinstance(t, Tensor) and t.ndim != 2:
+                raise ShapeError(f"reconstruct: a piece is of matrices; got {[list(t.shape) for t in tensors]}")
+            kind = torch.float32 if isinstance(t, Packed) else t.dtype
+            if kind not in _native.DTYPE_CODES or t.device != device:
+                raise ShapeError(
+                    f"reconstruct: tensors are float16, bfloat16, float32 or float64 and on one device; "
+                    f"got {kind} on {t.device} beside {'packed rows' if isinstance(basis, Packed) else basis.dtype} "
+                    f"on {device}"
+                )
         m, k = shape_of(basis)
         inner, columns = (k, k) if loadings is None else shape_of(loadings)
         if k != inner or out.shape != (m, columns):
@@ -141,14 +149,6 @@ def _check(pieces: Sequence[Piece]) -> None:
                 f"reconstruct: basis has {k} vectors of length {m}; got "
                 f"loadings {None if loadings is None else list(shape_of(loadings))} and out {list(out.shape)}"
             )
-        for t in tensors:
-            kind = torch.float32 if isinstance(t, Packed) else t.dtype
-            if kind not in _native.DTYPE_CODES or t.device != basis.device:
-                raise ShapeError(
-                    f"reconstruct: tensors are float16, bfloat16, float32 or float64 and on one device; "
-                    f"got {kind} on {t.device} beside {'packed rows' if isinstance(basis, Packed) else basis.dtype} "
-                    f"on {basis.device}"
-                )
 
 
 def _cpu(pieces: Sequence[Piece], *, isa: str) -> None:
