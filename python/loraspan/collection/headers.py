@@ -42,7 +42,7 @@ _LENGTH_BYTES = 8
 INFLATED = 64
 _ZLIB_LEVEL = 6
 # A header up to so long is no burden, nor is one of a 64th of the data.
-_LONG, _DATA_PER_HEADER = 4096, 64
+_LONG, _DATA_PER_HEADER = 1024, 64
 # the two tensors of a file with a directory
 DIRECTORY, DATA = "directory", "data"
 
