@@ -20,7 +20,7 @@ from loraspan.ops.dense import svd
 # that come later, and in a refit.
 CORRECTIONS = 2
 # Coded columns: how often a step is tried, what may be left of the budget, how far below it the next try aims, how near
-# a step that is too long is not worth a try between, and by how much the first try that follows one is shorter at least.
+# a step that is too long is not worth a try between, and by what share the first try after one is shorter at least.
 _TRIES, _CLOSE, _AIM, _NEAR, _SHORTER = 8, 0.985, 0.996, 1.004, 0.005
 
 
@@ -122,7 +122,10 @@ def _carry_coded(
         sides = [side.coded(steps[:, None] / s.clamp(min=1e-300), kept) for side in formed]
         part, remains, rest = _weighed(residual, sides[0], sides[1], kept.sum(-1), CODED)
         fits = remains <= allowed
-        good, bad = torch.where(fits, torch.maximum(good, steps), good), torch.where(fits, bad, torch.minimum(bad, steps))
+        good, bad = (
+            torch.where(fits, torch.maximum(good, steps), good),
+            torch.where(fits, bad, torch.minimum(bad, steps)),
+        )
         settled = fits & ((remains >= _CLOSE * allowed) | ~kept.any(-1) | (steps * _NEAR >= bad))
         if settled.all() or i == _TRIES - 1:
             break

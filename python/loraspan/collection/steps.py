@@ -29,7 +29,7 @@ _LEAST, _MOST, _COUNT, _SHORT = 1 / 4096, 64.0, 260, 1 / 16
 _COARSE_STEPS = 1 / 8
 # Of the whole numbers of a trellis to a step, what it loses with so many (as much as steps of a length that falls
 # behind a little), and the bits an entry that it saves at an entropy: measured on normal entries.
-_TO_A_STEP, _FALLS, _LEAST_TO_A_STEP, _SAVES, _SAVES_LESS = 1.74, 0.14, 1.4, 0.165, 0.03
+_TO_A_STEP, _FALLS, _LEAST_TO_A_STEP, _SAVES, _SAVES_LESS = 1.74, 0.14, 1.55, 0.165, 0.03
 # Bits beside those of the numbers: of a column (its weight) and of a row (its size, about).
 _COLUMN_BITS, _ROW_BITS = 16, 3
 # What models that learn take above the entropy, about.
