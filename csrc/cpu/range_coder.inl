@@ -2,8 +2,8 @@
 namespace loraspan {
 namespace LORASPAN_ISA {
 
-// Symbols of a model: sizes of numbers from 0 to 14, and what is larger. Shares of them are learned in 16 bits and coded
-// in 15, where each symbol has two units more than its share, so that none is impossible.
+// Symbols of a model: sizes of numbers from 0 to 14, and what is larger. Shares of them are learned in 16 bits and
+// coded in 15, where each symbol has two units more than its share, so that none is impossible.
 constexpr int kSymbols = 16, kCodedBits = 15, kFloor = 2;
 constexpr std::uint32_t kMostShare = (1u << kCodedBits) - 1;
 constexpr std::int32_t kWhole = (1 << (kCodedBits + 1)) - 2 * kSymbols * kFloor;
@@ -129,7 +129,8 @@ inline std::uint32_t big_endian(const std::uint8_t* bytes) {
   return value;
 }
 
-// Symbols by their shares from the front of a stream, and bits as they are from its end: a reader waits for none of them.
+// Symbols by their shares from the front of a stream, and bits as they are from its end: a reader waits for none of
+// them.
 class Writer {
  public:
   Writer(std::uint8_t* out, std::int64_t room) : first_(out), at_(out), end_(out + room), bits_at_(end_) {}
@@ -194,7 +195,8 @@ class Reader {
   }
 
   std::uint32_t bits(int count) {
-    for (; waits_ < count; waits_ += 8) waiting_ |= std::uint32_t{bits_at_ > 0 ? data_[bits_at_ - 1] : 0u} << waits_, --bits_at_;
+    for (; waits_ < count; waits_ += 8)
+      waiting_ |= std::uint32_t{bits_at_ > 0 ? data_[bits_at_ - 1] : 0u} << waits_, --bits_at_;
     const std::uint32_t found = waiting_ & ((1u << count) - 1);
     waiting_ >>= count;
     waits_ -= count;
