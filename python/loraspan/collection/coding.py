@@ -88,7 +88,7 @@ def trellis(rows: Tensor, isa: str = _native.BEST) -> Tensor:
     """
     rows = rows.to(torch.float32).contiguous()
     numbers = torch.empty(rows.shape, dtype=torch.int8)
-    _core.trellis(rows.data_ptr(), *rows.shape, numbers.data_ptr(), _native.threads(), isa)
+    _core.trellis(rows.data_ptr(), rows.shape[0], rows.shape[1], numbers.data_ptr(), _native.threads(), isa)
     return numbers
 
 
