@@ -44,22 +44,27 @@ inline Choices choices_for(std::int32_t size) {
 // The state from which a number of even index leads to `state`; from that for state ^ 2 leads one of odd index.
 constexpr int state_before(int state) { return state < 8 ? 2 * state : 2 * (state ^ 9) + 1; }
 
-// One step: cheapest ways to every state, and which of the two ways each took.
-inline std::uint16_t advance(std::int32_t* cost, const Choices& choices) {
-  std::int32_t by[2][kTrellisStates], least[kTrellisStates];
-  for (int s = 0; s < kTrellisStates; ++s)
-    for (int index = 0; index < 2; ++index) by[index][s] = cost[s] + choices.cost[s & 1][index];
-  unsigned took = 0;
-  for (int s = 0; s < kTrellisStates; ++s) {
-    const std::int32_t even = by[0][state_before(s)], odd = by[1][state_before(s ^ 2)];
-    took |= static_cast<unsigned>(odd < even) << s;
-    least[s] = odd < even ? odd : even;
-  }
-  __builtin_memcpy(cost, least, sizeof least);
-  return static_cast<std::uint16_t>(took);
+// Costs of all states, and the same for a byte each.
+using Costs = std::int32_t __attribute__((vector_size(4 * kTrellisStates)));
+using Marks = std::int8_t __attribute__((vector_size(kTrellisStates)));
+
+// One step: cheapest ways to every state, and a mark for those that an odd index leads to.
+inline Marks advance(Costs& cost, const Choices& choices) {
+  const std::int32_t (&c)[2][2] = choices.cost;
+  const Costs even = {c[0][0], c[0][0], c[0][0], c[0][0], c[0][0], c[0][0], c[0][0], c[0][0],
+                      c[1][0], c[1][0], c[1][0], c[1][0], c[1][0], c[1][0], c[1][0], c[1][0]};
+  const Costs odd = {c[0][1], c[0][1], c[0][1], c[0][1], c[0][1], c[0][1], c[0][1], c[0][1],
+                     c[1][1], c[1][1], c[1][1], c[1][1], c[1][1], c[1][1], c[1][1], c[1][1]};
+  // the states before: state_before(s), and state_before(s ^ 2)
+  const Costs by_even =
+      even + __builtin_shufflevector(cost, cost, 0, 2, 4, 6, 8, 10, 12, 14, 3, 1, 7, 5, 11, 9, 15, 13);
+  const Costs by_odd = odd + __builtin_shufflevector(cost, cost, 4, 6, 0, 2, 12, 14, 8, 10, 7, 5, 3, 1, 15, 13, 11, 9);
+  const auto took = by_odd < by_even;
+  cost = (took & by_odd) | (~took & by_even);
+  return __builtin_convertvector(took, Marks);
 }
 
-inline int cheapest(const std::int32_t* cost) {
+inline int cheapest(const Costs& cost) {
   int best = 0;
   for (int s = 1; s < kTrellisStates; ++s)
     if (cost[s] < cost[best]) best = s;
@@ -67,22 +72,19 @@ inline int cheapest(const std::int32_t* cost) {
 }
 
 inline void round_row(const float* x, std::int64_t length, std::int8_t* out) {
-  auto* took = scratch<std::uint16_t>(Use::tile, length);
+  auto* took = scratch<Marks>(Use::tile, length);
   auto* choices = scratch<Choices>(Use::rows, length);
-  std::int32_t cost[kTrellisStates];
-  for (int s = 0; s < kTrellisStates; ++s) cost[s] = s ? 1 << 29 : 0;
+  Costs cost = (1 << 29) - Costs{};
+  cost[0] = 0;
   for (std::int64_t i = 0; i < length; ++i) {
     // exact but for the cast: a product with a power of two
     choices[i] = choices_for(static_cast<std::int32_t>(__builtin_fabsf(x[i]) * kFraction + 0.5f));
     took[i] = advance(cost, choices[i]);
-    if (i % kCostsRun == kCostsRun - 1) {
-      const std::int32_t least = cost[cheapest(cost)];
-      for (int s = 0; s < kTrellisStates; ++s) cost[s] -= least;
-    }
+    if (i % kCostsRun == kCostsRun - 1) cost -= cost[cheapest(cost)];
   }
   int state = cheapest(cost);
   for (std::int64_t i = length; i-- > 0;) {
-    const int index = (took[i] >> state) & 1;
+    const int index = took[i][state] & 1;
     state = state_before(index ? state ^ 2 : state);
     const std::int8_t number = choices[i].number[state & 1][index];
     out[i] = static_cast<std::int8_t>(x[i] < 0 ? -number : number);
