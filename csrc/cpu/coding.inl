@@ -36,7 +36,8 @@ inline int read_size(Reader& in, Model& model, int known) {
   const int turns = in.symbol(model);
   if (turns == kEscape) return static_cast<int>(in.bits(kSizeBits));
   const int size = known + (turns & 1 ? -(turns + 1) / 2 : turns / 2);
-  return size < 0 ? 0 : size;
+  const int most = (1 << kSizeBits) - 1;
+  return size < 0 ? 0 : size > most ? most : size;
 }
 
 inline int bit_length(std::uint32_t value) { return value ? 32 - __builtin_clz(value) : 0; }
