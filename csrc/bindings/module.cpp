@@ -228,6 +228,33 @@ void unpack(std::int64_t codes, std::int64_t scales, std::int64_t rows, std::int
   kernels.unpack(x, rows, address<void>(out), Dtype(dtype), threads);
 }
 
+// tables: address, rows, length, bits.
+std::vector<CodedTable> read_tables(const Table& tables) {
+  return read_jobs<CodedTable>(
+      tables, [&](auto field) { return CodedTable{address<void>(field(0)), field(1), field(2), field(3)}; });
+}
+
+std::int64_t encode(const Table& tables, std::int64_t out, std::int64_t room, const std::string& isa) {
+  const Kernels& kernels = kernels_named(isa);
+  const auto read = read_tables(tables);
+  py::gil_scoped_release release;
+  return kernels.encode(read.data(), static_cast<std::int64_t>(read.size()), address<std::uint8_t>(out), room);
+}
+
+bool decode(const Table& tables, std::int64_t data, std::int64_t size, const std::string& isa) {
+  const Kernels& kernels = kernels_named(isa);
+  const auto read = read_tables(tables);
+  py::gil_scoped_release release;
+  return kernels.decode(read.data(), static_cast<std::int64_t>(read.size()), address<const std::uint8_t>(data), size);
+}
+
+void trellis(std::int64_t x, std::int64_t rows, std::int64_t length, std::int64_t out, int threads,
+             const std::string& isa) {
+  const Kernels& kernels = kernels_named(isa);
+  py::gil_scoped_release release;
+  kernels.trellis(address<const float>(x), rows, length, address<std::int8_t>(out), threads);
+}
+
 double arithmetic(Arithmetic kind, std::int64_t repetitions, int threads, const std::string& isa) {
   const Kernels& kernels = kernels_named(isa);
   py::gil_scoped_release release;
@@ -281,6 +308,12 @@ PYBIND11_MODULE(_core, m) {
         py::arg("threads"), py::arg("isa"));
   m.def("unpack", &unpack, py::arg("codes"), py::arg("scales"), py::arg("rows"), py::arg("length"), py::arg("bits"),
         py::arg("out"), py::arg("dtype"), py::arg("threads"), py::arg("isa"));
+  // Gives the bytes that were written.
+  m.def("encode", &encode, py::arg("tables"), py::arg("out"), py::arg("room"), py::arg("isa"));
+  // Gives whether the bytes are a stream of such tables.
+  m.def("decode", &decode, py::arg("tables"), py::arg("data"), py::arg("size"), py::arg("isa"));
+  m.def("trellis", &trellis, py::arg("x"), py::arg("rows"), py::arg("length"), py::arg("out"), py::arg("threads"),
+        py::arg("isa"));
   m.def(
       "want_huge_pages", [](std::int64_t data, std::int64_t bytes) { want_huge_pages(address<void>(data), bytes); },
       py::arg("data"), py::arg("bytes"));

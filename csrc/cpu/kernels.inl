@@ -56,6 +56,9 @@
 #include "dense_svd.inl"
 #include "dense_root.inl"
 #include "short_svd.inl"
+#include "trellis.inl"
+#include "range_coder.inl"
+#include "coding.inl"
 #include "ceilings.inl"
 // clang-format on
 
@@ -63,8 +66,9 @@ namespace loraspan {
 namespace LORASPAN_ISA {
 
 extern const Kernels kernels;
-const Kernels kernels = {&gram, &combine, &sketch,    &power, &reconstruct, &shared_lora, &squares, &eigh,
-                         &svd,  &root,    &short_svd, &pack,  &unpack,      &arithmetic,  &traffic};
+const Kernels kernels = {&gram,    &combine, &sketch, &power,   &reconstruct, &shared_lora,
+                         &squares, &eigh,    &svd,    &root,    &short_svd,   &pack,
+                         &unpack,  &encode,  &decode, &trellis, &arithmetic,  &traffic};
 
 }  // namespace LORASPAN_ISA
 }  // namespace loraspan

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import weakref
+import zlib
 
 import planted
 import pytest
@@ -48,7 +49,7 @@ OPENING = {
     ),
     "tensor 'coded.no.slot': ": lambda t: t.update({"coded.no.slot": t[f"coded.{Q}"].clone()}),
     f"tensor 'coded.{Q}': it has to be torch.uint8": lambda t: t.update({f"coded.{Q}": t[f"coded.{Q}"].float()}),
-    f"tensor 'coded.{Q}': [0-9]+ numbers need a byte for 40 of them": lambda t: t.update(
+    f"tensor 'coded.{Q}': [0-9]+ numbers need a byte for 90 of them": lambda t: t.update(
         {f"coded.{Q}": t[f"coded.{Q}"][:9].clone()}
     ),
     f"tensor 'coded.{Q}': [0-9]{{9,}} numbers need": _bomb,
@@ -68,10 +69,15 @@ def test_what_does_not_fit_is_refused_on_opening(path, problem):
     assert only(path).file == name
 
 
+def _signed(stream):
+    data = stream.numpy().tobytes()
+    return torch.frombuffer(bytearray(data + zlib.crc32(data).to_bytes(4, "little")), dtype=torch.uint8)
+
+
 UNPACKING = {
-    "needs to end where its rows do": lambda s: torch.cat([s, torch.zeros(3, dtype=torch.uint8)]),
-    "needs to (be|end)": lambda s: s[:-5].clone(),
-    "needs to be a zlib stream": lambda s: torch.cat([s[:4], torch.full_like(s[4:], 255)]),
+    "needs to end with the checksum": lambda s: torch.cat([s[:9], s[9:10] ^ 1, s[10:]]),
+    "needs to end with the": lambda s: s[:-5].clone(),
+    "needs to end where its rows do": lambda s: _signed(torch.cat([s[:4], torch.full_like(s[4:-4], 255)])),
 }
 
 

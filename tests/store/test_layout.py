@@ -33,7 +33,7 @@ def data_bytes(path, prefix):
 @given(seed=st.integers(0, 2**32 - 1), dtype=st.sampled_from(FLOATS))
 def test_bases_and_columns_take_what_is_said(tmp_path_factory, seed, dtype):
     """To the byte: the files hold nothing else than bases, columns, what indexes them and the records."""
-    held = collection(seed, dtype=dtype)
+    held = collection(seed, slots=2, dtype=dtype)
     path = tmp_path_factory.mktemp("store") / "a"
     store.save(held, path)
 

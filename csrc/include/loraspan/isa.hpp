@@ -2,6 +2,7 @@
 #pragma once
 
 #include "loraspan/ceilings.hpp"
+#include "loraspan/coding.hpp"
 #include "loraspan/combine.hpp"
 #include "loraspan/dense.hpp"
 #include "loraspan/gram.hpp"
@@ -28,6 +29,9 @@ struct Kernels {
   ShortSvdFn* short_svd;
   PackFn* pack;
   UnpackFn* unpack;
+  EncodeFn* encode;
+  DecodeFn* decode;
+  TrellisFn* trellis;
   ArithmeticFn* arithmetic;
   TrafficFn* traffic;
 };

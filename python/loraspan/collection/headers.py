@@ -42,7 +42,7 @@ _LENGTH_BYTES = 8
 INFLATED = 64
 _ZLIB_LEVEL = 6
 # A header up to so long is no burden, nor is one of a 64th of the data.
-_LONG, _DATA_PER_HEADER = 4096, 64
+_LONG, _DATA_PER_HEADER = 2048, 64
 # the two tensors of a file with a directory
 DIRECTORY, DATA = "directory", "data"
 
@@ -74,7 +74,7 @@ def header(entries: Iterable[Entry], metadata: Mapping[str, str]) -> bytes:
 def file_start(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
     """Give the first bytes of a file of a store, up to where the data of ``entries`` begin, in the order given.
 
-    They are :func:`header`, or where that is longer than 4 kB and than a 64th of the data, the header of a file of two
+    They are :func:`header`, or where that is longer than 2 kB and than a 64th of the data, the header of a file of two
     tensors: ``directory``, the text of that long header compressed by zlib, with zeros behind it, and ``data``, all the
     data.
 

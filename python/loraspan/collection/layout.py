@@ -113,14 +113,15 @@ def segment_bytes(segment: Segment) -> int:
     tasks = [task for task in segment.tasks if task is not None]
     entries: list[Entry] = [(name, tensor.dtype, tensor.shape) for name, tensor in column_tensors(segment.columns)]
     entries += [e for path, columns in segment.columns.items() for e in _index_entries(path, columns, len(tasks))]
+    origins = Origins.of(tasks, list(segment.columns))
+    largest = narrow(max((int(codes.max(initial=0)) for codes in origins.codes.values()), default=0))
+    # in a writer's order, which a directory's compressed text takes its length from
+    entries += [(f"origin.{slot}", largest, [len(tasks)]) for slot in origins.codes]
     entries += [
         (f"extra.{i}.{key}", extra.dtype, extra.shape)
         for i, task in enumerate(tasks)
         for key, extra in task.extras.items()
     ]
-    origins = Origins.of(tasks, list(segment.columns))
-    largest = narrow(max((int(codes.max(initial=0)) for codes in origins.codes.values()), default=0))
-    entries += [(f"origin.{slot}", largest, [len(tasks)]) for slot in origins.codes]
     entries.append(("records", torch.uint8, [_records_bytes(tasks, origins)]))
     return _file_bytes("tasks", entries)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,8 +19,9 @@ from loraspan.ops.dense import svd
 # How often what packed columns leave is packed in more columns, where widths were not chosen for the goal: for tasks
 # that come later, and in a refit.
 CORRECTIONS = 2
-# Coded columns: how often a step is tried, what may be left of the budget, and how far below it the next try aims.
-_TRIES, _CLOSE, _AIM = 8, 0.985, 0.996
+# Coded columns: how often a step is tried, what may be left of the budget, how far below it the next try aims, how near
+# a step that is too long is not worth a try between, and by what share the first try after one is shorter at least.
+_TRIES, _CLOSE, _AIM, _NEAR, _SHORTER = 8, 0.985, 0.996, 1.004, 0.005
 
 
 @dataclass(frozen=True)
@@ -114,21 +116,32 @@ def _carry_coded(
     # shorter steps that are tried may keep more
     most = ends.costs(steps / 2)[2].sum(-1)
     formed = form_ends(residual.left, left, most), form_ends(residual.right, right, most)
-    good, done = torch.zeros_like(steps), False
+    good, bad = torch.zeros_like(steps), torch.full_like(steps, math.inf)
     for i in range(_TRIES):
         kept = ends.costs(steps)[2] & (torch.arange(s.shape[1]) < most[:, None])
         sides = [side.coded(steps[:, None] / s.clamp(min=1e-300), kept) for side in formed]
         part, remains, rest = _weighed(residual, sides[0], sides[1], kept.sum(-1), CODED)
         fits = remains <= allowed
-        good = torch.where(fits, torch.maximum(good, steps), good)
-        if done or (fits & ((remains >= _CLOSE * allowed) | ~kept.any(-1))).all():
+        good, bad = (
+            torch.where(fits, torch.maximum(good, steps), good),
+            torch.where(fits, bad, torch.minimum(bad, steps)),
+        )
+        settled = fits & ((remains >= _CLOSE * allowed) | ~kept.any(-1) | (steps * _NEAR >= bad))
+        if settled.all() or i == _TRIES - 1:
             break
         ratio = (_AIM * allowed / remains.clamp(min=1e-300)).sqrt().clamp(0.25, 2.0)
-        steps = torch.where(fits & (remains >= _CLOSE * allowed), steps, steps * ratio)
+        steps = torch.where(settled, steps, _between(steps * ratio, good, bad, i))
         if i == _TRIES - 2:
-            # what was found, or else the shortest of all
-            steps, done = torch.where(good > 0, good, steps / 4), True
+            steps = torch.where(good > 0, good, steps)
     return part, remains, rest
+
+
+def _between(steps: Tensor, good: Tensor, bad: Tensor, tries: int) -> Tensor:
+    """Keep steps between one that is good, if there is any, and one that is bad; shorter with every try until then."""
+    inside = (steps > good) & (steps < bad)
+    halfway = torch.where(bad < math.inf, (good * bad).sqrt(), steps)
+    found = torch.minimum(steps, bad * (1 - _SHORTER * 2**tries))
+    return torch.where(good > 0, torch.where(inside, steps, halfway), found)
 
 
 def _tail(s: Tensor, counts: Tensor) -> Tensor:

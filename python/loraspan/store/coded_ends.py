@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from loraspan.collection.coded import CODED_FIELDS, Coded, Stream, groups
-from loraspan.collection.coding import MOST, ROW
+from loraspan.collection.coding import MOST
 from loraspan.store.format import DamagedError
 from loraspan.store.mapped import TensorFile
 
@@ -52,13 +52,13 @@ def coded_ends(file: TensorFile, shapes: Mapping[str, Mapping[str, tuple[int, ..
 
 def _stream(file: TensorFile, name: str, shapes: list[tuple[int, int]]) -> Stream:
     data = file.tensor(name, torch.uint8)
-    numbers = sum(rows * (length + ROW) for rows, length in shapes)
+    numbers = sum(rows * length for rows, length in shapes)
     if data is None or data.ndim != 1 or numbers > MOST * data.numel():
         got = "it is missing" if data is None else f"it is {list(data.shape)}"
         raise DamagedError(
             file.name,
             f"tensor {name!r}",
-            f"{numbers} numbers need a byte for {MOST} of them at the least (a row counts {ROW} more); {got}",
+            f"{numbers} numbers need a byte for {MOST} of them at the least; {got}",
         )
 
     # nothing local: what was opened can be pickled

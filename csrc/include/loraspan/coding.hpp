@@ -1,0 +1,42 @@
+// coding: rows of whole numbers in as few bytes as their sizes tell, and vectors rounded to such numbers by a trellis.
+#pragma once
+
+#include "loraspan/types.hpp"
+
+namespace loraspan {
+
+// A table of whole numbers, row-major and contiguous, of 8 or 16 bits each.
+struct CodedTable {
+  void* numbers;  // [rows, length]
+  std::int64_t rows;
+  std::int64_t length;
+  std::int64_t bits;
+};
+
+// Bytes that a stream takes at the most: for each number, each row, and beside.
+constexpr std::int64_t kBytesPerNumber = 6, kBytesPerRow = 6, kBytesPerStream = 8;
+
+// Writes tables as one stream, of the same bytes from every instruction set, and gives their number. `out` has `room`
+// for as many as a stream takes at the most. Numbers are at most 127 in size, or 32512 in 16 bits.
+using EncodeFn = std::int64_t(const CodedTable* tables, std::int64_t count, std::uint8_t* out, std::int64_t room);
+
+// Reads such a stream into tables, whose numbers are overwritten. Gives whether it is one of such tables, no byte of it
+// left over.
+using DecodeFn = bool(const CodedTable* tables, std::int64_t count, const std::uint8_t* data, std::int64_t size);
+
+// Rounds x [rows, length], contiguous, of at most 125 in size, to the whole numbers of the path through the trellis, a
+// row at a time, that is nearest to it, but for what a zero costs where the path has odd numbers. Same numbers for any
+// number of threads and from every instruction set.
+//
+// A path begins in state 0. In an even state numbers are even, in an odd state odd or 0; the index of a number is half
+// its size, rounded up, and next_state has where an index leads (Marcellin and Fischer, Trellis coded quantization of
+// memoryless and Gauss-Markov sources, 1990; the halves joined as in Joshi, Crump and Fischer, Image subband coding
+// using arithmetic coded trellis coded quantization, 1995).
+using TrellisFn = void(const float* x, std::int64_t rows, std::int64_t length, std::int8_t* out, int threads);
+
+constexpr int kTrellisStates = 16;
+
+// Ungerboeck's code of 16 states, 23 and 04 in octal (Channel coding with multilevel/phase signals, 1982, table I).
+constexpr int next_state(int state, int index) { return (state >> 1) ^ (state & 1 ? 9 : 0) ^ (index & 1 ? 2 : 0); }
+
+}  // namespace loraspan

@@ -1,0 +1,233 @@
+"""What csrc/cpu/coding.inl, range_coder.inl and trellis.inl do, a number at a time in whole numbers of Python.
+
+Nothing here imports loraspan: a stream that both write and read is one that the documents describe.
+"""
+
+from __future__ import annotations
+
+import math
+
+SYMBOLS, ESCAPE = 16, 15
+CODED = 15
+FLOOR = 2
+WHOLE = 2**16 - 64
+MOST_ZEROS = WHOLE // 16 * 15
+SLOWER = (32, 128, 512)
+LOW_FROM, MOST_LOW = 31, 12
+SHAPES = [round(65536 * math.exp(-512 / 2 ** ((size - 0.5) / 2))) for size in range(15, LOW_FROM)]
+BYTE = 2**32
+
+
+class Model:
+    def __init__(self, weights):
+        self.below = [sum(weights[:i]) * WHOLE // sum(weights) for i in range(SYMBOLS)]
+        self.seen = 0
+
+    def edges(self):
+        return [below // 2 + FLOOR * i for i, below in enumerate(self.below)] + [2**CODED]
+
+    def learn(self, symbol):
+        rate = 5 + sum(self.seen >= slower for slower in SLOWER)
+        self.seen = min(self.seen + 1, SLOWER[-1])
+        for i in range(SYMBOLS):
+            wanted = WHOLE if i > symbol else 0
+            self.below[i] += (wanted - self.below[i] + 2 ** (rate - 1)) >> rate
+        self.below[1] = min(self.below[1], MOST_ZEROS)
+
+
+def normal(shape, odd):
+    """The indices of normal entries: of all whole numbers, or of the odd ones and 0."""
+    square = shape * shape >> 16
+    weights = [22528, 2 << 16] if odd else [1 << 16, 2 * shape]
+    ratio = square if odd else shape * square >> 16
+    for _ in range(SYMBOLS - 2):
+        weights.append(weights[-1] * ratio >> 16)
+        ratio = ratio * square >> 16
+    return Model(weights)
+
+
+class Models:
+    def __init__(self):
+        shapes = [SHAPES[max(size - 15, 0)] for size in range(LOW_FROM)]
+        self.numbers = [[normal(shape, odd) for odd in (False, True)] for shape in shapes]
+        above, beside, self.ways = (Model([2 ** (SYMBOLS - i) for i in range(SYMBOLS)]) for _ in range(3))
+        self.sizes = above, beside
+
+
+class Writer:
+    def __init__(self):
+        self.low, self.range, self.front, self.back = 0, BYTE - 1, bytearray(), []
+
+    def symbol(self, model, value):
+        edges = model.edges()
+        unit = self.range >> CODED
+        self.low += unit * edges[value]
+        self.range = unit * (edges[value + 1] - edges[value])
+        if self.low >= BYTE:
+            self.low -= BYTE
+            number = int.from_bytes(self.front, "big") + 1
+            self.front = bytearray(number.to_bytes(len(self.front), "big"))
+        while self.range < 2**24:
+            self.put()
+            self.range <<= 8
+        model.learn(value)
+
+    def bits(self, value, count):
+        self.back += [value >> i & 1 for i in range(count)]
+
+    def put(self):
+        self.front.append(self.low >> 24)
+        self.low = (self.low << 8) % BYTE
+
+    def end(self):
+        for _ in range(4):
+            self.put()
+        back = [sum(bit << j for j, bit in enumerate(self.back[i : i + 8])) for i in range(0, len(self.back), 8)]
+        return bytes(self.front) + bytes(reversed(back))
+
+
+class Reader:
+    def __init__(self, data):
+        self.data, self.at, self.range = data, 4, BYTE - 1
+        self.code = int.from_bytes(data[:4], "big")
+        self.back = [byte >> i & 1 for byte in reversed(data) for i in range(8)]
+        self.taken = 0
+
+    def symbol(self, model):
+        edges = model.edges()
+        self.range >>= CODED
+        value = max(i for i in range(SYMBOLS) if self.code >= self.range * edges[i])
+        self.code -= self.range * edges[value]
+        self.range *= edges[value + 1] - edges[value]
+        while self.range < 2**24:
+            self.code = self.code << 8 | self.data[self.at]
+            self.range <<= 8
+            self.at += 1
+        model.learn(value)
+        return value
+
+    def bits(self, count):
+        found = sum(self.back[self.taken + i] << i for i in range(count))
+        self.taken += count
+        return found
+
+
+def size_class(value):
+    """0 for 0, 1 for 1, and two more for a doubling: the odd ones begin at powers of 2, the even ones between them."""
+    if not value:
+        return 0
+    octave = value.bit_length() - 1
+    top = value >> (octave - 15) if octave > 15 else value << (15 - octave)
+    return 1 + 2 * octave + (top * top >= 2**31)
+
+
+def model_of(total, length):
+    """Which model a row has, and how many low bits, from the class of its sum of squares."""
+    size = max(total + 16 - size_class(length), 0)
+    if size < LOW_FROM:
+        return size, 0
+    return LOW_FROM - 4 + (size - LOW_FROM) % 4, min((size - LOW_FROM) // 4 + 1, MOST_LOW)
+
+
+def next_state(state, index):
+    return (state >> 1) ^ (9 if state & 1 else 0) ^ (2 if index & 1 else 0)
+
+
+def is_path(row):
+    state = 0
+    for number in row:
+        odd = state & 1
+        if number and number % 2 != odd:
+            return False
+        state = next_state(state, (abs(number) + odd) // 2)
+    return True
+
+
+def each_row(tables, models):
+    """Give every table and row with the class that its size is told by, and the model of the step from there."""
+    sums, beside = {}, False
+    for t, table in enumerate(tables):
+        beside = t > 0 and not beside and len(tables[t - 1]) == len(table)
+        for i, row in enumerate(table):
+            known = sums[t - 1, i] if beside else sums.get((t, i - 1), 0)
+            yield row, known, models.sizes[beside], lambda total, t=t, i=i: sums.__setitem__((t, i), total)
+
+
+def encode(tables):
+    """The bytes between those of the bits of tables and the checksum; tables are lists of rows, lists of numbers."""
+    models, out = Models(), Writer()
+    for row, known, steps, keep in each_row(tables, models):
+        path = is_path(row)
+        total = size_class(sum(number**2 for number in row) * (1 if path else 4))
+        keep(total)
+        out.symbol(models.ways, int(path))
+        step = total - known
+        turns = -2 * step - 1 if step < 0 else 2 * step
+        out.symbol(steps, min(turns, ESCAPE))
+        if turns >= ESCAPE:
+            out.bits(total, 7)
+        place, low = model_of(total, len(row))
+        state = 0
+        for number in row:
+            odd = state & 1
+            size = (abs(number) + odd) // 2 if path else abs(number)
+            high = size >> low
+            out.symbol(models.numbers[place][odd], min(high, ESCAPE))
+            if high >= ESCAPE:
+                rest = high - ESCAPE
+                out.bits(rest.bit_length(), 4)
+                out.bits(rest - 2 ** (rest.bit_length() - 1) if rest else 0, max(rest.bit_length() - 1, 0))
+            out.bits(size % 2**low, low)
+            if size:
+                out.bits(int(number < 0), 1)
+            state = next_state(state, size) if path else 0
+    return out.end()
+
+
+def decode(data, shapes):
+    models, reader, tables = Models(), Reader(data), [[[0] * length for _ in range(rows)] for rows, length in shapes]
+    for row, known, steps, keep in each_row(tables, models):
+        path, turns = reader.symbol(models.ways), reader.symbol(steps)
+        step = -(turns + 1) // 2 if turns % 2 else turns // 2
+        total = reader.bits(7) if turns == ESCAPE else max(known + step, 0)
+        keep(total)
+        place, low = model_of(total, len(row))
+        state = 0
+        for i in range(len(row)):
+            odd = state & 1
+            high = reader.symbol(models.numbers[place][odd])
+            if high == ESCAPE:
+                length = reader.bits(4)
+                high += reader.bits(length - 1) + 2 ** (length - 1) if length else 0
+            size = (high << low) + reader.bits(low)
+            sign = -1 if size and reader.bits(1) else 1
+            row[i] = sign * (2 * size - odd if path and size else size)
+            state = next_state(state, size) if path else 0
+    return tables
+
+
+def trellis(row):
+    """The cheapest path, all ways to it tried step by step; in 64ths, ties for the even index, then the first state."""
+    ways = {0: (0, [])}
+    for x in row:
+        size = int(abs(x) * 64 + 0.5)
+        found = {}
+        for state in range(16):
+            for index in (0, 1):
+                before = next(s for s in range(16) if next_state(s, index) == state)
+                if before not in ways:
+                    continue
+                cost, path = ways[before]
+                number, more = nearest(size, before & 1, index)
+                if state not in found or cost + more < found[state][0]:
+                    found[state] = cost + more, [*path, -number if x < 0 else number]
+        ways = found
+    return min((cost, state, path) for state, (cost, path) in ways.items())[2]
+
+
+def nearest(size, odd, index):
+    """The nearest number of a set, and what it costs; where two are as near, the larger."""
+    numbers = [n for n in range(130) if (n % 2 == odd or n == 0) and (n + odd) // 2 % 2 == index]
+    costs = {n: (size - 64 * n) ** 2 + (64**2 if odd and n == 0 else 0) for n in numbers}
+    number = min(reversed(numbers), key=costs.__getitem__)
+    return number, costs[number]
