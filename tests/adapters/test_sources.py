@@ -32,6 +32,7 @@ def test_every_kind_of_source(root):
     assert names(str(many)) == names("many/*") == names(str(many / "*")) == ["a", "b", "c"]
     assert names("many/[ab]") == ["a", "b"]
     assert names("many/*/adapter_model.safetensors") == ["a", "b", "c"]
+    assert names("many/**") == names("many/**/*") == names("**/adapter_model.safetensors") == ["a", "b", "c"]
     assert names(many / "b" / "adapter_model.safetensors") == ["b"]
     assert names([many / "c", "many/[ab]", folders.adapter("sql")]) == ["c", "a", "b", "sql"]
     assert names({"x": many / "a", "y": many / "a", "z": folders.adapter("sql")}) == ["x", "y", "z"]

@@ -19,6 +19,8 @@ from loraspan.ops.gram import gram_blocks
 
 # Singular values of dW below this share of the largest are rounding of the Grams.
 _RANK_FLOOR = 1e-8
+# loadings and scales of blocks are stored in float32, and norms of dW go through it
+_LONGEST = float(torch.finfo(torch.float32).max)
 
 
 class Canonical(NamedTuple):
@@ -99,7 +101,8 @@ def read_factors(adapters: Sequence[Adapter], place: torch.device | None = None)
 
     Raises:
         MismatchError: if adapters disagree on the shape of a slot.
-        NotFiniteError: if a factor holds a NaN or an infinity; names adapter, slot and factor.
+        NotFiniteError: if a factor holds a NaN or an infinity, or a ``dW`` is past float32; names adapter, file, slot
+            and factor.
     """
     members: dict[str, list[int]] = {}
     for index, adapter in enumerate(adapters):
@@ -138,13 +141,18 @@ def _slot_factors(
         if not gram.isfinite().all():
             finite = gram.isfinite().all(-1).all(-1)
             raise NotFiniteError(
-                f"adapter {adapters[members[int((~finite).nonzero()[0])]].name!r}: the factor {name!r} "
+                f"{_which(adapters[members[int((~finite).nonzero()[0])]])}: the factor {name!r} "
                 f"(lora_{'B' if name == 'up' else 'A'}) of slot {path!r} holds a NaN or an infinity; "
                 f"leave the adapter out or repair its file"
             )
     slots = [adapters[i].slots[path] for i in members]
     scales = torch.tensor([slot.scale for slot in slots], dtype=torch.float64)
     squares = scales.square() * (up * down).sum((-1, -2)).clamp(min=0)
+    for i in (~(squares <= _LONGEST**2)).nonzero().flatten().tolist():
+        raise NotFiniteError(
+            f"{_which(adapters[members[i]])}: dW of slot {path!r} has a norm past the {_LONGEST:.2g} of float32, with "
+            f"the scale {slots[i].scale:g}; correct lora_alpha and the patterns, or leave the adapter out"
+        )
     first = slots[0]
     return SlotFactors(
         path,
@@ -160,6 +168,10 @@ def _slot_factors(
         squares,
         any(torch.float64 in side.x.dtypes for side in sides),
     )
+
+
+def _which(adapter: Adapter) -> str:
+    return f"adapter {adapter.name!r}" + (f" ({adapter.source.path})" if adapter.source.path else "")
 
 
 def _check_shapes(path: str, adapters: list[Adapter]) -> None:
