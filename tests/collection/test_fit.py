@@ -231,6 +231,30 @@ def test_a_scale_past_float32_is_refused_by_name(scale, goal):
         fit(adapters, goal)
 
 
+@pytest.mark.parametrize("apart", [1e-2, 1e-3, 1e-4, 1e-5])
+@pytest.mark.parametrize("goal", [Goal(rank=4), Goal(max_error=0.01, dtype=None), Goal(max_error=1e-6)])
+def test_factors_that_almost_cancel(apart, goal):
+    """As PEFT converts PiSSA adapters: what training changed is the difference of long factors."""
+    rng = torch.Generator().manual_seed(3)
+    adapters = []
+    for i in range(4):
+        down, up = torch.randn(4, 56, generator=rng), torch.randn(40, 4, generator=rng)
+        moved_down = down + apart * torch.randn(4, 56, generator=rng)
+        moved_up = up + apart * torch.randn(40, 4, generator=rng)
+        slot = Slot(torch.cat([moved_down, down]), torch.cat([moved_up, -up], dim=1), 0.5)
+        adapters.append(Adapter(f"task {i}", {"q": slot}))
+    collection = fit(adapters, goal)
+    errors = [task.error for task in collection.tasks]
+    assert measured(collection, adapters) == pytest.approx(errors, abs=1e-6)
+
+
+def test_factors_that_cancel_are_zero():
+    slot = planted.adapters(count=1)[0].slots["layers.0.q_proj"]
+    nothing = Slot(slot.down.repeat(2, 1), torch.cat([slot.up, -slot.up], dim=1), 0.5)
+    collection = fit([Adapter("nothing", {"q": nothing})], Goal(max_error=1e-6))
+    assert collection.tasks[0].error == collection.tasks[0].norm == 0.0
+
+
 def test_mismatch_names_both_adapters():
     adapters = [*planted.adapters(count=2), Adapter("other", planted.adapters(count=1, shape=(41, 56))[0].slots)]
     with pytest.raises(MismatchError, match=r"'task 0'.*\[41, 56\] in 'other'"):

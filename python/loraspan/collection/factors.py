@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -19,6 +19,8 @@ from loraspan.ops.gram import gram_blocks
 
 # Singular values of dW below this share of the largest are rounding of the Grams.
 _RANK_FLOOR = 1e-8
+# Below this share |dW|^2 / (|A|^2 |B|^2), rounding of the Grams is above 1e-6 of dW.
+_CANCELLED = 1e-5
 # loadings and scales of blocks are stored in float32, and norms of dW go through it
 _LONGEST = float(torch.finfo(torch.float32).max)
 
@@ -110,13 +112,48 @@ def read_factors(adapters: Sequence[Adapter], place: torch.device | None = None)
             members.setdefault(path, []).append(index)
     for path, indices in members.items():
         _check_shapes(path, [adapters[i] for i in indices])
-    sides = {path: _both_sides([adapters[i].slots[path] for i in members[path]]) for path in members}
+    found = {path: [adapters[i].slots[path] for i in members[path]] for path in members}
+    sides, grams = _measured(found)
+    spread = {
+        path: [_spread(slot) if flag else slot for slot, flag in zip(found[path], flags, strict=True)]
+        for path, both in grams.items()
+        if any(flags := _cancels(*both))
+    }
+    again = _measured(spread)
+    sides, grams = sides | again[0], grams | again[1]
+    return [_slot_factors(adapters, path, members[path], sides[path], grams[path], place) for path in members]
+
+
+def _measured(
+    slots: Mapping[str, Sequence[Slot]],
+) -> tuple[dict[str, tuple[FactorRows, FactorRows]], dict[str, tuple[Tensor, Tensor]]]:
+    """Give both sides of the slots, and their padded Grams."""
+    sides = {path: _both_sides(some) for path, some in slots.items()}
     # where they lie: few rows each, so that sending them costs more than their products
     grams = iter(gram_blocks([side.x for both in sides.values() for side in both], precision="f64"))
-    return [
-        _slot_factors(adapters, path, members[path], both, (_padded(next(grams)), _padded(next(grams))), place)
-        for path, both in sides.items()
-    ]
+    return sides, {path: (_padded(next(grams)), _padded(next(grams))) for path in sides}
+
+
+def _cancels(up: Tensor, down: Tensor) -> list[bool]:
+    """Say of which tasks ``dW`` is so much shorter than its factors that their Grams cannot tell its error."""
+    lengths = up.diagonal(dim1=-2, dim2=-1).sum(-1) * down.diagonal(dim1=-2, dim2=-1).sum(-1)
+    flags: list[bool] = ((up * down).sum((-1, -2)) < _CANCELLED * lengths).tolist()
+    return flags
+
+
+def _spread(slot: Slot) -> Slot:
+    """Give the same ``dW`` from float64 factors no longer than it needs.
+
+    Columns of one adapter may almost cancel: PEFT's conversion of a PiSSA adapter puts the factors that it began with
+    beside those that it ended with.
+    """
+    if slot.up.device.type != "cpu":
+        return slot
+    (q_up, r_up), (q_down, r_down) = torch.linalg.qr(slot.up.double()), torch.linalg.qr(slot.down.double().T)
+    u, s, vh = torch.linalg.svd(r_up @ r_down.T, full_matrices=False)
+    noise = slot.lora_rank * torch.finfo(torch.float64).eps * r_up.norm() * r_down.norm()
+    root = torch.where(s > noise, s, 0.0).sqrt()
+    return replace(slot, up=q_up @ u * root, down=(q_down @ vh.T * root).T)
 
 
 def _both_sides(slots: Sequence[Slot]) -> tuple[FactorRows, FactorRows]:

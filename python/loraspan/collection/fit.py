@@ -38,7 +38,6 @@ _OVERSAMPLE, _VECTOR = 8, 16
 _FIRST_WIDTH = 64
 # Above this share of the energy the range is found in float64, as it is for float64 factors.
 _FINE_ENERGY = 1 - 1e-4
-_NUMBERS = {"rank": Integral, "energy": Real, "max_error": Real, "refine": Integral, "seed": Integral}
 
 
 @dataclass(frozen=True)
@@ -70,9 +69,9 @@ class Goal:
             raise ArgumentError(
                 f"compress: give exactly one of rank, energy, max_error and max_bytes; got {given or 'none'}"
             )
-        for name, kind in _NUMBERS.items():
-            value = getattr(self, name)
-            if (value is not None or name in ("refine", "seed")) and (not isinstance(value, kind) or value is True):
+        for name in (*given, "refine", "seed"):
+            value, kind = getattr(self, name), Real if name in ("energy", "max_error") else Integral
+            if not isinstance(value, kind) or isinstance(value, bool):
                 whole = "whole " if kind is Integral else ""
                 raise ArgumentError(f"compress: {name} is a {whole}number; got {value!r}")
         if self.rank is not None and self.rank < 1:
