@@ -41,6 +41,15 @@ def test_every_kind_of_source(root):
     assert resolve(["many/c", "many/a"]) == [Path("many/c"), Path("many/a")]
 
 
+def test_a_tilde_is_the_home_folder(root, monkeypatch):
+    monkeypatch.setenv("HOME", str(root))
+    monkeypatch.chdir(root / "many")
+    assert names("~/many/[ab]") == ["a", "b"]
+    assert names("~/many/c") == ["c"]
+    folders.write(root / "many" / "~" / "many" / "own")
+    assert names("~/many/own") == ["own"]
+
+
 @pytest.mark.parametrize("source", ["many/none", "many/x*", "many/notes", "nowhere/at/all", "../many"])
 def test_a_source_without_adapters_is_named(root, source):
     with pytest.raises(FormatError, match=source.replace("*", r"\*").replace(".", r"\.")):

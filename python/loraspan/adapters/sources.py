@@ -117,6 +117,9 @@ def _named(name: object, source: One) -> Found:
 
 def _find(source: str | os.PathLike[str]) -> list[Found]:
     text = os.fspath(source)
+    if text.startswith("~") and not os.path.lexists(text):
+        # a shell leaves it alone in a quoted glob
+        text = os.path.expanduser(text)  # noqa: PTH111 (globs too)
     path = Path(text)
     if path.is_file():
         return [Found(path)]
