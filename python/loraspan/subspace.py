@@ -19,7 +19,7 @@ from loraspan.collection.fit import Goal, fit_with_plans
 from loraspan.collection.layout import collection_bytes, parse_bytes
 from loraspan.collection.project import Projection
 from loraspan.collection.rows import width_named
-from loraspan.collection.summary import Report, summarize
+from loraspan.collection.summary import Report, summarized
 from loraspan.errors import ArgumentError, NotFiniteError
 from loraspan.many import Aside, compress_in_groups, nobody_left, read_or_set_aside, set_not_finite_aside
 from loraspan.ops.places import find_device
@@ -191,8 +191,8 @@ def _at_once(
         if not adapters:
             raise nobody_left(aside) from None
         collection, plans = fit_with_plans(adapters, goal, progress, place)
-    nbytes = collection_bytes(collection)
-    collection = replace(collection, summary=summarize(collection, nbytes), fitted=nbytes)
+    collection = summarized(collection)
+    collection = replace(collection, fitted=collection_bytes(collection))
     return Subspace(collection, plans=plans, aside=aside)
 
 

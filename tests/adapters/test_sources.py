@@ -32,12 +32,22 @@ def test_every_kind_of_source(root):
     assert names(str(many)) == names("many/*") == names(str(many / "*")) == ["a", "b", "c"]
     assert names("many/[ab]") == ["a", "b"]
     assert names("many/*/adapter_model.safetensors") == ["a", "b", "c"]
+    assert names("many/**") == names("many/**/*") == names("**/adapter_model.safetensors") == ["a", "b", "c"]
     assert names(many / "b" / "adapter_model.safetensors") == ["b"]
     assert names([many / "c", "many/[ab]", folders.adapter("sql")]) == ["c", "a", "b", "sql"]
     assert names({"x": many / "a", "y": many / "a", "z": folders.adapter("sql")}) == ["x", "y", "z"]
     assert names(folders.adapter("sql")) == ["sql"]
     assert names([]) == []
     assert resolve(["many/c", "many/a"]) == [Path("many/c"), Path("many/a")]
+
+
+def test_a_tilde_is_the_home_folder(root, monkeypatch):
+    monkeypatch.setenv("HOME", str(root))
+    monkeypatch.chdir(root / "many")
+    assert names("~/many/[ab]") == ["a", "b"]
+    assert names("~/many/c") == ["c"]
+    folders.write(root / "many" / "~" / "many" / "own")
+    assert names("~/many/own") == ["own"]
 
 
 @pytest.mark.parametrize("source", ["many/none", "many/x*", "many/notes", "nowhere/at/all", "../many"])

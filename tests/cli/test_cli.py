@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -37,6 +38,15 @@ def test_json_is_one_document(tmp_path, adapters, goal, dtype):
     assert document["nbytes"] == pytest.approx(sum(path.stat().st_size for path in files), abs=8)
     if goal[0] == "--max-error":
         assert all(task["error"] <= 0.2 for task in document["tasks"])
+
+
+@pytest.mark.usefixtures("adapters")
+@pytest.mark.parametrize("options", [(), ("--memory", "1GB")], ids=["at-once", "in-groups"])
+def test_the_sentence_counts_the_bytes_that_the_report_does(tmp_path, options):
+    document = json.loads(run("compress", tmp_path / "in", "-o", tmp_path / "x.span", *options, "--json").stdout)
+    stated = re.search(r"tasks in ([\d,]+) bytes", document["summary"])
+    # before writing, digits of numbers are counted at their most
+    assert 0 <= int(stated[1].replace(",", "")) - document["nbytes"] <= 64
 
 
 def test_overwrite_writes_the_next_generation(tmp_path, store):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import planted
 import pytest
@@ -9,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraspan.adapters.base import Adapter, Slot
+from loraspan.adapters.base import Adapter, Slot, Source
 from loraspan.collection.fit import Goal, fit
 from loraspan.collection.rebuild import rebuild
 from loraspan.errors import ArgumentError, MismatchError, NotFiniteError, UnknownTaskError
@@ -210,6 +212,49 @@ def test_not_finite_names_adapter_slot_and_factor(factor, value):
         fit(adapters, Goal(rank=2))
 
 
+def test_what_is_not_finite_names_the_file():
+    one = dataclasses.replace(planted.adapters(count=1)[0], source=Source(path="in/sql"))
+    next(iter(one.slots.values())).up[0, 0] = float("nan")
+    with pytest.raises(NotFiniteError, match=r"'task 0' \(in/sql\)"):
+        fit([one], Goal(rank=2))
+
+
+@pytest.mark.parametrize("scale", [1e38, -1e60, 1e160, 1e300])
+@pytest.mark.parametrize("goal", [Goal(rank=4), Goal(max_error=0.1), Goal(max_error=0.1, dtype=None), Goal(energy=0.9)])
+def test_a_scale_past_float32_is_refused_by_name(scale, goal):
+    """It came out as NaN, and an error that is NaN exceeds no limit."""
+    adapters = planted.adapters(count=3)
+    slots = dict(adapters[1].slots)
+    slots["layers.1.q_proj"] = dataclasses.replace(slots["layers.1.q_proj"], scale=scale)
+    adapters[1] = Adapter("task 1", slots)
+    with pytest.raises(NotFiniteError, match=r"'task 1'.*'layers.1.q_proj'.*lora_alpha"):
+        fit(adapters, goal)
+
+
+@pytest.mark.parametrize("apart", [1e-2, 1e-3, 1e-4, 1e-5])
+@pytest.mark.parametrize("goal", [Goal(rank=4), Goal(max_error=0.01, dtype=None), Goal(max_error=1e-6)])
+def test_factors_that_almost_cancel(apart, goal):
+    """As PEFT converts PiSSA adapters: what training changed is the difference of long factors."""
+    rng = torch.Generator().manual_seed(3)
+    adapters = []
+    for i in range(4):
+        down, up = torch.randn(4, 56, generator=rng), torch.randn(40, 4, generator=rng)
+        moved_down = down + apart * torch.randn(4, 56, generator=rng)
+        moved_up = up + apart * torch.randn(40, 4, generator=rng)
+        slot = Slot(torch.cat([moved_down, down]), torch.cat([moved_up, -up], dim=1), 0.5)
+        adapters.append(Adapter(f"task {i}", {"q": slot}))
+    collection = fit(adapters, goal)
+    errors = [task.error for task in collection.tasks]
+    assert measured(collection, adapters) == pytest.approx(errors, abs=1e-6)
+
+
+def test_factors_that_cancel_are_zero():
+    slot = planted.adapters(count=1)[0].slots["layers.0.q_proj"]
+    nothing = Slot(slot.down.repeat(2, 1), torch.cat([slot.up, -slot.up], dim=1), 0.5)
+    collection = fit([Adapter("nothing", {"q": nothing})], Goal(max_error=1e-6))
+    assert collection.tasks[0].error == collection.tasks[0].norm == 0.0
+
+
 def test_mismatch_names_both_adapters():
     adapters = [*planted.adapters(count=2), Adapter("other", planted.adapters(count=1, shape=(41, 56))[0].slots)]
     with pytest.raises(MismatchError, match=r"'task 0'.*\[41, 56\] in 'other'"):
@@ -236,6 +281,13 @@ WRONG_GOALS = [
     {"max_error": 1.0},
     {"rank": 2, "refine": -1},
     {"rank": 2, "dtype": torch.float64},
+    {"rank": "2"},
+    {"rank": 2.5},
+    {"rank": True},
+    {"energy": "0.9"},
+    {"max_error": "0.1"},
+    {"rank": 2, "refine": 1.5},
+    {"rank": 2, "seed": None},
 ]
 
 
@@ -243,6 +295,11 @@ WRONG_GOALS = [
 def test_goals_out_of_range_are_refused(wrong):
     with pytest.raises(ArgumentError, match="compress: "):
         Goal(**wrong)
+
+
+def test_numbers_of_numpy_are_numbers():
+    assert Goal(rank=np.int64(4), refine=np.int32(1)).rank == 4
+    assert Goal(max_error=np.float32(0.5)).max_error == 0.5
 
 
 def test_unknown_task_lists_some():

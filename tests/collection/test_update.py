@@ -181,6 +181,7 @@ REFUSED = {
     "zero-error": (lambda c: add(c, [NEW], max_error=0.0), ArgumentError, "add: max_error is between 0 and 1"),
     "whole-error": (lambda c: add(c, [NEW], max_error=1.0), ArgumentError, "add: max_error is between 0 and 1"),
     "nan-error": (lambda c: add(c, [NEW], max_error=float("nan")), ArgumentError, "max_error is between 0 and 1"),
+    "text-error": (lambda c: add(c, [NEW], max_error="0.1"), ArgumentError, "max_error is between 0 and 1; got .0.1."),
     "rounding": (lambda c: add(c, [NEW], max_error=1e-9), ArgumentError, "add: max_error=1e-09 is below what rounding"),
     "nan": (lambda c: add(c, [spoiled(NEW)], max_error=0.1), NotFiniteError, "'task 7'.*'up'.*'layers.1.q_proj'"),
     "infinite": (

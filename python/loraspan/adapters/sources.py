@@ -117,6 +117,9 @@ def _named(name: object, source: One) -> Found:
 
 def _find(source: str | os.PathLike[str]) -> list[Found]:
     text = os.fspath(source)
+    if text.startswith("~") and not os.path.lexists(text):
+        # a shell leaves it alone in a quoted glob
+        text = os.path.expanduser(text)  # noqa: PTH111 (globs too)
     path = Path(text)
     if path.is_file():
         return [Found(path)]
@@ -140,7 +143,10 @@ def _in_folder(folder: Path) -> list[Found]:
 
 def _in_glob(pattern: str) -> list[Found]:
     paths = [Path(path) for path in sorted(glob.glob(pattern, recursive=True))]  # noqa: PTH207 (absolute patterns too)
-    hits = [path for path in paths if path.suffix == ".safetensors" or (path.is_dir() and _is_adapter(path))]
+    folders = {path for path in paths if path.is_dir() and _is_adapter(path)}
+    # "**" matches an adapter's folder and also the file in it
+    inside = {folder / WEIGHTS_NAME for folder in folders}
+    hits = [path for path in paths if path in folders or (path.suffix == ".safetensors" and path not in inside)]
     if not hits:
         raise FormatError(
             f"{pattern}: needs to match folders that are adapters; it matches {len(paths)} paths, none is"

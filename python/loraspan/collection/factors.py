@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -19,6 +19,10 @@ from loraspan.ops.gram import gram_blocks
 
 # Singular values of dW below this share of the largest are rounding of the Grams.
 _RANK_FLOOR = 1e-8
+# Below this share |dW|^2 / (|A|^2 |B|^2), rounding of the Grams is above 1e-6 of dW.
+_CANCELLED = 1e-5
+# loadings and scales of blocks are stored in float32, and norms of dW go through it
+_LONGEST = float(torch.finfo(torch.float32).max)
 
 
 class Canonical(NamedTuple):
@@ -99,7 +103,8 @@ def read_factors(adapters: Sequence[Adapter], place: torch.device | None = None)
 
     Raises:
         MismatchError: if adapters disagree on the shape of a slot.
-        NotFiniteError: if a factor holds a NaN or an infinity; names adapter, slot and factor.
+        NotFiniteError: if a factor holds a NaN or an infinity, or a ``dW`` is past float32; names adapter, file, slot
+            and factor.
     """
     members: dict[str, list[int]] = {}
     for index, adapter in enumerate(adapters):
@@ -107,13 +112,48 @@ def read_factors(adapters: Sequence[Adapter], place: torch.device | None = None)
             members.setdefault(path, []).append(index)
     for path, indices in members.items():
         _check_shapes(path, [adapters[i] for i in indices])
-    sides = {path: _both_sides([adapters[i].slots[path] for i in members[path]]) for path in members}
+    found = {path: [adapters[i].slots[path] for i in members[path]] for path in members}
+    sides, grams = _measured(found)
+    spread = {
+        path: [_spread(slot) if flag else slot for slot, flag in zip(found[path], flags, strict=True)]
+        for path, both in grams.items()
+        if any(flags := _cancels(*both))
+    }
+    again = _measured(spread)
+    sides, grams = sides | again[0], grams | again[1]
+    return [_slot_factors(adapters, path, members[path], sides[path], grams[path], place) for path in members]
+
+
+def _measured(
+    slots: Mapping[str, Sequence[Slot]],
+) -> tuple[dict[str, tuple[FactorRows, FactorRows]], dict[str, tuple[Tensor, Tensor]]]:
+    """Give both sides of the slots, and their padded Grams."""
+    sides = {path: _both_sides(some) for path, some in slots.items()}
     # where they lie: few rows each, so that sending them costs more than their products
     grams = iter(gram_blocks([side.x for both in sides.values() for side in both], precision="f64"))
-    return [
-        _slot_factors(adapters, path, members[path], both, (_padded(next(grams)), _padded(next(grams))), place)
-        for path, both in sides.items()
-    ]
+    return sides, {path: (_padded(next(grams)), _padded(next(grams))) for path in sides}
+
+
+def _cancels(up: Tensor, down: Tensor) -> list[bool]:
+    """Say of which tasks ``dW`` is so much shorter than its factors that their Grams cannot tell its error."""
+    lengths = up.diagonal(dim1=-2, dim2=-1).sum(-1) * down.diagonal(dim1=-2, dim2=-1).sum(-1)
+    flags: list[bool] = ((up * down).sum((-1, -2)) < _CANCELLED * lengths).tolist()
+    return flags
+
+
+def _spread(slot: Slot) -> Slot:
+    """Give the same ``dW`` from float64 factors no longer than it needs.
+
+    Columns of one adapter may almost cancel: PEFT's conversion of a PiSSA adapter puts the factors that it began with
+    beside those that it ended with.
+    """
+    if slot.up.device.type != "cpu":
+        return slot
+    (q_up, r_up), (q_down, r_down) = torch.linalg.qr(slot.up.double()), torch.linalg.qr(slot.down.double().T)
+    u, s, vh = torch.linalg.svd(r_up @ r_down.T, full_matrices=False)
+    noise = slot.lora_rank * torch.finfo(torch.float64).eps * r_up.norm() * r_down.norm()
+    root = torch.where(s > noise, s, 0.0).sqrt()
+    return replace(slot, up=q_up @ u * root, down=(q_down @ vh.T * root).T)
 
 
 def _both_sides(slots: Sequence[Slot]) -> tuple[FactorRows, FactorRows]:
@@ -138,13 +178,18 @@ def _slot_factors(
         if not gram.isfinite().all():
             finite = gram.isfinite().all(-1).all(-1)
             raise NotFiniteError(
-                f"adapter {adapters[members[int((~finite).nonzero()[0])]].name!r}: the factor {name!r} "
+                f"{_which(adapters[members[int((~finite).nonzero()[0])]])}: the factor {name!r} "
                 f"(lora_{'B' if name == 'up' else 'A'}) of slot {path!r} holds a NaN or an infinity; "
                 f"leave the adapter out or repair its file"
             )
     slots = [adapters[i].slots[path] for i in members]
     scales = torch.tensor([slot.scale for slot in slots], dtype=torch.float64)
     squares = scales.square() * (up * down).sum((-1, -2)).clamp(min=0)
+    for i in (~(squares <= _LONGEST**2)).nonzero().flatten().tolist():
+        raise NotFiniteError(
+            f"{_which(adapters[members[i]])}: dW of slot {path!r} has a norm past the {_LONGEST:.2g} of float32, with "
+            f"the scale {slots[i].scale:g}; correct lora_alpha and the patterns, or leave the adapter out"
+        )
     first = slots[0]
     return SlotFactors(
         path,
@@ -160,6 +205,10 @@ def _slot_factors(
         squares,
         any(torch.float64 in side.x.dtypes for side in sides),
     )
+
+
+def _which(adapter: Adapter) -> str:
+    return f"adapter {adapter.name!r}" + (f" ({adapter.source.path})" if adapter.source.path else "")
 
 
 def _check_shapes(path: str, adapters: list[Adapter]) -> None:

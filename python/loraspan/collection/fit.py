@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -68,6 +69,11 @@ class Goal:
             raise ArgumentError(
                 f"compress: give exactly one of rank, energy, max_error and max_bytes; got {given or 'none'}"
             )
+        for name in (*given, "refine", "seed"):
+            value, kind = getattr(self, name), Real if name in ("energy", "max_error") else Integral
+            if not isinstance(value, kind) or isinstance(value, bool):
+                whole = "whole " if kind is Integral else ""
+                raise ArgumentError(f"compress: {name} is a {whole}number; got {value!r}")
         if self.rank is not None and self.rank < 1:
             raise ArgumentError(f"compress: rank is at least 1; got {self.rank}")
         if self.energy is not None and not 0 < self.energy <= 1:

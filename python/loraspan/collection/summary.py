@@ -152,8 +152,10 @@ def summarize(collection: Collection, nbytes: int) -> str:
 
 
 def summarized(collection: Collection) -> Collection:
-    """Give it with a summary of its own."""
-    return replace(collection, summary=summarize(collection, collection_bytes(collection)))
+    """Give it with a summary of its own, which counts its own bytes too."""
+    for _ in range(2):
+        collection = replace(collection, summary=summarize(collection, collection_bytes(collection)))
+    return collection
 
 
 def _sharing(collection: Collection, held: float, private: int, forms: Mapping[str, int]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Collection as Names
 from dataclasses import replace
+from numbers import Real
 
 import torch
 
@@ -110,8 +111,8 @@ def replace_tasks(
 
 def check_goal(operator: str, max_error: float) -> None:
     """Refuse what is no relative error."""
-    if not 0 < max_error < 1:
-        raise ArgumentError(f"{operator}: max_error is between 0 and 1; got {max_error}")
+    if not isinstance(max_error, Real) or not 0 < max_error < 1:
+        raise ArgumentError(f"{operator}: max_error is between 0 and 1; got {max_error!r}")
 
 
 def check_names(operator: str, names: Sequence[str], taken: Names[str]) -> None:
