@@ -60,6 +60,14 @@ def test_old_keys_are_read_under_their_new_names(tmp_path):
     assert list(adapter.extras) == [f"{PREFIX}layers.0.q.lora_magnitude_vector"]
 
 
+def test_a_dora_without_a_magnitude_is_refused(tmp_path):
+    """Read as a plain LoRA it would give other weights than PEFT makes of it."""
+    folder = folders.write(tmp_path / "a", folders.factors(), folders.CONFIG | {"use_dora": True})
+    with pytest.raises(FormatError, match=r"needs 'layers\.0\.q\.lora_magnitude_vector'.*use_dora to false"):
+        peft.read(folder)
+    assert peft.read(folders.write(tmp_path / "b", folders.factors(), folders.CONFIG | {"use_dora": False})).slots
+
+
 def test_everything_else_is_an_extra(tmp_path):
     extras = {
         f"{PREFIX}classifier.weight": torch.rand(3, 4),

@@ -260,5 +260,6 @@ def test_what_the_model_needs_beside_the_factors_is_written_again(tmp_path):
         "trainable_token_indices": {"table": [1, 5]},
         "use_dora": True,
     }
-    peft.write(peft.read(folders.write(tmp_path / "in", config=folders.CONFIG | needs)), tmp_path / "out")
+    tensors = folders.factors() | {f"{folders.PREFIX}layers.0.q.lora_magnitude_vector": torch.ones(3)}
+    peft.write(peft.read(folders.write(tmp_path / "in", tensors, folders.CONFIG | needs)), tmp_path / "out")
     assert config_of(tmp_path / "out").items() >= needs.items()

@@ -12,6 +12,7 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 # of `lora_B`: PEFT scales it as it does the factors
 BIAS = ".lora_B.bias"
+MAGNITUDE = ".lora_magnitude_vector"
 # PEFT wrote the adapter's name into its keys before version 0.3
 _OLD_NAME = "default"
 _FACTORS = {

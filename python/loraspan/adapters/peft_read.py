@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from loraspan.adapters import experts
 from loraspan.adapters.base import Adapter, Slot, Source
 from loraspan.adapters.config import Config, read_config
 from loraspan.adapters.fold import check_factor_dtype
-from loraspan.adapters.keys import BIAS, CONFIG_NAME, WEIGHTS_NAME, Pair, sort_keys
+from loraspan.adapters.keys import BIAS, CONFIG_NAME, MAGNITUDE, PREFIX, WEIGHTS_NAME, Pair, sort_keys
 from loraspan.adapters.licence import licence_of
 from loraspan.adapters.mapped import file_sha256, map_tensors
 from loraspan.adapters.scales import Rule, Scales
@@ -62,6 +62,7 @@ def read(path: Path | str, *, name: str | None = None, hash_file: bool = False) 
     try:
         pairs, extras = sort_keys(tuple(mapped.tensors))
         slots = _slots(pairs, mapped.tensors, config)
+        _check_magnitudes(slots, extras, config)
         for key, found in extras.items():
             if key.endswith(BIAS):
                 check_factor_dtype(mapped.tensors[found], found)
@@ -125,6 +126,19 @@ def _slots(pairs: Mapping[str, Pair], tensors: Mapping[str, Tensor], config: Con
     for path, slot in slots.items():
         _check_rank(path, slot)
     return slots
+
+
+def _check_magnitudes(slots: Iterable[str], extras: Iterable[str], config: Config) -> None:
+    """Refuse a module of a DoRA that has no magnitude: PEFT would take that of the base model's weight."""
+    if not config.fields.get("use_dora"):
+        return
+    found = {key.removeprefix(PREFIX).removesuffix(MAGNITUDE) for key in extras if key.endswith(MAGNITUDE)}
+    for path in slots:
+        if path not in found:
+            raise FormatError(
+                f"needs '{path}{MAGNITUDE}', as {CONFIG_NAME} says use_dora; there is none: save the adapter again, or "
+                f"set use_dora to false if it is a plain LoRA"
+            )
 
 
 def _check_rank(path: str, slot: Slot) -> None:

@@ -11,13 +11,12 @@ from torch import Tensor, nn
 
 from loraspan.adapters import experts
 from loraspan.adapters.base import Adapter, Slot
-from loraspan.adapters.keys import BIAS, PREFIX
+from loraspan.adapters.keys import BIAS, MAGNITUDE, PREFIX
 from loraspan.adapters.peft_write import original_scale
 from loraspan.errors import MismatchError, NotFiniteError, ShapeError, UnsupportedError
 from loraspan.serve.match import Modules
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_MAGNITUDE = ".lora_magnitude_vector"
 _TOKENS = ".token_adapter.trainable_tokens_delta"
 _NUMBERED = re.compile(r"(.+)\[(\d+)\]")
 # entries that are widened at once
@@ -63,8 +62,8 @@ def plan(model: nn.Module, adapter: Adapter, at: Callable[[str], str]) -> dict[P
     edits: dict[Place, Edit] = {}
     magnitudes: dict[str, Tensor] = {}
     for key, value in adapter.extras.items():
-        if key.endswith(_MAGNITUDE):
-            magnitudes[key.removeprefix(PREFIX).removesuffix(_MAGNITUDE)] = value.flatten()
+        if key.endswith(MAGNITUDE):
+            magnitudes[key.removeprefix(PREFIX).removesuffix(MAGNITUDE)] = value.flatten()
         else:
             _put_extra(edits, model, adapter, key, value, at)
     targets = adapter.config.get("target_parameters") or []
