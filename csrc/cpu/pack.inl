@@ -52,7 +52,7 @@ inline void fill_lanes(const S* p, std::int64_t col_stride, std::int64_t lane, s
   }
   for (std::int64_t c = 0; c < n; ++c) {
     const Vec<T> entries = load_first<T>(p + c * col_stride, count);
-    __builtin_memcpy(panel + c * L + lane, &entries, static_cast<std::size_t>(count) * sizeof(T));
+    __builtin_memcpy(panel + c * L + lane, &entries, static_cast<size_t>(count) * sizeof(T));
   }
 }
 

@@ -202,7 +202,7 @@ inline std::uint16_t pack_eight(const float* x, float largest, std::int64_t n, s
     const Bytes bytes = __builtin_convertvector(__builtin_convertvector(level, Ints), Bytes);
     __builtin_memcpy(levels + i, &bytes, sizeof bytes);
   }
-  __builtin_memcpy(codes, levels, static_cast<std::size_t>(n));
+  __builtin_memcpy(codes, levels, static_cast<size_t>(n));
   return float_to_half(scale);
 }
 

@@ -156,7 +156,7 @@ class Writer {
   std::int64_t end() {
     for (int i = 0; i < 4; ++i) put();
     if (waits_ > 0) put_bits();
-    __builtin_memmove(at_, bits_at_, static_cast<std::size_t>(end_ - bits_at_));
+    __builtin_memmove(at_, bits_at_, static_cast<size_t>(end_ - bits_at_));
     return at_ - first_ + (end_ - bits_at_);
   }
 

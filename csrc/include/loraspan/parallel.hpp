@@ -1,6 +1,7 @@
 // parallel_for: independent pieces of work on the pool of threads that the process already has.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #ifdef __APPLE__
