@@ -98,3 +98,10 @@ def test_a_bias_that_takes_no_scale(tmp_path, dtype):
     safetensors.torch.save_file(factors() | {bias: torch.ones(3).to(dtype)}, tmp_path / "a" / peft.WEIGHTS_NAME)
     with pytest.raises(UnsupportedError, match=r"layers\.0\.q\.lora_B\.bias' needs float16"):
         peft.read(tmp_path / "a")
+
+
+def test_a_parameter_whose_name_is_no_text(tmp_path):
+    """JSON may have half a pair of surrogates: a slot of that name could not be written."""
+    folder = write(tmp_path / "a", config=CONFIG | {"target_parameters": ["experts.\ud800"]})
+    with pytest.raises(FormatError, match="target_parameters needs names of printable characters"):
+        peft.read(folder)

@@ -180,6 +180,10 @@ def _check_lists(fields: Mapping[str, Any]) -> None:
         value = fields.get(name)
         if isinstance(value, list) and not all(isinstance(item, str) for item in value):
             raise FormatError(f"{name} needs a list of names; got {str(value)[:80]}")
+    # these become names of slots, which have to be text, as names of tensors are
+    for item in fields.get("target_parameters") or ():
+        if not item.isprintable():
+            raise FormatError(f"target_parameters needs names of printable characters; got {item[:80]!r}")
     if fields.get("bias") not in (None, "none", "all", "lora_only"):
         raise FormatError(f"bias needs none, all or lora_only; got {fields['bias']!r}")
 
