@@ -119,8 +119,9 @@ def read_factors(adapters: Sequence[Adapter], place: torch.device | None = None)
         for path, both in grams.items()
         if any(flags := _cancels(*both))
     }
-    again = _measured(spread)
-    sides, grams = sides | again[0], grams | again[1]
+    if spread:
+        again = _measured(spread)
+        sides, grams = sides | again[0], grams | again[1]
     return [_slot_factors(adapters, path, members[path], sides[path], grams[path], place) for path in members]
 
 

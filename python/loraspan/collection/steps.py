@@ -19,8 +19,8 @@ from loraspan.collection.coding import LARGEST, ROUNDED, trellis
 from loraspan.ops.packed import Packed
 from loraspan.ops.packed_reference import BLOCK
 
-# Numbers that are squared in one go.
-_AT_ONCE = 1 << 16
+# Numbers that are rounded, or squared, in one go.
+_AT_ONCE = 1 << 18
 # Steps over the standard deviation of entries for which rates are known, and how many. Below the least, the largest of
 # thousands of normal entries would be above 32512 steps: such rows take a longer step of their own. Below `_SHORT`
 # what is rounded is normal again, with the variance of the rounding on top.
@@ -55,15 +55,24 @@ def whole_steps(rows: Tensor, steps: Tensor) -> Packed:
         In 8 bits, or in 16 where a number needs them, the scales of a row all those of :func:`scales_of`: the direction
         counts, not the length.
     """
-    reach = rows.abs().amax(dim=1) if rows.numel() else rows.new_zeros(len(rows))
+    numbers = torch.empty(rows.shape, dtype=torch.int16)
+    some = max(_AT_ONCE // max(rows.shape[1], 1), 1)
+    for i in range(0, len(rows) if rows.numel() else 0, some):
+        numbers[i : i + some] = _whole(rows[i : i + some], steps[i : i + some].to(rows.dtype))
+    if not numbers.numel() or max(map(abs, torch.stack(numbers.aminmax()).tolist())) <= LARGEST[8]:
+        return packed_numbers(numbers.to(torch.int8))
+    return packed_numbers(numbers)
+
+
+def _whole(rows: Tensor, steps: Tensor) -> Tensor:
+    reach = rows.abs().amax(dim=1)
     # an infinite step, where a column is worth nothing, leaves zeros
-    steps = torch.maximum(steps.to(rows.dtype), reach / LARGEST[16]).clamp(min=1e-30)
+    steps = torch.maximum(steps, reach / LARGEST[16]).clamp(min=1e-30)
     numbers = (rows / steps[:, None]).round()
     units = steps / _TO_A_STEP
     coarse = (steps * math.sqrt(rows.shape[1]) >= _COARSE_STEPS) & (reach <= ROUNDED * units)
     numbers[coarse] = trellis(rows[coarse] / units[coarse, None]).to(rows.dtype)
-    bits = 8 if not numbers.numel() or float(numbers.abs().max()) <= LARGEST[8] else 16
-    return packed_numbers(numbers.to(torch.int8 if bits == 8 else torch.int16))
+    return numbers
 
 
 def packed_numbers(numbers: Tensor) -> Packed:
