@@ -159,9 +159,9 @@ def open(path: str | Path, *, check: bool = False) -> Subspace:
 
     Args:
         path: the folder.
-        check: whether to read every file whole and compare its sha256 with the one that was written: a second or two
-            for a gigabyte. Otherwise a bit that a disk has changed is found where opening reads it (the manifest,
-            headers, names, coded columns), and in bases and plain columns by :func:`verify` alone.
+        check: whether to read every file whole and compare its sha256 with the one that was written. Otherwise a bit
+            that a disk has changed is found where opening reads it (the manifest, headers, names) or coded columns are
+            unpacked, and in bases and plain columns by :func:`loraspan.store.verify` alone.
 
     Raises:
         StoreError: if there is no store.

@@ -86,3 +86,23 @@ def test_one_at_a_time_stays_in_this_thread():
     here = threading.get_ident()
     assert abreast(lambda _: threading.get_ident(), range(3), lambda _: None, 1) == [here] * 3
     assert abreast(lambda _: 0, [], lambda _: None) == []
+
+
+@pytest.mark.usefixtures("four_threads")
+def test_where_no_thread_can_be_begun_nobody_waits(monkeypatch):
+    """As under a limit on processes: whoever has begun must not wait for the others for ever."""
+    honest, begun = threading.Thread.start, []
+
+    def start(thread):
+        if len(begun) == 2:
+            raise RuntimeError("can't start new thread")
+        begun.append(thread)
+        honest(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        abreast(lambda i: i, range(9), lambda _: None)
+    for thread in begun:
+        thread.join(timeout=30)
+    assert [thread.is_alive() for thread in begun] == [False, False]
+    assert torch.get_num_threads() == 4

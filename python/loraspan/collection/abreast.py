@@ -65,6 +65,11 @@ def _threads(workers: int) -> Iterator[ThreadPoolExecutor]:
         pool = ThreadPoolExecutor(workers, "loraspan", _set_own_threads, (threads // workers,))
         try:
             list(pool.map(lambda _: begun.wait(), range(workers)))
+        except BaseException:
+            # those that have begun would wait for the others for ever
+            begun.abort()
+            pool.shutdown(cancel_futures=True)
+            raise
         finally:
             torch.set_num_threads(threads)
     try:

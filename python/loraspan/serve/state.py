@@ -52,10 +52,7 @@ class State:
         return frozenset((*self.numbers.values(), -1))
 
     def strangers(self, numbers: Tensor) -> list[int]:
-        """Give those of some numbers that no task has, -1 apart.
-
-        A set and no arithmetic on arrays: at each call of a model, after others have had the caches, that is 0.1 ms.
-        """
+        """Give those of some numbers that no task has, -1 apart. Asked at each call of a model, of few numbers."""
         return sorted(set(numbers.flatten().tolist()) - self.known)
 
     def columns_of(self, path: str, wanted: NDArray[np.bool_]) -> Iterator[tuple[NDArray[np.int64], Columns]]:
