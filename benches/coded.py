@@ -1,12 +1,14 @@
-"""Measure coded ends: bits an entry at an error beside 8 and 4 bits, what the coder takes, and its speed.
+"""Measure coded columns: bits an entry at an error beside 8 and 4 bits, bases, what the coder takes, and its speed.
 
     python benches/coded.py [--family own-seed] [--rounds 9] [--json FILE]
 
 ``bits an entry`` are those of a whole collection of sample adapters, heads apart, over the entries of their factors.
-``coder`` writes the numbers of the collection coded within 0.2, beside their entropy if each were coded by how often
-it occurs in 32 rows of like size, which knows nothing of the trellis. ``speed`` is that of one thread, of 4 million
-normal entries in rows of 4096: rounded each by itself, with steps of a half and a 200th of their standard deviation,
-and by a trellis to what loses as much as a step of a half.
+``bases`` are plans for adapters of one seed, the sample ones and generated ones of 2 slots of 1024 x 768: bytes of
+columns and bases where each is alone, on float16 bases and on coded ones, and those of the folder. ``coder`` writes the
+numbers of the collection coded within 0.2, beside their entropy if each were coded by how often it occurs in 32 rows of
+like size, which knows nothing of the trellis. ``speed`` is that of one thread, of 4 million normal entries in rows of
+4096: rounded each by itself, with steps of a half and a 200th of their standard deviation, and by a trellis to what
+loses as much as a step of a half.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from numpy.typing import NDArray
 
 import loraspan
 from _bench import interleave, machine, table
+from _fidelity_cases import cases
 from loraspan.cli.demo_compare import Family
 from loraspan.cli.demo_data import FAMILIES
 from loraspan.collection.coded import CODED_FIELDS
@@ -31,6 +34,8 @@ from loraspan.ops.packed import Packed
 ERRORS = (0.4, 0.2, 0.1, 0.05, 0.01, 1e-3, 3e-4)
 WIDTHS = ("coded", "f16", "int8", "int4")
 CODED_AT = 0.2
+SHARED_ERRORS = (0.3, 0.1, 0.03)
+FLOAT_BASES = "float16 bases, float16 loadings, coded private ends"
 TOGETHER = 32
 ROWS, LENGTH, STEPS = 1024, 4096, (0.5, 0.005)
 # numbers of a trellis to a step that loses as much
@@ -50,6 +55,7 @@ def main() -> None:
     tables: list[Codes] = []
     parts = {
         "bits": list(bits(family, tables)),
+        "bases": list(bases()),
         "coder": list(coder(tables)),
         "speed": list(speed(options.rounds)),
     }
@@ -80,6 +86,28 @@ def bits(family: Family, tables: list[Codes]) -> Iterator[Record]:
                 columns = [c for segment in space.collection.segments for c in segment.columns.values()]
                 held = [rows for c in columns for rows in (getattr(c, field) for field in CODED_FIELDS)]
                 tables += [rows.numbers.numpy() for rows in held if isinstance(rows, Packed)]
+
+
+def bases() -> Iterator[Record]:
+    """Compress adapters of one seed to errors."""
+    every = cases(24)
+    for name in ("trained, shared-seed", "one seed"):
+        adapters = list(every[name]().adapters)
+        for error in SHARED_ERRORS:
+            space = loraspan.compress(adapters, max_error=error)
+            planned = {(line.widths, line.forms): line.nbytes for line in space.report().plans}
+            yield {
+                "adapters": name,
+                "max_error": error,
+                "alone": _kb(planned["coded", "private"]),
+                "float16 bases": _kb(planned[FLOAT_BASES, "input side shared"]),
+                "coded": _kb(planned["coded", "mixed"]),
+                "stored": _kb(space.nbytes),
+            }
+
+
+def _kb(nbytes: int | None) -> float | None:
+    return None if nbytes is None else nbytes / 1e3
 
 
 def coder(tables: Sequence[Codes]) -> Iterator[Record]:

@@ -225,7 +225,7 @@ def test_what_is_opened_is_what_was_saved(tmp_path):
     assert list(space.collection.slots) != sorted(space.collection.slots)
     space.save(tmp_path / "s")
     opened = loraspan.open(tmp_path / "s")
-    assert (opened.collection.bits, opened.errors) == ((8, 8, CODED), space.errors)
+    assert (opened.collection.bits, opened.errors) == ((CODED, CODED, CODED), space.errors)
     for path, columns in space.collection.segments[0].columns.items():
         other = opened.collection.segments[0].columns[path]
         assert torch.equal(other.weights, columns.weights)
@@ -298,7 +298,7 @@ def test_in_groups(tmp_path):
         loraspan.adapters.peft.write(adapter, tmp_path / "in" / adapter.name)
     goal = {"max_error": 0.2, "dtype": "coded", "memory": "1GB"}
     space = loraspan.compress(str(tmp_path / "in" / "*"), **goal, out=tmp_path / "s")
-    assert space.collection.bits == (8, 8, CODED)
+    assert space.collection.bits == (CODED, CODED, CODED)
     assert max(space.errors.values()) <= 0.2 * (1 + 1e-9)
     assert loraspan.store.verify(tmp_path / "s") == []
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import loraspan
 from loraspan import store
-from loraspan.collection import build, private
+from loraspan.collection import one_sided, private
 from loraspan.collection.fit import Goal, fit
 from loraspan.collection.rebuild import rebuild
 from loraspan.collection.refit import refit
@@ -144,7 +144,7 @@ def test_a_weight_that_would_be_negative_turns_an_end(monkeypatch, case, width):
         return flip_rows(ends, torch.full((ends.shape[0],), -1)), -seen, inner
 
     monkeypatch.setattr(private, "stored_ends", turned)
-    monkeypatch.setattr(build, "stored_ends", turned)
+    monkeypatch.setattr(one_sided, "stored_ends", turned)
     adapters = planted.adapters(count=5, shape=SHAPE, noise=0.1, **CASES[case])
     held = fit(adapters, Goal(max_error=0.05, dtype=width))
     for columns in held.segments[0].columns.values():
@@ -157,7 +157,7 @@ def test_a_weight_that_would_be_negative_turns_an_end(monkeypatch, case, width):
 
 def test_names_of_widths():
     assert str(Widths.of(4)) == "int4"
-    assert str(Widths.of(CODED)) == "int8 bases, int8 loadings, coded private ends"
+    assert str(Widths.of(CODED)) == "coded"
     assert Widths.from_bits(torch.float32, Widths.of(CODED).bits) == Widths.of(CODED)
     assert str(Widths(torch.float32, 8, 8, 4)) == "int8 bases, int8 loadings, int4 private ends"
     with pytest.raises(ArgumentError, match=r"dtype is float32, bfloat16, float16, int8, 'int4'.* or 'coded'"):

@@ -16,6 +16,8 @@ from fuzz.cases import Case, Special
 from fuzz.hostile import spoiled_bytes, spoiled_json, text_of
 from fuzz.tensors import spoiled_header, spoiled_tensors
 from loraspan import compress, store
+from loraspan.adapters import Adapter
+from loraspan.adapters.base import Slot
 from loraspan.adapters.keys import CONFIG_NAME, WEIGHTS_NAME
 from store.samples import ODD_EXTRAS, collection, save_in_segments, saved
 
@@ -33,7 +35,7 @@ _SEAL = ',\n  "checksum": "'
 def stores():
     """Stores in order, each as the bytes of its files."""
     with tempfile.TemporaryDirectory() as folder:
-        paths = [Path(folder, str(i)) for i in range(8)]
+        paths = [Path(folder, str(i)) for i in range(9)]
         for path in paths:
             path.mkdir()
         saved(paths[0], seed=2, extras=ODD_EXTRAS)
@@ -44,6 +46,7 @@ def stores():
         _coded(paths[5] / "team.span", 0.1, 1e-3)
         _coded(paths[6] / "team.span", 1e-3, 0.1)
         _live(paths[7] / "team.span")
+        _on_coded_bases(paths[8] / "team.span")
         return [{p.name: p.read_bytes() for p in (path / "team.span").iterdir() if p.name != ".lock"} for path in paths]
 
 
@@ -52,6 +55,16 @@ def _coded(path, first, then):
     space = compress([adapter(name, base="base") for name in ("sql", "legal")], max_error=first, dtype="coded")
     space.save(path)
     space.add([adapter("new", base="base", path="layers.1.q")], max_error=then)
+
+
+def _on_coded_bases(path):
+    """A store of one input factor, and so of coded loadings."""
+    draw = torch.Generator().manual_seed(7)
+    down = torch.randn(2, 48, generator=draw)
+    slots = [{"layers.2.q": Slot(down, torch.randn(12, 2, generator=draw), 1.0)} for _ in range(12)]
+    space = compress([Adapter(f"task {i}", of_task) for i, of_task in enumerate(slots)], max_error=0.2, dtype="coded")
+    assert space.collection.slots["layers.2.q"].ranks == (0, 2)
+    space.save(path)
 
 
 def _live(path):

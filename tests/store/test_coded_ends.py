@@ -44,7 +44,7 @@ def _bomb(tensors):
 
 OPENING = {
     f"tensor 'coded.{Q}': .* it is missing": lambda t: t.update({"coded.layers.0.q_proj": t.pop(f"coded.{Q}")}),
-    "tensor 'coded.layers.0.q_proj': no end is missing": lambda t: t.update(
+    "tensor 'coded.layers.0.q_proj': no row is missing": lambda t: t.update(
         {"coded.layers.0.q_proj": t[f"coded.{Q}"].clone()}
     ),
     "tensor 'coded.no.slot': ": lambda t: t.update({"coded.no.slot": t[f"coded.{Q}"].clone()}),

@@ -10,10 +10,11 @@ from torch import Tensor
 from loraspan.collection.assemble import Part
 from loraspan.collection.rows import Width, row_bytes, store_rows, values_of
 from loraspan.collection.stack import Stack
+from loraspan.collection.steps import whole_steps
 from loraspan.linalg.roots import gram_root
 from loraspan.ops import combine
 from loraspan.ops.dense import eigh
-from loraspan.ops.packed import Packed, pack, unpack
+from loraspan.ops.packed import Packed, unpack
 from loraspan.ops.packed_products import packed_products
 from loraspan.ops.places import fetched
 
@@ -47,11 +48,17 @@ class Basis(NamedTuple):
         return unpack(self.v) if isinstance(self.v, Packed) else self.v.T
 
 
-def make_basis(stack: Stack, w: Tensor, width: Width) -> Basis:
+def make_basis(stack: Stack, w: Tensor, width: Width, steps: Tensor | None = None) -> Basis:
     """Form ``X^T w`` as it is stored, with its products in the same pass; again if it came out far from orthonormal.
 
     The products are summed in float64: errors are small differences of what they add up to. The basis is for the
     collection, which lies on the CPU.
+
+    Args:
+        stack: ``X``.
+        w: ``[R, k]``.
+        width: of the basis.
+        steps: ``[k]``, which vectors are rounded to whole ones of.
     """
     dtype = torch.float32 if isinstance(width, int) else width
     v, xv, gram = combine(stack.x, w, dtype=dtype, precision="f64")
@@ -62,10 +69,18 @@ def make_basis(stack: Stack, w: Tensor, width: Width) -> Basis:
         w = w @ gram_root(gram).inverse
         v, xv, gram = combine(stack.x, w, dtype=dtype, precision="f64")
     if isinstance(width, int) and v.shape[1]:
-        packed = pack(v.cpu().T, width)
+        packed = _packed(v.cpu().T, width, steps)
         seen = packed_products(stack.x, packed.to(v.device), precision="f64")
         return Basis(packed, stack.pad(seen.rows), seen.basis)
     return Basis(fetched(v), stack.pad(xv), gram)
+
+
+def _packed(rows: Tensor, width: int, steps: Tensor | None) -> Packed:
+    if steps is None:
+        packed = store_rows(rows, width)
+        assert isinstance(packed, Packed)
+        return packed
+    return whole_steps(rows, steps)
 
 
 def empty_basis(stack: Stack, length: int, dtype: torch.dtype) -> Basis:

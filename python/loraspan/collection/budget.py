@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,16 +15,19 @@ from torch import Tensor
 from loraspan.collection.factors import Canonical
 from loraspan.collection.layout import basis_bytes
 from loraspan.collection.private import columns_within
-from loraspan.collection.rows import CODED, Width, Widths, rounding_of, row_bytes
-from loraspan.collection.steps import Curve, Ends
+from loraspan.collection.rows import CODED, Width, Widths, rounding_of, row_bytes, unstepped
+from loraspan.collection.steps import CodedBasis, Curve, Ends
 from loraspan.linalg.roots import gram_root
 from loraspan.ops.dense import eigh
 
 # What a header takes for a side with a basis, about: the names of the basis, of the loadings, and of their scales.
 _NAMES = 200
-# Share of the bytes of coded private columns below which a basis is worth it. What truncation to a basis loses lies in
-# a few directions, what rounding loses in all: at the same error and bytes tasks do better with rounding.
-_WORTH = 0.9
+# The same where both are coded: numbers of streams have no names.
+_CODED_NAMES = 32
+# Share of the bytes of coded private columns below which a basis is worth it, and how often energy counts in choosing
+# it that it does not hold. It lies in a few directions, which a task has learned for itself, what rounding loses in
+# all: at the same error and bytes tasks do better with rounding.
+_WORTH, _BEYOND = 0.9, 4.0
 # More than any plan takes: of forms that rounding rules out.
 NEVER = 1 << 60
 
@@ -51,6 +55,7 @@ class Planner:
         inn: ``[T, r, l]``: raw input factors times the directions of the input side.
         allowed: ``[T]``: squared norms that may be lost.
         widths: of what is stored.
+        weights: ``[T]``: of the tasks, where the bases are yet to be stored; None for bases that stand.
     """
 
     def __init__(
@@ -61,8 +66,9 @@ class Planner:
         inn: Tensor,
         allowed: Tensor,
         widths: Widths | Width,
+        weights: Tensor | None = None,
     ) -> None:
-        self._shape = shape
+        self._shape, self._weights = shape, weights
         self._s = canonical.s
         self._out = canonical.x.mT @ out
         self._in = canonical.y.mT @ inn
@@ -71,7 +77,7 @@ class Planner:
         self._energy = self._s.square().sum(-1)
         self._zero = (self._s == 0).all(-1)
         self._spectra: dict[tuple[str, int, int], tuple[Tensor, ...]] = {}
-        self._curves: dict[tuple[tuple[str, int, int], tuple[int, ...]], Curve] = {}
+        self._curves: dict[tuple[object, ...], Curve] = {}
 
     def at(self, allowed: Tensor, widths: Widths) -> Planner:
         """Give the planner of the same slot for other allotments and widths; spectra are shared."""
@@ -100,7 +106,7 @@ class Planner:
         best = alone = self._plan("pp", 0, 0)
         worth = _WORTH if self._widths.private == CODED else 1.0
         for form, rank_out, rank_in in self._shared():
-            if self._basis_bytes(rank_out, rank_in) < best.nbytes:
+            if self._is_stepped(form) or self._basis_bytes(rank_out, rank_in) < best.nbytes:
                 best = min(best, self._plan(form, rank_out, rank_in), key=lambda plan: plan.nbytes)
         return best if best.nbytes < worth * alone.nbytes else alone
 
@@ -120,16 +126,43 @@ class Planner:
             columns = min(self._both(rank_out, rank_in), key=lambda each: int(each.sum()))
         else:
             columns = self._one_sided(form, rank_out or rank_in)
-        total = min(int(columns.sum()), NEVER)
-        return Plan(form, rank_out, rank_in, total + self._basis_bytes(rank_out, rank_in))
+        # one task that has no such form is enough
+        total = NEVER if (columns >= NEVER // max(len(columns), 1)).any() else int(columns.sum())
+        if self._is_stepped(form):
+            rank = rank_in if form == "ps" else rank_out
+            steps = self.basis_steps(form, rank)
+            assert steps is not None
+            nbytes = self._basis(form, rank).nbytes(steps) + _CODED_NAMES
+        else:
+            nbytes = self._basis_bytes(rank_out, rank_in)
+        return Plan(form, rank_out, rank_in, total + nbytes)
 
     def _basis_bytes(self, rank_out: int, rank_in: int) -> int:
         sides = (rank_out > 0) + (rank_in > 0)
         return basis_bytes(*self._shape, rank_out, rank_in, self._widths) + _NAMES * sides
 
+    def _is_stepped(self, form: str) -> bool:
+        """Say whether bases of a form are yet to be rounded to whole steps."""
+        return self._weights is not None and self._widths.basis == CODED and form in ("ps", "sp")
+
+    def _basis(self, form: str, rank: int) -> CodedBasis:
+        assert self._weights is not None
+        seen = (self._in if form == "ps" else self._out)[..., :rank]
+        # |dW v|^2: the columns of the other canonical factor are orthogonal, of squared lengths s
+        held = (self._s.unsqueeze(-1) * seen.square()).sum(1)
+        side = 1 if form == "ps" else 0
+        return CodedBasis(held, self._weights, self._shape[side], side)
+
+    def basis_steps(self, form: str, rank: int) -> Tensor | None:
+        """Give the steps ``[rank]`` that a basis of one side is to be rounded by; None if it is not."""
+        if not self._is_stepped(form):
+            return None
+        curve, (allowed, _) = self._one_sided_curve(form, rank)
+        return self._basis(form, rank).common(curve.steps_at(allowed))
+
     def _alone(self) -> NDArray[np.int64]:
         if self._widths.private == CODED:
-            return self._coded(("pp", 0, 0), [Ends(self._s, self._shape)], self._left_by_rounding(0))
+            return self._coded(self._curve("pp", (0, 0), [Ends(self._s, self._shape)]), self._left_by_rounding(0))
         allowed, possible = self._left_by_rounding(2 * rounding_of(self._widths.private))
         return self._columns(0, 0, {"pp": columns_within(self._s, allowed)}, possible)
 
@@ -152,12 +185,12 @@ class Planner:
         if ("ss", rank_out, rank_in) not in self._spectra:
             self._spectra["ss", rank_out, rank_in] = (self._rest_of_both(rank_out, rank_in),)
         (spectrum,) = self._spectra["ss", rank_out, rank_in]
-        share = 2 * rounding_of(self._widths.basis) + 2 * rounding_of(self._widths.loadings)
+        share = 2 * rounding_of(unstepped(self._widths.basis)) + 2 * rounding_of(unstepped(self._widths.loadings))
         allowed, possible = self._left_by_rounding(share)
         ranks, core = (rank_out, rank_in), (self._s > 0).sum(-1).clamp(max=min(rank_out, rank_in))
         whole, counts, coded = torch.full_like(core, rank_in), {}, np.zeros(len(core), dtype=np.int64)
         if self._widths.private == CODED:
-            coded = self._coded(("ss", *ranks), [Ends(spectrum, self._shape)], (allowed, possible))
+            coded = self._coded(self._curve("ss", ranks, [Ends(spectrum, self._shape)]), (allowed, possible))
         else:
             counts["pp"] = columns_within(spectrum, allowed)
         factored = self._columns(*ranks, {"ss": core, **counts}, possible)
@@ -174,31 +207,44 @@ class Planner:
         return product_spectrum(left, right)
 
     def _one_sided(self, form: str, rank: int) -> NDArray[np.int64]:
-        if (form, rank, 0) not in self._spectra:
-            seen = (self._in if form == "ps" else self._out)[..., :rank]
-            inside, other = seen @ seen.mT, torch.diag_embed(self._s)
-            # the other factor's columns are orthogonal, of squared lengths s; the two parts are orthogonal too
-            self._spectra[form, rank, 0] = (product_spectrum(other, inside), product_spectrum(other, other - inside))
-        shared, private = self._spectra[form, rank, 0]
-        ranks = (0, rank) if form == "ps" else (rank, 0)
         if self._widths.private == CODED:
-            share = rounding_of(self._widths.basis) + rounding_of(self._widths.loadings)
-            ends = one_sided_ends(form, self._shape, (shared, private), rank, self._widths)
-            return self._coded((form, rank, 0), ends, self._left_by_rounding(share))
+            return self._coded(*self._one_sided_curve(form, rank))
+        shared, private = self._one_sided_spectra(form, rank)
+        ranks = (0, rank) if form == "ps" else (rank, 0)
         prices = [column_bytes(kind, self._shape, ranks, self._widths) for kind in (form, "pp")]
         share = sum(map(rounding_of, self._widths[1:]))
         allowed, possible = self._left_by_rounding(share)
         counts = one_sided_counts(shared, private, allowed, *prices)
         return self._columns(*ranks, {form: counts[0], "pp": counts[1]}, possible)
 
-    def _coded(self, key: tuple[str, int, int], ends: Sequence[Ends], left: tuple[Tensor, Tensor]) -> NDArray[np.int64]:
-        """Give the bytes of coded ends within what rounding of the rest leaves, ``left``."""
-        # the same whatever bases are stored in, but for the loadings beside an end
-        place = key, tuple(part.nbytes for part in ends)
+    def _one_sided_spectra(self, form: str, rank: int) -> tuple[Tensor, ...]:
+        """Of the part with one end on a basis, and of the rest."""
+        if (form, rank, 0) not in self._spectra:
+            seen = (self._in if form == "ps" else self._out)[..., :rank]
+            inside, other = seen @ seen.mT, torch.diag_embed(self._s)
+            # the other factor's columns are orthogonal, of squared lengths s; the two parts are orthogonal too
+            self._spectra[form, rank, 0] = (product_spectrum(other, inside), product_spectrum(other, other - inside))
+        return self._spectra[form, rank, 0]
+
+    def _one_sided_curve(self, form: str, rank: int) -> tuple[Curve, tuple[Tensor, Tensor]]:
+        """Of coded ends, and what rounding of the rest leaves."""
+        shared, private = self._one_sided_spectra(form, rank)
+        ends = one_sided_ends(form, self._shape, (shared, math.sqrt(_BEYOND) * private), rank, self._widths)
+        basis = self._basis(form, rank) if self._is_stepped(form) else None
+        left = self._left_by_rounding(rounding_of(self._widths.basis) + rounding_of(self._widths.loadings))
+        return self._curve(form, (rank, 0), ends, basis), left
+
+    def _curve(self, form: str, ranks: tuple[int, int], ends: Sequence[Ends], basis: CodedBasis | None = None) -> Curve:
+        # the same whatever bases are stored in, but for the loadings beside an end and steps of the bases
+        place = form, ranks, tuple((*part.lengths, part.nbytes) for part in ends), basis is None
         found = self._curves.get(place)
         if found is None:
-            found = self._curves[place] = Curve(ends)
-        nbytes, within = found.bytes_at(left[0])
+            found = self._curves[place] = Curve(ends, basis)
+        return found
+
+    def _coded(self, curve: Curve, left: tuple[Tensor, Tensor]) -> NDArray[np.int64]:
+        """Give the bytes of coded ends within what rounding of the rest leaves, ``left``."""
+        nbytes, within = curve.bytes_at(left[0])
         possible = (within & left[1]) | self._zero
         return torch.where(possible, nbytes, NEVER // max(len(nbytes), 1)).numpy()
 
@@ -206,9 +252,11 @@ class Planner:
 def one_sided_ends(
     form: str, shape: tuple[int, int], spectra: tuple[Tensor, Tensor], rank: int, widths: Widths
 ) -> list[Ends]:
-    """Give the private ends of columns with one end on a basis of ``rank``, and of those with none; of both spectra."""
-    far = shape[0] if form == "ps" else shape[1]
-    return [Ends(spectra[0], [far], row_bytes(rank, widths.loadings)), Ends(spectra[1], shape)]
+    """Give the coded ends of columns with one end on a basis of ``rank``, and of those with none; of both spectra."""
+    far, rest = 0 if form == "ps" else 1, Ends(spectra[1], shape)
+    if widths.loadings == CODED:
+        return [Ends(spectra[0], [shape[far], rank], (far, 1 - far)), rest]
+    return [Ends(spectra[0], [shape[far]], (far,), row_bytes(rank, widths.loadings)), rest]
 
 
 def column_bytes(

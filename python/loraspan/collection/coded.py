@@ -1,4 +1,4 @@
-"""The tensors of a segment's columns in its file: as they are in memory, or coded where they were rounded for that."""
+"""The tensors of bases and columns in their files: as they are in memory, or coded where they were rounded for that."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from loraspan.ops.packed import Packed
 from loraspan.ops.packed_reference import BLOCK
 
 # What may be coded, in the order in which a stream has them.
-CODED_FIELDS = ("left_private", "right_private")
+CODED_FIELDS = ("left_loadings", "left_private", "right_loadings", "right_private")
+SIDES = ("u", "v")
 # Slots that follow each other share a stream until it holds so many numbers.
 GROUP = 1 << 20
 
@@ -35,9 +36,10 @@ def column_tensors(columns: Mapping[str, Columns]) -> list[tuple[str, Tensor]]:
     ``coded.<the last of these slots>``; their scales follow from them and are left out, and the weights beside them are
     bfloat16 where that changes none.
     """
-    named, tables = [], {}
+    named: list[tuple[str, Tensor]] = []
+    tables: dict[str, dict[str, Packed]] = {}
     for slot, table in columns.items():
-        coded = {field: rows for field in CODED_FIELDS if _is_coded(rows := getattr(table, field))}
+        coded = _coded_of({field: getattr(table, field) for field in CODED_FIELDS})
         if coded:
             tables[slot] = coded
         for field, rows in table.tensors().items():
@@ -45,11 +47,37 @@ def column_tensors(columns: Mapping[str, Columns]) -> list[tuple[str, Tensor]]:
                 rows = _narrow(table.weights)
             if field not in coded:
                 named += tensors_of(field, slot, rows)
+    return named + _streams(tables)
+
+
+def basis_tensors(bases: Mapping[str, tuple[Rows, Rows]]) -> list[tuple[str, Tensor]]:
+    """Give the tensors of the bases ``u`` and ``v`` of all slots by the names that a file has for them.
+
+    Those whose vectors were rounded to whole steps are coded as columns are, without anything beside them.
+    """
+    named: list[tuple[str, Tensor]] = []
+    tables: dict[str, dict[str, Packed]] = {}
+    for slot, pair in bases.items():
+        coded = _coded_of(dict(zip(SIDES, pair, strict=True)))
+        if coded:
+            tables[slot] = coded
+        for side, rows in zip(SIDES, pair, strict=True):
+            if side not in coded:
+                named += tensors_of(side, slot, rows)
+    return named + _streams(tables)
+
+
+def _coded_of(rows: Mapping[str, Rows]) -> dict[str, Packed]:
+    return {field: each for field, each in rows.items() if isinstance(each, Packed) and _is_coded(each)}
+
+
+def _streams(tables: Mapping[str, Mapping[str, Packed]]) -> list[tuple[str, Tensor]]:
     # by name: a reader may know the slots in another order
     shapes = {slot: {field: rows.shape for field, rows in tables[slot].items()} for slot in sorted(tables)}
-    for slots in groups(shapes):
-        named.append((f"coded.{slots[-1]}", _stream_of([rows for slot in slots for rows in tables[slot].values()])))
-    return named
+    return [
+        (f"coded.{slots[-1]}", _stream_of([rows for slot in slots for rows in tables[slot].values()]))
+        for slots in groups(shapes)
+    ]
 
 
 def _stream_of(tables: Sequence[Packed]) -> Tensor:
@@ -174,7 +202,8 @@ def coded_bytes(columns: Columns) -> NDArray[np.int64]:
     at a time.
     """
     saved = np.zeros(len(columns.tasks))
-    rows_of = {"left_private": columns.counts[:, 2:].sum(1), "right_private": columns.counts[:, [1, 3]].sum(1)}
+    ss, sp, ps, pp = columns.counts.T
+    rows_of = dict(zip(CODED_FIELDS, (ss + sp, ps + pp, np.where(columns.dense, 0, ss) + ps, sp + pp), strict=True))
     for field in CODED_FIELDS:
         rows = getattr(columns, field)
         if not _is_coded(rows):

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from loraspan.collection.coded import column_tensors
+from loraspan.collection.coded import basis_tensors, column_tensors
 from loraspan.collection.headers import Entry, count, deflate, file_start, order
 from loraspan.collection.origins import Origins
-from loraspan.collection.rows import Rows, Width, Widths, row_bytes, tensors_of
+from loraspan.collection.rows import Width, Widths, row_bytes
 from loraspan.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -103,9 +103,8 @@ def collection_bytes(collection: Collection) -> int:
 
 def basis_file_bytes(collection: Collection) -> int:
     """Give the bytes of the file of the bases, as :func:`collection_bytes` counts them."""
-    slots = collection.slots
-    sides = [(side, name, m) for name, s in slots.items() for side, m in (("u", s.u), ("v", s.v))]
-    return _file_bytes("basis", [entry for side, name, m in sides for entry in _entries(side, name, m)])
+    named = basis_tensors({name: (slot.u, slot.v) for name, slot in collection.slots.items()})
+    return _file_bytes("basis", [(name, tensor.dtype, tensor.shape) for name, tensor in named])
 
 
 def segment_bytes(segment: Segment) -> int:
@@ -185,10 +184,6 @@ def _index_entries(name: str, columns: Columns, tasks: int) -> list[Entry]:
         if columns.dense.any():
             entries.append((f"dense.{name}", torch.bool, [rows]))
     return entries
-
-
-def _entries(field: str, name: str, rows: Rows) -> list[Entry]:
-    return [(tensor_name, tensor.dtype, tensor.shape) for tensor_name, tensor in tensors_of(field, name, rows)]
 
 
 def _file_bytes(kind: str, entries: Sequence[Entry]) -> int:

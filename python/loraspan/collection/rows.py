@@ -16,8 +16,8 @@ Rows: TypeAlias = Tensor | Packed
 # a floating dtype, a number of bits, or CODED
 Width: TypeAlias = torch.dtype | int
 
-# Private ends in whole numbers of one step, coded in files and rows of 8 or 16 bits in memory. No number of bits: a
-# name.
+# Whole numbers of one step, coded in files and rows of 8 or 16 bits in memory: ends of columns of which one at least is
+# private, and bases of one side. No number of bits: a name. What has no step of its own is packed in 8 bits beside it.
 CODED = 1
 _SCALE_BYTES = 2
 # Share of the energy of a vector that rounding takes, about: measured on blocks of normal entries for 8 and 4 bits,
@@ -51,11 +51,9 @@ class Widths(NamedTuple):
 
     @classmethod
     def of(cls, given: Widths | Width) -> Widths:
-        """Take one width for all, or widths as they are; what is shared is never coded."""
+        """Take one width for all, or widths as they are."""
         if isinstance(given, Widths):
             return given
-        if given == CODED:
-            return cls(torch.float32, 8, 8, CODED)
         return cls(given if isinstance(given, torch.dtype) else torch.float32, given, given, given)
 
     @classmethod
@@ -128,8 +126,8 @@ def row_bytes(length: int, width: Width) -> int:
         (256, 68)
     """
     if isinstance(width, int):
-        width = 8 if width == CODED else width
-        return -(-length * width // 8) + _SCALE_BYTES * -(-length // BLOCK)
+        bits = 8 if width == CODED else width
+        return -(-length * bits // 8) + _SCALE_BYTES * -(-length // BLOCK)
     return length * width.itemsize
 
 
@@ -137,7 +135,14 @@ def store_rows(rows: Tensor, width: Width) -> Rows:
     """Round rows ``[R, L]`` to what is stored; those of no length stay a tensor."""
     if not isinstance(width, int):
         return rows.to(width)
-    return pack(rows, width) if rows.shape[1] else rows.float()
+    bits = unstepped(width)
+    assert isinstance(bits, int)
+    return pack(rows, bits) if rows.shape[1] else rows.float()
+
+
+def unstepped(width: Width) -> Width:
+    """Give the width of rows that are rounded without a step: 8 bits where others are coded."""
+    return 8 if width == CODED else width
 
 
 def values_of(rows: Rows) -> Tensor:

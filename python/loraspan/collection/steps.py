@@ -19,6 +19,8 @@ from loraspan.collection.coding import LARGEST, ROUNDED, trellis
 from loraspan.ops.packed import Packed
 from loraspan.ops.packed_reference import BLOCK
 
+# Steps of ends over the one that all columns of a task share: of the output side, and of the input side.
+SIDES = (1.0, 1.0)
 # Numbers that are rounded, or squared, in one go.
 _AT_ONCE = 1 << 18
 # Steps over the standard deviation of entries for which rates are known, and how many. Below the least, the largest of
@@ -103,11 +105,13 @@ class Ends(NamedTuple):
     Attributes:
         s: ``[T, q]`` singular values, descending.
         lengths: of the private ends of a column: one or two.
-        nbytes: of the other end, if that is shared.
+        sides: of these ends, places in :data:`SIDES`.
+        nbytes: of the other end, if that is shared and not coded.
     """
 
     s: Tensor
     lengths: Sequence[int]
+    sides: Sequence[int] = (0, 1)
     nbytes: int = 0
 
     def costs(self, steps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -118,8 +122,8 @@ class Ends(NamedTuple):
         steps = steps.unsqueeze(-1)
         bits = torch.full_like(self.s, _COLUMN_BITS + 8 * self.nbytes).expand(*steps.shape[:-2], *self.s.shape)
         held = torch.ones_like(bits)
-        for length in self.lengths:
-            rate, lost = _rates(steps * math.sqrt(length) / self.s.clamp(min=_TINY))
+        for length, side in zip(self.lengths, self.sides, strict=True):
+            rate, lost = _rates(steps * (SIDES[side] * math.sqrt(length)) / self.s.clamp(min=_TINY))
             bits, held = bits + _LEARNING * length * rate + _ROW_BITS, held * (1 - lost)
         squares = self.s.square()
         kept = held * squares > _SLOPE * steps.square() * bits
@@ -129,18 +133,60 @@ class Ends(NamedTuple):
         return (bits * kept).sum(-1), left.sum(-1), kept
 
 
+class CodedBasis(NamedTuple):
+    """A basis whose vectors are to be rounded to whole steps, each times what the tasks have along it.
+
+    So its bits are spent as those of columns are: a direction that many tasks use a lot is told finely.
+
+    Attributes:
+        held: ``[T, k]``: the energy of every task along each vector.
+        weights: ``[T]``: of the tasks; steps times these are of one size.
+        length: of the vectors.
+        side: the place of its side in :data:`SIDES`.
+    """
+
+    held: Tensor
+    weights: Tensor
+    length: int
+    side: int
+
+    def lost(self, steps: Tensor) -> Tensor:
+        """Give what the tasks lose ``[..., T]`` where the steps ``[..., T]`` of their columns round the basis."""
+        _, share = _rates(self._ratios((steps * self.weights).unsqueeze(-1)))
+        return (share * self.held).sum(-1)
+
+    def common(self, steps: Tensor) -> Tensor:
+        """Give the steps ``[k]`` of unit vectors that go with steps ``[T]`` of the tasks' columns."""
+        used = steps[self.held.sum(-1) > 0] * self.weights[self.held.sum(-1) > 0]
+        if not len(used):
+            return self.held.new_ones(self.held.shape[-1])
+        return self._ratios(used.square().mean().sqrt()) / math.sqrt(self.length)
+
+    def nbytes(self, steps: Tensor) -> int:
+        """Give about the bytes of unit vectors in steps ``[k]``."""
+        rates, _ = _rates(steps * math.sqrt(self.length))
+        return math.ceil(float((_LEARNING * self.length * rates + _ROW_BITS).sum()) / 8)
+
+    def _ratios(self, steps: Tensor) -> Tensor:
+        """Steps over the standard deviation of the entries."""
+        energy = (self.held * self.weights.square().unsqueeze(-1)).sum(0)
+        return steps * (SIDES[self.side] * math.sqrt(self.length)) / energy.clamp(min=_TINY).sqrt()
+
+
 class Curve:
     """Bytes and lost energy of columns over the step that all of a task's share.
 
     Args:
         parts: of the same tasks.
+        basis: that their shared ends are on, if it is yet to be rounded.
     """
 
-    def __init__(self, parts: Sequence[Ends]) -> None:
+    def __init__(self, parts: Sequence[Ends], basis: CodedBasis | None = None) -> None:
         self.steps = _grid(parts)
         costs = [part.costs(self.steps) for part in parts]
         self._bits = torch.stack([bits for bits, _, _ in costs]).sum(0)
-        self._lost = _ascending(torch.stack([lost for _, lost, _ in costs]).sum(0))
+        lost = torch.stack([lost for _, lost, _ in costs]).sum(0)
+        self._lost = _ascending(lost if basis is None else lost + basis.lost(self.steps))
 
     def bytes_at(self, allowed: Tensor) -> tuple[Tensor, Tensor]:
         """Give the bytes ``[T]`` of what loses at most ``allowed [T]``, and whether anything does."""

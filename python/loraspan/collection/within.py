@@ -177,7 +177,7 @@ class SlotFitter:
         self._width = self._width * 2 or _FIRST_WIDTH
         self._ranges = self._find(self._width, self._precision)
         seen = [side.pad(found.xv) for side, found in zip(self._sides, self._ranges, strict=True)]
-        self._planner = Planner(self.slot.shape, self.canonical, seen[0], seen[1], allowed, widths)
+        self._planner = Planner(self.slot.shape, self.canonical, seen[0], seen[1], allowed, widths, self._weights)
 
     def _finish(self, builder: SlotBuilder, bases: tuple[Basis, Basis], parts: list[Part], lost: Tensor) -> Fitted:
         slot = self.slot
@@ -195,7 +195,10 @@ class SlotFitter:
             bases = self._joint_bases(b, (plan.rank_out, plan.rank_in), ranges)
             return bases, *b.shared(bases)
         at = 1 if plan.form == "ps" else 0
-        basis = make_basis(self._sides[at], ranges[at].w[:, : max(plan.rank_out, plan.rank_in)], b.widths.basis)
+        rank = max(plan.rank_out, plan.rank_in)
+        assert self._planner is not None
+        steps = self._planner.at(b.allowed, b.widths).basis_steps(plan.form, rank)
+        basis = make_basis(self._sides[at], ranges[at].w[:, :rank], b.widths.basis, steps)
         return (out, basis) if at else (basis, inn), *b.one_sided(plan.form, basis)
 
     def _joint_bases(self, b: SlotBuilder, ranks: tuple[int, int], ranges: tuple[Range, Range]) -> tuple[Basis, Basis]:

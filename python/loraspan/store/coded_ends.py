@@ -1,13 +1,13 @@
-"""Coded ends of a segment: which there have to be, and that none unpacks to more than its bytes can hold."""
+"""Coded rows of a file: which there have to be, and that none unpacks to more than its bytes can hold."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
 
-from loraspan.collection.coded import CODED_FIELDS, Coded, Stream, groups
+from loraspan.collection.coded import Coded, Stream, groups
 from loraspan.collection.coding import MOST
 from loraspan.store.format import DamagedError
 from loraspan.store.mapped import TensorFile
@@ -15,12 +15,15 @@ from loraspan.store.mapped import TensorFile
 _KIND = "coded."
 
 
-def coded_ends(file: TensorFile, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> dict[str, dict[str, Coded]]:
-    """Give the ends that streams of a file hold, by slot and field; none is unpacked yet.
+def coded_rows(
+    file: TensorFile, shapes: Mapping[str, Mapping[str, tuple[int, ...]]], fields: Sequence[str]
+) -> dict[str, dict[str, Coded]]:
+    """Give the rows that streams of a file hold, by slot and field; none is unpacked yet.
 
     Args:
-        file: of a segment.
-        shapes: by slot and field, that the counts ask for.
+        file: of a segment, or of the bases.
+        shapes: by slot and field: how many rows there have to be, of what length.
+        fields: that may be coded, in the order of a stream.
 
     Raises:
         FormatError: if the streams are not those that such slots have, or too short for what they are to hold.
@@ -30,11 +33,11 @@ def coded_ends(file: TensorFile, shapes: Mapping[str, Mapping[str, tuple[int, ..
         return {}
     wanted = {}
     for slot in sorted(shapes):
-        sizes = {field: (shapes[slot][field][0], shapes[slot][field][1]) for field in CODED_FIELDS}
+        sizes = {field: (shapes[slot][field][0], shapes[slot][field][1]) for field in fields}
         missing = {f: size for f, size in sizes.items() if 0 not in size and file.tensor(f"{f}.{slot}") is None}
         for field in missing:
             if file.tensor(scales := f"{field}_scales.{slot}") is not None:
-                raise DamagedError(file.name, f"tensor {scales!r}", "coded ends have none beside them")
+                raise DamagedError(file.name, f"tensor {scales!r}", "coded rows have none beside them")
         if missing:
             wanted[slot] = missing
     found: dict[str, dict[str, Coded]] = {}
@@ -46,7 +49,7 @@ def coded_ends(file: TensorFile, shapes: Mapping[str, Mapping[str, tuple[int, ..
         for place, (slot, field) in enumerate(keys):
             found.setdefault(slot, {})[field] = Coded(stream, place, wanted[slot][field])
     if streams:
-        raise DamagedError(file.name, f"tensor {min(streams)!r}", "no end is missing that it could hold")
+        raise DamagedError(file.name, f"tensor {min(streams)!r}", "no row is missing that it could hold")
     return found
 
 

@@ -249,10 +249,9 @@ def _change(table: Any, file: str) -> Change:
 
 def _bits(table: Any, file: str) -> tuple[int, int, int]:
     bits = take(table, "bits", list, file, "manifest") if "bits" in table else [0, 0, 0]
-    private = (0, CODED, 4, 8)
-    if len(bits) != 3 or any(type(b) is not int or b not in private for b in bits) or CODED in bits[:2]:
+    if len(bits) != 3 or any(type(b) is not int or b not in (0, CODED, 4, 8) for b in bits):
         raise DamagedError(
-            file, "manifest", f"'bits' has to be three of 0, 4 and 8, the last {CODED} if coded; it is {bits!r}"
+            file, "manifest", f"'bits' has to be three of 0, 4 and 8, or {CODED} if coded; it is {bits!r}"
         )
     return bits[0], bits[1], bits[2]
 

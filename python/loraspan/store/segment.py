@@ -11,15 +11,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loraspan.collection.coded import Coded, column_tensors
+from loraspan.collection import coded
+from loraspan.collection.coded import CODED_FIELDS, SIDES, Coded, column_tensors
 from loraspan.collection.collection import Collection, Segment, SlotSpace, Task
 from loraspan.collection.columns import FIELDS, Columns
 from loraspan.collection.layout import narrow
-from loraspan.collection.rows import Rows, tensors_of
+from loraspan.collection.rows import Rows
 from loraspan.ops.packed import Packed
 from loraspan.ops.packed_reference import BLOCK
 from loraspan.store import records
-from loraspan.store.coded_ends import coded_ends
+from loraspan.store.coded_ends import coded_rows
 from loraspan.store.format import LARGEST, DamagedError
 from loraspan.store.manifest import DataFile, Manifest, SlotShape
 from loraspan.store.mapped import TensorFile
@@ -32,8 +33,7 @@ _PACKED = {torch.int8: 8, torch.int16: 16, torch.uint8: 4}
 
 def basis_tensors(collection: Collection) -> list[tuple[str, Tensor]]:
     """Give the tensors of the file of the bases; one without an element is left out."""
-    sides = [(side, name, m) for name, s in collection.slots.items() for side, m in (("u", s.u), ("v", s.v))]
-    named = [pair for side, name, m in sides for pair in tensors_of(side, name, m)]
+    named = coded.basis_tensors({name: (slot.u, slot.v) for name, slot in collection.slots.items()})
     return [(name, tensor) for name, tensor in named if tensor.numel()]
 
 
@@ -74,16 +74,17 @@ def read_basis(file: TensorFile, manifest: Manifest) -> dict[str, tuple[Rows, Ro
     Raises:
         FormatError: if the file's tensors are not those of the manifest.
     """
-    known = {f"{side}{scales}.{slot.name}" for slot in manifest.slots for side in "uv" for scales in ("", "_scales")}
-    file.refuse_strangers(known)
-    said = "the manifest says"
-    return {
-        slot.name: (
-            _ends(file, "u", slot.name, manifest.dtype, (slot.n, slot.k_out), said, standing=True),
-            _ends(file, "v", slot.name, manifest.dtype, (slot.d, slot.k_in), said, standing=True),
-        )
-        for slot in manifest.slots
-    }
+    kinds = (*SIDES, *(f"{side}_scales" for side in SIDES), "coded")
+    file.refuse_strangers({f"{kind}.{slot.name}" for slot in manifest.slots for kind in kinds})
+    shapes = {slot.name: {"u": (slot.k_out, slot.n), "v": (slot.k_in, slot.d)} for slot in manifest.slots}
+    found = coded_rows(file, shapes, SIDES)
+
+    def side(name: str, side: str) -> Rows:
+        if (known := found.get(name, {}).get(side)) is not None:
+            return known
+        return _ends(file, side, name, manifest.dtype, shapes[name][side][::-1], "the manifest says", standing=True)
+
+    return {name: (side(name, "u"), side(name, "v")) for name in shapes}
 
 
 def read_tasks(file: TensorFile, manifest: Manifest, data: DataFile) -> Segment:
@@ -170,8 +171,8 @@ class _Index:
 
 def _columns_of(file: TensorFile, slots: Sequence[SlotShape], dtype: torch.dtype, count: int) -> dict[str, Columns]:
     indices = {slot.name: _index(file, slot, count) for slot in slots}
-    coded = coded_ends(file, {name: index.shapes for name, index in indices.items()})
-    return {name: _columns(file, name, dtype, index, coded.get(name, {})) for name, index in indices.items()}
+    found = coded_rows(file, {name: index.shapes for name, index in indices.items()}, CODED_FIELDS)
+    return {name: _columns(file, name, dtype, index, found.get(name, {})) for name, index in indices.items()}
 
 
 def _index(file: TensorFile, slot: SlotShape, count: int) -> _Index:

@@ -86,7 +86,12 @@ def _basis(folder: Path, manifest: Manifest, spoilt: set[str]) -> Iterator[Findi
     sides = {f"{side}.{slot}": m for slot, pair in bases.items() for side, m in zip("uv", pair, strict=True)}
     finite = {}
     for tensor, matrix in sides.items():
-        held = matrix.scales if isinstance(matrix, Packed) else matrix
+        try:
+            held = matrix.scales if isinstance(matrix, Packed) else matrix
+        except DamagedError as error:
+            # coded bases are unpacked here, all of a stream
+            yield error.finding
+            return
         if (first := _first(held, _not_finite)) is not None:
             yield Finding(name, f"tensor {tensor!r}", f"entry {first} of {list(held.shape)} is not finite")
         elif not isinstance(matrix, Packed):
