@@ -13,9 +13,10 @@ from loraspan.collection.budget import column_bytes, one_sided_counts, one_sided
 from loraspan.collection.factors import Canonical, SlotFactors
 from loraspan.collection.formed import Frame, Stored, form_ends, make_frame, split_rows, stored_ends
 from loraspan.collection.private import Residual, best_weights, private_columns
-from loraspan.collection.rows import CODED, Widths, flip_rows, rounding_of, store_rows, values_of, weight_dtype
+from loraspan.collection.rows import CODED, Widths, flip_rows, rounding_of, store_rows, values_of
 from loraspan.collection.stack import Stack
 from loraspan.collection.steps import Curve
+from loraspan.collection.weights import rounded
 from loraspan.linalg.roots import gram_root
 from loraspan.ops.dense import svd
 
@@ -112,7 +113,8 @@ class SlotBuilder:
         y = y.mT
         weights = best_weights(ends_gram * (y.mT @ basis.gram @ y), (ends_seen * (seen @ y)).sum(-2), kept)
         signed = flip_rows(loadings, torch.where(weights[kept] < 0, -1, 1))
-        weights = weights.to(weight_dtype(self.widths.private, ends))
+        if self.widths.private == CODED:
+            weights = rounded(weights, self.allowed)
         part = Part(form, counts, weights[kept].abs(), ends, signed)
         left = far.frame(split_rows(values_of(ends), counts), ends_seen, ends_gram)
         z = _coefficients(self.canonical.s, -(weights.float().double().unsqueeze(-1) * y.mT))

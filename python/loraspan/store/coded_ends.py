@@ -1,18 +1,23 @@
-"""Coded ends of a segment: which there have to be, and that none unpacks to more than its bytes can hold."""
+"""What is coded of a segment: which of it there has to be, and that none unpacks to more than its bytes can hold."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from loraspan.collection.coded import CODED_FIELDS, Coded, Stream, groups
 from loraspan.collection.coding import MOST
+from loraspan.collection.weights import decode
+from loraspan.errors import FormatError
 from loraspan.store.format import DamagedError
 from loraspan.store.mapped import TensorFile
 
-_KIND = "coded."
+_KIND, WEIGHTS = "coded.", "weights"
 
 
 def coded_ends(file: TensorFile, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> dict[str, dict[str, Coded]]:
@@ -48,6 +53,29 @@ def coded_ends(file: TensorFile, shapes: Mapping[str, Mapping[str, tuple[int, ..
     if streams:
         raise DamagedError(file.name, f"tensor {min(streams)!r}", "no end is missing that it could hold")
     return found
+
+
+def coded_weights(file: TensorFile, counts: Mapping[str, NDArray[np.int64]]) -> dict[str, Tensor]:
+    """Give the weights that a file has in its stream of them, by slot.
+
+    Args:
+        file: of a segment.
+        counts: by slot, of those with coded ends: columns of tasks, ``[T, 4]``.
+
+    Raises:
+        FormatError: if the stream is not that of the slots that have no weights of their own.
+    """
+    stream = file.tensor(WEIGHTS, torch.uint8)
+    if stream is None:
+        return {}
+    wanted = {slot: counts[slot] for slot in sorted(counts) if file.tensor(f"{WEIGHTS}.{slot}") is None}
+    problem = "it has to have one dimension, and weights that are missing elsewhere"
+    try:
+        if stream.ndim == 1 and wanted:
+            return decode(stream.numpy().tobytes(), wanted)
+    except FormatError as error:
+        problem = str(error)
+    raise DamagedError(file.name, f"tensor {WEIGHTS!r}", problem)
 
 
 def _stream(file: TensorFile, name: str, shapes: list[tuple[int, int]]) -> Stream:

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loraspan.collection.coded import Coded, column_tensors
+from loraspan.collection.coded import column_tensors
 from loraspan.collection.collection import Collection, Segment, SlotSpace, Task
 from loraspan.collection.columns import FIELDS, Columns
 from loraspan.collection.layout import narrow
@@ -19,7 +19,7 @@ from loraspan.collection.rows import Rows, tensors_of
 from loraspan.ops.packed import Packed
 from loraspan.ops.packed_reference import BLOCK
 from loraspan.store import records
-from loraspan.store.coded_ends import coded_ends
+from loraspan.store.coded_ends import WEIGHTS, coded_ends, coded_weights
 from loraspan.store.format import LARGEST, DamagedError
 from loraspan.store.manifest import DataFile, Manifest, SlotShape
 from loraspan.store.mapped import TensorFile
@@ -97,7 +97,7 @@ def read_tasks(file: TensorFile, manifest: Manifest, data: DataFile) -> Segment:
     extras = _extras(file, count)
     present = set(file.names())
     slots = [slot for slot in manifest.slots if f"counts.{slot.name}" in present]
-    known = {f"{kind}.{slot.name}" for slot in slots for kind in kinds} | {"records"}
+    known = {f"{kind}.{slot.name}" for slot in slots for kind in kinds} | {"records", WEIGHTS}
     file.refuse_strangers(known | {name for name in present if name.startswith("extra.")})
     codes = {slot.name: _codes(file, slot.name, count) for slot in slots}
     text = file.tensor("records", torch.uint8)
@@ -171,7 +171,11 @@ class _Index:
 def _columns_of(file: TensorFile, slots: Sequence[SlotShape], dtype: torch.dtype, count: int) -> dict[str, Columns]:
     indices = {slot.name: _index(file, slot, count) for slot in slots}
     coded = coded_ends(file, {name: index.shapes for name, index in indices.items()})
-    return {name: _columns(file, name, dtype, index, coded.get(name, {})) for name, index in indices.items()}
+    weights = coded_weights(file, {name: indices[name].counts for name in coded})
+    found: dict[str, dict[str, Rows]] = {name: {**ends} for name, ends in coded.items()}
+    for name, of_slot in weights.items():
+        found[name]["weights"] = of_slot
+    return {name: _columns(file, name, dtype, index, found.get(name, {})) for name, index in indices.items()}
 
 
 def _index(file: TensorFile, slot: SlotShape, count: int) -> _Index:
@@ -190,16 +194,15 @@ def _index(file: TensorFile, slot: SlotShape, count: int) -> _Index:
     return _Index(rows, counts, flags, dict(zip(FIELDS, _shapes(totals, slot), strict=True)))
 
 
-def _columns(file: TensorFile, slot: str, dtype: torch.dtype, index: _Index, coded: Mapping[str, Coded]) -> Columns:
+def _columns(file: TensorFile, slot: str, dtype: torch.dtype, index: _Index, coded: Mapping[str, Rows]) -> Columns:
     shapes, asked = index.shapes, "the counts ask for"
-    # those beside coded ends may be narrower
-    dtypes = (torch.float32, torch.bfloat16) if coded else (torch.float32,)
-    weights = _float(file, f"weights.{slot}", dtypes, shapes["weights"], asked).float()
-    ends: dict[str, Rows] = {"weights": weights, **coded}
+    found = dict(coded)
+    if "weights" not in found:
+        found["weights"] = _float(file, f"weights.{slot}", torch.float32, shapes["weights"], asked)
     for name in FIELDS[1:]:
-        if name not in coded:
-            ends[name] = _ends(file, name, slot, dtype, (shapes[name][0], shapes[name][1]), asked)
-    return Columns.made(index.rows, index.counts, index.flags, ends)
+        if name not in found:
+            found[name] = _ends(file, name, slot, dtype, (shapes[name][0], shapes[name][1]), asked)
+    return Columns.made(index.rows, index.counts, index.flags, found)
 
 
 def _shapes(totals: NDArray[np.int64], slot: SlotShape) -> list[tuple[int, ...]]:
@@ -233,10 +236,10 @@ def _codes(file: TensorFile, slot: str, count: int) -> NDArray[Any] | None:
     return tensor.numpy()
 
 
-def _float(file: TensorFile, name: str, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...], why: str) -> Tensor:
-    tensor = file.tensor(name, *dtypes)
+def _float(file: TensorFile, name: str, dtype: torch.dtype, shape: tuple[int, ...], why: str) -> Tensor:
+    tensor = file.tensor(name, dtype)
     if tensor is None and 0 in shape:
-        return torch.empty(shape, dtype=dtypes[0])
+        return torch.empty(shape, dtype=dtype)
     if tensor is None or tuple(tensor.shape) != shape:
         got = "it is missing" if tensor is None else f"it is {list(tensor.shape)}"
         raise DamagedError(file.name, f"tensor {name!r}", f"{why} shape {list(shape)}; {got}")
@@ -259,7 +262,7 @@ def _ends(
     if codes is None or codes.dtype not in _PACKED:
         if file.tensor(f"{field}_scales.{slot}") is not None:
             raise DamagedError(file.name, f"tensor '{field}_scales.{slot}'", f"{name!r} is not packed")
-        return _float(file, name, (dtype,), shape, why)
+        return _float(file, name, dtype, shape, why)
     bits = _PACKED[codes.dtype]
     rows, length = shape[::-1] if standing else shape
     if tuple(codes.shape) != (rows, -(-length * bits // (8 * codes.itemsize))):
@@ -268,7 +271,7 @@ def _ends(
             f"tensor {name!r}",
             f"{why} {rows} rows of {length} entries in {bits} bits; it is {list(codes.shape)}",
         )
-    scales = _float(file, f"{field}_scales.{slot}", (torch.float16,), (rows, -(-length // BLOCK)), why)
+    scales = _float(file, f"{field}_scales.{slot}", torch.float16, (rows, -(-length // BLOCK)), why)
     return Packed(codes.view(torch.uint8), scales, length, bits)
 
 
