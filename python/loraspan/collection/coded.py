@@ -21,6 +21,8 @@ from loraspan.ops.packed_reference import BLOCK
 
 # What may be coded, in the order in which a stream has them.
 CODED_FIELDS = ("left_private", "right_private")
+# Names of streams of ends begin so, and the stream of weights is called so.
+CODED_KIND, WEIGHTS = "coded.", "weights"
 # Slots that follow each other share a stream until it holds so many numbers.
 GROUP = 1 << 20
 
@@ -43,16 +45,17 @@ def column_tensors(columns: Mapping[str, Columns]) -> list[tuple[str, Tensor]]:
             tables[slot] = coded
             if (found := weights.falls_of(table)) is not None:
                 falls[slot] = found
-                elsewhere.add("weights")
+                elsewhere.add(WEIGHTS)
         for field, rows in table.tensors().items():
             if field not in elsewhere:
                 named += tensors_of(field, slot, rows)
     # by name: a reader may know the slots in another order
     shapes = {slot: {field: rows.shape for field, rows in tables[slot].items()} for slot in sorted(tables)}
     for slots in groups(shapes):
-        named.append((f"coded.{slots[-1]}", _stream_of([rows for slot in slots for rows in tables[slot].values()])))
+        stream = _stream_of([rows for slot in slots for rows in tables[slot].values()])
+        named.append((f"{CODED_KIND}{slots[-1]}", stream))
     if falls:
-        named.append(("weights", _bytes(weights.encode([falls[slot] for slot in sorted(falls)]))))
+        named.append((WEIGHTS, _bytes(weights.encode([falls[slot] for slot in sorted(falls)]))))
     return named
 
 

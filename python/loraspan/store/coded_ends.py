@@ -10,14 +10,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loraspan.collection.coded import CODED_FIELDS, Coded, Stream, groups
+from loraspan.collection.coded import CODED_FIELDS, CODED_KIND, WEIGHTS, Coded, Stream, groups
 from loraspan.collection.coding import MOST
 from loraspan.collection.weights import decode
 from loraspan.errors import FormatError
 from loraspan.store.format import DamagedError
 from loraspan.store.mapped import TensorFile
-
-_KIND, WEIGHTS = "coded.", "weights"
 
 
 def coded_ends(file: TensorFile, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> dict[str, dict[str, Coded]]:
@@ -30,7 +28,7 @@ def coded_ends(file: TensorFile, shapes: Mapping[str, Mapping[str, tuple[int, ..
     Raises:
         FormatError: if the streams are not those that such slots have, or too short for what they are to hold.
     """
-    streams = {name for name in file.names() if name.startswith(_KIND)}
+    streams = {name for name in file.names() if name.startswith(CODED_KIND)}
     if not streams:
         return {}
     wanted = {}
@@ -44,7 +42,7 @@ def coded_ends(file: TensorFile, shapes: Mapping[str, Mapping[str, tuple[int, ..
             wanted[slot] = missing
     found: dict[str, dict[str, Coded]] = {}
     for slots in groups(wanted):
-        name = f"{_KIND}{slots[-1]}"
+        name = f"{CODED_KIND}{slots[-1]}"
         keys = [(slot, field) for slot in slots for field in wanted[slot]]
         stream = _stream(file, name, [wanted[slot][field] for slot, field in keys])
         streams.discard(name)
