@@ -32,14 +32,15 @@ SLOTS = "slots"
 def file_tensors(segment: Segment) -> list[tuple[str, Tensor]]:
     """Give the tensors of the file of a segment whose tasks all live; one without an element is left out.
 
-    Beside coded ends, the whole numbers of all slots lie behind the records of tasks.
+    With tasks that are gone they are more than those of any file. Beside coded ends, the whole numbers of all slots lie
+    behind the records of tasks.
     """
     tasks = [task for task in segment.tasks if task is not None]
     origins = Origins.of(tasks, list(segment.columns))
     named = column_tensors(segment.columns)
     behind: tuple[list[str], bytes] | None = None
     if any(name.startswith(CODED_KIND) for name, _ in named):
-        behind = planes(segment.columns, origins, len(tasks))
+        behind = planes(segment, origins)
     else:
         named += _index_tensors(segment.columns, origins, len(tasks))
     named = [(name, tensor) for name, tensor in named if tensor.numel()]
@@ -49,17 +50,19 @@ def file_tensors(segment: Segment) -> list[tuple[str, Tensor]]:
     return named
 
 
-def planes(columns: Mapping[str, Columns], origins: Origins, tasks: int) -> tuple[list[str], bytes]:
-    """Give the slots that some of ``tasks`` tasks have, and of these ``[6, slots, tasks]`` whole numbers as bytes."""
+def planes(segment: Segment, origins: Origins) -> tuple[list[str], bytes]:
+    """Give the slots that tasks of a segment have, and of these ``[6, slots, tasks]`` whole numbers as bytes."""
+    columns, alive = segment.columns, [i for i, task in enumerate(segment.tasks) if task is not None]
     slots = [slot for slot, of_slot in columns.items() if len(of_slot.tasks)]
     largest = max((int(of_slot.counts.max(initial=0)) for of_slot in columns.values()), default=0)
-    cells = torch.zeros(PLANES, len(slots), tasks, dtype=narrow(max(largest, len(origins.table), DENSE))).numpy()
+    dtype = narrow(max(largest, len(origins.table), DENSE))
+    cells = torch.zeros(PLANES, len(slots), len(segment.tasks), dtype=dtype).numpy()
     cells[4] = 1
     for j, slot in enumerate(slots):
         of_slot = columns[slot]
         cells[:4, j, of_slot.tasks] = of_slot.counts.T
         if slot in origins.codes:
-            cells[4, j] = origins.codes[slot]
+            cells[4, j, alive] = origins.codes[slot]
         cells[5, j, of_slot.tasks] = np.where(of_slot.dense, DENSE, PRESENT)
     return slots, cells.tobytes()
 

@@ -51,7 +51,7 @@ def rounded(weights: Tensor, allowed: Tensor) -> Tensor:
         >>> import torch
         >>> weights = torch.tensor([[3.0, 1.7]], dtype=torch.float64)
         >>> rounded(weights, torch.tensor([0.1])), rounded(weights, torch.tensor([1e-4]))[0, 1]
-        (tensor([[3.0000, 1.7500]], dtype=torch.float64), tensor(1.7002, dtype=torch.float64))
+        (tensor([[3.0000, 1.6875]], dtype=torch.float64), tensor(1.7002, dtype=torch.float64))
     """
     if not weights.numel():
         return weights
