@@ -8,6 +8,8 @@ import zlib
 from hypothesis import strategies as st
 
 from fuzz.hostile import NAMES, few, spoiled_bytes, spoiled_json, text_of, values
+from loraspan.collection.deflated import deflate, inflate
+from loraspan.errors import FormatError
 
 _BY_SIZE = {8: "F64 I64 U64", 4: "F32 I32 U32", 2: "F16 BF16 I16", 1: "U8 I8 BOOL F8_E4M3"}
 ITEM = {dtype: size for size, dtypes in _BY_SIZE.items() for dtype in dtypes.split()}
@@ -83,7 +85,8 @@ def spoiled_tensors(draw, content, likely=None):
             _spoil_records(draw, tensors, likely)
             continue
         name = draw(st.sampled_from(list(tensors)))
-        spoil = _spoil_stream if name.startswith("coded.") and draw(st.booleans()) else _spoil_tensor
+        stream = name == "weights" or name.startswith("coded.")
+        spoil = _spoil_stream if stream and draw(st.booleans()) else _spoil_tensor
         spoil(draw, tensors, name)
     if draw(st.integers(0, 40)) == 0:
         metadata = draw(values())
@@ -92,12 +95,14 @@ def spoiled_tensors(draw, content, likely=None):
 
 def _spoil_records(draw, tensors, name):
     try:
-        table = json.loads(_inflated(tensors[name][2]))
-    except (ValueError, RecursionError, zlib.error):
+        text, behind = inflate(tensors[name][2])
+        table = json.loads(text)
+    except (ValueError, RecursionError, FormatError):
         return
     data = text_of(draw(spoiled_json(table)))
-    if draw(st.booleans()):
-        data = zlib.compress(data)
+    if behind and draw(st.booleans()):
+        behind = draw(spoiled_bytes(behind))
+    data = deflate(data, behind) if behind or draw(st.booleans()) else data
     tensors[name] = ["U8", [len(data)], data]
 
 
@@ -113,10 +118,6 @@ def _spoil_stream(draw, tensors, name):
     data = bits + inside
     data += zlib.crc32(data).to_bytes(4, "little")
     tensors[name] = ["U8", [len(data)], data]
-
-
-def _inflated(data):
-    return data if data[:1] == b"{" else zlib.decompress(data)
 
 
 def _spoil_tensor(draw, tensors, name):

@@ -1,12 +1,13 @@
 """Ways to damage a store, and what looking at it says."""
 
 import json
-import zlib
 
 import pytest
 import torch
 
 from loraspan import store
+from loraspan.collection.deflated import deflate, inflate
+from loraspan.collection.filed import planes_in
 from loraspan.errors import FormatError, LoraspanError
 
 # a slot of the sample with seed 2
@@ -46,9 +47,21 @@ def flip(path, at):
 
 
 def records(tensors, change):
-    table = json.loads(zlib.decompress(tensors["records"].numpy().tobytes()))
+    text, behind = inflate(tensors["records"].numpy().tobytes())
+    table = json.loads(text)
     change(table)
-    put_records(tensors, json.dumps(table).encode())
+    put_records(tensors, deflate(json.dumps(table).encode(), behind))
+
+
+def counts_behind(tensors, slot, change=lambda counts: counts):
+    """Change the counts of a slot that lie behind the records, ``[4, tasks]``, and give them."""
+    text, behind = inflate(tensors["records"].numpy().tobytes())
+    table = json.loads(text)
+    cells = planes_in(behind, len(table["slots"]), len(table["names"])).astype("<i8")
+    at = table["slots"].index(slot)
+    cells[:4, at] = change(cells[:4, at])
+    put_records(tensors, deflate(text, cells.tobytes()))
+    return cells[:4, at]
 
 
 def put_records(tensors, data):

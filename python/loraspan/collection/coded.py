@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from loraspan._default_device import cpu_by_default
-from loraspan.collection import coding
+from loraspan.collection import coding, weights
 from loraspan.collection.columns import Columns
 from loraspan.collection.rows import CODED, Rows, row_bytes, tensors_of
 from loraspan.collection.steps import packed_numbers, scales_of
@@ -21,7 +21,9 @@ from loraspan.ops.packed_reference import BLOCK
 
 # What may be coded, in the order in which a stream has them.
 CODED_FIELDS = ("left_loadings", "left_private", "right_loadings", "right_private")
-SIDES = ("u", "v")
+BASES = ("u", "v")
+# Names of streams of rows begin so, and the stream of weights is called so.
+CODED_KIND, WEIGHTS = "coded.", "weights"
 # Slots that follow each other share a stream until it holds so many numbers.
 GROUP = 1 << 20
 
@@ -33,21 +35,27 @@ def column_tensors(columns: Mapping[str, Columns]) -> list[tuple[str, Tensor]]:
     """Give the tensors of all columns of a segment by the names that a file has for them.
 
     Rows that :func:`loraspan.collection.steps.whole_steps` made are coded, those of several small slots in one stream,
-    ``coded.<the last of these slots>``; their scales follow from them and are left out, and the weights beside them are
-    bfloat16 where that changes none.
+    ``coded.<the last of these slots>``; their scales follow from them and are left out. The weights beside them are
+    coded too, ``weights``, those of all slots whose differences are small.
     """
     named: list[tuple[str, Tensor]] = []
     tables: dict[str, dict[str, Packed]] = {}
+    falls = {}
     for slot, table in columns.items():
         coded = _coded_of({field: getattr(table, field) for field in CODED_FIELDS})
+        elsewhere = {*coded}
         if coded:
             tables[slot] = coded
+            if (found := weights.falls_of(table)) is not None:
+                falls[slot] = found
+                elsewhere.add(WEIGHTS)
         for field, rows in table.tensors().items():
-            if field == "weights" and coded:
-                rows = _narrow(table.weights)
-            if field not in coded:
+            if field not in elsewhere:
                 named += tensors_of(field, slot, rows)
-    return named + _streams(tables)
+    named += _streams(tables)
+    if falls:
+        named.append((WEIGHTS, _bytes(weights.encode([falls[slot] for slot in sorted(falls)]))))
+    return named
 
 
 def basis_tensors(bases: Mapping[str, tuple[Rows, Rows]]) -> list[tuple[str, Tensor]]:
@@ -58,10 +66,10 @@ def basis_tensors(bases: Mapping[str, tuple[Rows, Rows]]) -> list[tuple[str, Ten
     named: list[tuple[str, Tensor]] = []
     tables: dict[str, dict[str, Packed]] = {}
     for slot, pair in bases.items():
-        coded = _coded_of(dict(zip(SIDES, pair, strict=True)))
+        coded = _coded_of(dict(zip(BASES, pair, strict=True)))
         if coded:
             tables[slot] = coded
-        for side, rows in zip(SIDES, pair, strict=True):
+        for side, rows in zip(BASES, pair, strict=True):
             if side not in coded:
                 named += tensors_of(side, slot, rows)
     return named + _streams(tables)
@@ -75,7 +83,7 @@ def _streams(tables: Mapping[str, Mapping[str, Packed]]) -> list[tuple[str, Tens
     # by name: a reader may know the slots in another order
     shapes = {slot: {field: rows.shape for field, rows in tables[slot].items()} for slot in sorted(tables)}
     return [
-        (f"coded.{slots[-1]}", _stream_of([rows for slot in slots for rows in tables[slot].values()]))
+        (f"{CODED_KIND}{slots[-1]}", _stream_of([rows for slot in slots for rows in tables[slot].values()]))
         for slots in groups(shapes)
     ]
 
@@ -85,8 +93,11 @@ def _stream_of(tables: Sequence[Packed]) -> Tensor:
     first = tables[0]
     if isinstance(first, Coded) and first.stream.holds(tables):
         return first.stream.data
-    coded = bytearray(coding.encode([rows.numbers.numpy() for rows in tables]))
-    return torch.frombuffer(coded, dtype=torch.uint8)
+    return _bytes(coding.encode([rows.numbers.numpy() for rows in tables]))
+
+
+def _bytes(stream: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(stream), dtype=torch.uint8)
 
 
 def groups(shapes: Shapes) -> Iterator[list[str]]:
@@ -212,8 +223,9 @@ def coded_bytes(columns: Columns) -> NDArray[np.int64]:
             rows.file_bytes if isinstance(rows, Coded) else len(coding.encode([rows.numbers.numpy()])) / len(rows.codes)
         )
         saved += (row_bytes(rows.length, CODED) - each) * rows_of[field]
-    if saved.any():
-        saved += (columns.weights.itemsize - _narrow(columns.weights).itemsize) * columns.counts.sum(1)
+    if saved.any() and (falls := weights.falls_of(columns)) is not None:
+        each = len(weights.encode([falls])) / len(columns.weights)
+        saved += (columns.weights.itemsize - each) * columns.counts.sum(1)
     whole: NDArray[np.int64] = saved.round().astype(np.int64)
     return whole
 
@@ -229,8 +241,3 @@ def _is_coded(rows: Rows) -> bool:
         return False
     # rows that were not rounded so tell in the first one
     return all(torch.equal(scales_of(numbers[:stop]), rows.scales[:stop]) for stop in (1, len(numbers)))
-
-
-def _narrow(weights: Tensor) -> Tensor:
-    narrow = weights.to(torch.bfloat16)
-    return narrow if torch.equal(narrow.float(), weights) else weights

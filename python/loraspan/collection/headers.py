@@ -94,10 +94,15 @@ def file_start(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
     return header([(DIRECTORY, torch.uint8, [len(directory)]), (DATA, torch.uint8, [data])], metadata) + directory
 
 
-def deflate(text: bytes) -> bytes:
-    """Give text as a store keeps it: compressed by zlib where that is shorter, as it is otherwise."""
-    packed = zlib.compress(text, _ZLIB_LEVEL)
-    return packed if len(packed) < len(text) <= INFLATED * len(packed) else text
+def narrow(largest: int) -> torch.dtype:
+    """Give the narrowest integer dtype that a store uses for values from 0 to ``largest``.
+
+    Example:
+        >>> narrow(255), narrow(256)
+        (torch.uint8, torch.int16)
+    """
+    limits = ((255, torch.uint8), (2**15 - 1, torch.int16), (2**31 - 1, torch.int32))
+    return next((dtype for limit, dtype in limits if largest <= limit), torch.int64)
 
 
 def count(shape: Sequence[int]) -> int:

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from loraspan.collection.coded import basis_tensors, column_tensors
-from loraspan.collection.headers import Entry, count, deflate, file_start, order
-from loraspan.collection.origins import Origins
+from loraspan.collection.coded import basis_tensors
+from loraspan.collection.filed import file_tensors
+from loraspan.collection.headers import Entry, count, file_start, narrow, order
 from loraspan.collection.rows import Width, Widths, row_bytes
 from loraspan.errors import ArgumentError
 
 if TYPE_CHECKING:
-    from loraspan.collection.collection import Collection, Segment, Task
+    from loraspan.collection.collection import Collection, Segment
     from loraspan.collection.columns import Columns
 
 _BYTES = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kMGTKmgt]?B?)", re.ASCII)
@@ -29,17 +29,6 @@ _MANIFEST, _MANIFEST_SLOT, _MANIFEST_KEY, _MANIFEST_FILE = 538, 30, 4, 168
 _DIGITS = 12
 # What the manifest of a later generation tells of a change, beside names.
 CHANGE_BYTES = 64
-
-
-def narrow(largest: int) -> torch.dtype:
-    """Give the narrowest integer dtype that a store uses for values from 0 to ``largest``.
-
-    Example:
-        >>> narrow(255), narrow(256)
-        (torch.uint8, torch.int16)
-    """
-    limits = ((255, torch.uint8), (2**15 - 1, torch.int16), (2**31 - 1, torch.int32))
-    return next((dtype for limit, dtype in limits if largest <= limit), torch.int64)
 
 
 def basis_bytes(n: int, d: int, k_out: int, k_in: int, dtype: Widths | Width) -> int:
@@ -109,38 +98,7 @@ def basis_file_bytes(collection: Collection) -> int:
 
 def segment_bytes(segment: Segment) -> int:
     """Give the bytes of the file of a segment whose tasks all live, as :func:`collection_bytes` counts them."""
-    tasks = [task for task in segment.tasks if task is not None]
-    entries: list[Entry] = [(name, tensor.dtype, tensor.shape) for name, tensor in column_tensors(segment.columns)]
-    entries += [e for path, columns in segment.columns.items() for e in _index_entries(path, columns, len(tasks))]
-    origins = Origins.of(tasks, list(segment.columns))
-    largest = narrow(max((int(codes.max(initial=0)) for codes in origins.codes.values()), default=0))
-    # in a writer's order, which a directory's compressed text takes its length from
-    entries += [(f"origin.{slot}", largest, [len(tasks)]) for slot in origins.codes]
-    entries += [
-        (f"extra.{i}.{key}", extra.dtype, extra.shape)
-        for i, task in enumerate(tasks)
-        for key, extra in task.extras.items()
-    ]
-    entries.append(("records", torch.uint8, [_records_bytes(tasks, origins)]))
-    return _file_bytes("tasks", entries)
-
-
-def _records_bytes(tasks: Sequence[Task], origins: Origins) -> int:
-    configs: dict[str, int] = {}
-    places = [configs.setdefault(_dumps(_plain(task.config)), len(configs)) for task in tasks]
-    table = {
-        "names": [task.name for task in tasks],
-        "errors": [task.error for task in tasks],
-        "error_kinds": [task.error_kind for task in tasks],
-        "norms": [task.norm for task in tasks],
-        "forgotten": [task.forgotten for task in tasks],
-        "factor_bytes": [task.factor_bytes for task in tasks],
-        "factor_dtypes": [task.factor_dtype for task in tasks],
-        "sources": [_source(task) for task in tasks],
-        "configs": places,
-    }
-    text = f'{_dumps(table)[:-1]},"config_table":[{",".join(configs)}],"origin_table":{_dumps(origins.table)}}}'
-    return len(deflate(text.encode()))
+    return _file_bytes("tasks", [(name, tensor.dtype, tensor.shape) for name, tensor in file_tensors(segment)])
 
 
 def manifest_bytes(collection: Collection) -> int:
@@ -174,32 +132,11 @@ def parse_bytes(operator: str, value: int | str | None) -> int | None:
     return count
 
 
-def _index_entries(name: str, columns: Columns, tasks: int) -> list[Entry]:
-    entries: list[Entry] = []
-    rows = len(columns.tasks)
-    if rows:
-        entries.append((f"counts.{name}", narrow(int(columns.counts.max())), [rows, 4]))
-        if rows < tasks:
-            entries.append((f"rows.{name}", narrow(int(columns.tasks[-1])), [rows]))
-        if columns.dense.any():
-            entries.append((f"dense.{name}", torch.bool, [rows]))
-    return entries
-
-
 def _file_bytes(kind: str, entries: Sequence[Entry]) -> int:
     # as a writer does: of what has no element, only extras are told of
     kept = [entry for entry in entries if count(entry[2]) or entry[0].startswith("extra.")]
     data = sum(count(shape) * dtype.itemsize for _, dtype, shape in kept)
     return len(file_start([kept[i] for i in order(kept)], {"loraspan": kind})) + data
-
-
-def _source(task: Task) -> list[object]:
-    source = task.source
-    return [source.path, source.header_sha256, source.sha256, source.base_model, source.licence]
-
-
-def _plain(value: object) -> object:
-    return dict(value) if isinstance(value, Mapping) else value
 
 
 def _dumps(value: object) -> str:

@@ -10,9 +10,10 @@ from loraspan.collection.bases import Basis, unit
 from loraspan.collection.budget import column_bytes, one_sided_counts, one_sided_ends, product_spectrum
 from loraspan.collection.formed import Stored, form_ends, split_rows, stored_ends
 from loraspan.collection.private import Residual, best_weights
-from loraspan.collection.rows import CODED, Rows, Widths, flip_rows, rounding_of, store_rows, values_of, weight_dtype
+from loraspan.collection.rows import CODED, Rows, Widths, flip_rows, rounding_of, store_rows, values_of
 from loraspan.collection.sides import Side, coefficients
 from loraspan.collection.steps import SIDES, Curve, whole_steps
+from loraspan.collection.weights import rounded
 from loraspan.linalg.roots import gram_root
 from loraspan.ops.dense import svd
 
@@ -55,13 +56,14 @@ class OneSided:
         counts, _ = one_sided_counts(self._s, self._rest, allowed, *price)
         kept = torch.arange(self._s.shape[1]) < counts[:, None]
         loadings = store_rows(self._loadings.mT[kept], widths.loadings)
-        return self._weighed(stored_ends(self._bare, self._ends, counts, widths.private), loadings, kept, widths)
+        ends = stored_ends(self._bare, self._ends, counts, widths.private)
+        return self._weighed(ends, loadings, kept)
 
     def _coded(self, allowed: Tensor, widths: Widths) -> tuple[Part, Residual]:
         """The same in whole steps; those of tasks that need no private columns by their plan are shortened until so."""
         inside, outside = one_sided_ends(self._form, self._shape, (self._s, self._rest), self._basis.rank, widths)
-        rounded = (rounding_of(widths.basis) + rounding_of(widths.loadings)) * self._canonical.square().sum(-1)
-        steps = Curve([inside, outside]).steps_at((allowed - rounded).clamp(min=0))
+        packed = (rounding_of(widths.basis) + rounding_of(widths.loadings)) * self._canonical.square().sum(-1)
+        steps = Curve([inside, outside]).steps_at((allowed - packed).clamp(min=0))
         alone = ~outside.costs(steps)[2].any(-1)
         beyond = self._rest.square().sum(-1)
         far = 0 if self._form == "ps" else 1
@@ -75,7 +77,7 @@ class OneSided:
                 rows: Rows = whole_steps(loadings, SIDES[1 - far] * of_ends[kept])
             else:
                 rows = store_rows(loadings, widths.loadings)
-            part, residual = self._weighed(ends, rows, kept, widths)
+            part, residual = self._weighed(ends, rows, kept, allowed)
             remains = residual.squares()
             over = alone & (remains > allowed)
             if not over.any() or i == _TRIES - 1:
@@ -84,8 +86,13 @@ class OneSided:
             steps = torch.where(over, steps * ratio, steps)
         return part, residual
 
-    def _weighed(self, stored: Stored, loadings: Rows, kept: Tensor, widths: Widths) -> tuple[Part, Residual]:
-        """Give columns of such ends with their best weights, and what they leave."""
+    def _weighed(
+        self, stored: Stored, loadings: Rows, kept: Tensor, allowed: Tensor | None = None
+    ) -> tuple[Part, Residual]:
+        """Give columns of such ends with their best weights, and what they leave.
+
+        Weights beside coded ends are rounded as far as what may be ``allowed`` lets them.
+        """
         ends, ends_seen, ends_gram = stored
         counts = kept.sum(-1)
         y = torch.zeros_like(self._loadings).mT
@@ -93,7 +100,8 @@ class OneSided:
         inner = ends_gram * (y @ self._basis.gram @ y.mT)
         weights = best_weights(inner, (ends_seen * (self._seen @ y.mT)).sum(-2), kept)
         signed = flip_rows(loadings, torch.where(weights[kept] < 0, -1, 1))
-        weights = weights.to(weight_dtype(widths.private, ends))
+        if allowed is not None:
+            weights = rounded(weights, allowed)
         part = Part(self._form, counts, weights[kept].abs(), ends, signed)
         left = self._far.frame(split_rows(values_of(ends), counts), ends_seen, ends_gram)
         z = coefficients(self._canonical, -(weights.float().double().unsqueeze(-1) * y))

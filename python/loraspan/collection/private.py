@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from loraspan.collection.assemble import Part, join_parts
 from loraspan.collection.formed import Frame, Stored, form_ends, split_rows, stored_ends
-from loraspan.collection.rows import CODED, Width, flip_rows, values_of, weight_dtype
+from loraspan.collection.rows import CODED, Width, flip_rows, values_of
 from loraspan.collection.steps import SIDES, Curve, Ends
+from loraspan.collection.weights import rounded
 from loraspan.linalg.roots import gram_root
 from loraspan.ops.dense import svd
 
@@ -121,7 +122,7 @@ def _carry_coded(
         kept = ends.costs(steps)[2] & (torch.arange(s.shape[1]) < most[:, None])
         of_ends = steps[:, None] / s.clamp(min=1e-300)
         sides = [side.coded(step * of_ends, kept) for side, step in zip(formed, SIDES, strict=True)]
-        part, remains, rest = _weighed(residual, sides[0], sides[1], kept.sum(-1), CODED)
+        part, remains, rest = _weighed(residual, sides[0], sides[1], kept.sum(-1), allowed)
         fits = remains <= allowed
         good, bad = (
             torch.where(fits, torch.maximum(good, steps), good),
@@ -153,18 +154,21 @@ def _store(
     residual: Residual, left: Tensor, right: Tensor, counts: Tensor, width: Width
 ) -> tuple[Part, Tensor, Callable[[Tensor], Residual]]:
     sides = stored_ends(residual.left, left, counts, width), stored_ends(residual.right, right, counts, width)
-    return _weighed(residual, *sides, counts, width)
+    return _weighed(residual, *sides, counts)
 
 
 def _weighed(
-    residual: Residual, left: Stored, right: Stored, counts: Tensor, width: Width
+    residual: Residual, left: Stored, right: Stored, counts: Tensor, allowed: Tensor | None = None
 ) -> tuple[Part, Tensor, Callable[[Tensor], Residual]]:
-    """Give the columns of ends that are stored with their best weights, what they leave, and what gives that."""
+    """Give the columns of ends that are stored with their best weights, what they leave, and what gives that.
+
+    Weights are rounded as far as ``allowed`` allows, where that is given.
+    """
     (p, p_seen, p_gram), (q, q_seen, q_gram) = left, right
     kept = torch.arange(p_seen.shape[2]) < counts[:, None]
     seen = torch.einsum("tac,tab,tbc->tc", p_seen, residual.z, q_seen)
     weights = best_weights(p_gram * q_gram, seen, kept)
-    stored = weights.to(weight_dtype(width, p, q)).double()
+    stored = weights.float().double() if allowed is None else rounded(weights, allowed)
     fitted = ((p_gram * q_gram) @ stored.unsqueeze(-1)).squeeze(-1) - 2 * seen
     remains = residual.squares() + (stored * fitted).sum(-1)
     # a weight is not negative: its sign goes to the left end

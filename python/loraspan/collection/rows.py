@@ -111,13 +111,6 @@ def rounding_of(width: Width) -> float:
     return _ROUNDING[width]
 
 
-def weight_dtype(width: Width, *ends: Rows) -> torch.dtype:
-    """Give the dtype that weights beside private ends are rounded to; they are float32 in memory."""
-    # 2^-9 of a column is little beside the shortest steps of 8 bits
-    coarse = width == CODED and all(isinstance(rows, Packed) and rows.bits == 8 for rows in ends if rows.shape[0])
-    return torch.bfloat16 if coarse else torch.float32
-
-
 def row_bytes(length: int, width: Width) -> int:
     """Give the bytes of one row; those in memory, in 8 bits, where it is coded.
 

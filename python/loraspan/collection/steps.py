@@ -33,7 +33,7 @@ _COARSE_STEPS = 1 / 8
 # behind a little), and the bits an entry that it saves at an entropy: measured on normal entries.
 _TO_A_STEP, _FALLS, _LEAST_TO_A_STEP, _SAVES, _SAVES_LESS = 1.74, 0.14, 1.55, 0.165, 0.03
 # Bits beside those of the numbers: of a column (its weight) and of a row (its size, about).
-_COLUMN_BITS, _ROW_BITS = 16, 3
+_COLUMN_BITS, _ROW_BITS = 5, 3
 # What models that learn take above the entropy, about.
 _LEARNING = 1.01
 # Steps for which costs are known before one is looked for: so many an octave (few for the many forms that are counted,

@@ -1,18 +1,21 @@
-"""Coded rows of a file: which there have to be, and that none unpacks to more than its bytes can hold."""
+"""What is coded of a file: which of it there has to be, and that none unpacks to more than its bytes can hold."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
-from loraspan.collection.coded import Coded, Stream, groups
+from loraspan.collection.coded import CODED_KIND, WEIGHTS, Coded, Stream, groups
 from loraspan.collection.coding import MOST
+from loraspan.collection.weights import decode
+from loraspan.errors import FormatError
 from loraspan.store.format import DamagedError
 from loraspan.store.mapped import TensorFile
-
-_KIND = "coded."
 
 
 def coded_rows(
@@ -28,7 +31,7 @@ def coded_rows(
     Raises:
         FormatError: if the streams are not those that such slots have, or too short for what they are to hold.
     """
-    streams = {name for name in file.names() if name.startswith(_KIND)}
+    streams = {name for name in file.names() if name.startswith(CODED_KIND)}
     if not streams:
         return {}
     wanted = {}
@@ -42,7 +45,7 @@ def coded_rows(
             wanted[slot] = missing
     found: dict[str, dict[str, Coded]] = {}
     for slots in groups(wanted):
-        name = f"{_KIND}{slots[-1]}"
+        name = f"{CODED_KIND}{slots[-1]}"
         keys = [(slot, field) for slot in slots for field in wanted[slot]]
         stream = _stream(file, name, [wanted[slot][field] for slot, field in keys])
         streams.discard(name)
@@ -51,6 +54,29 @@ def coded_rows(
     if streams:
         raise DamagedError(file.name, f"tensor {min(streams)!r}", "no row is missing that it could hold")
     return found
+
+
+def coded_weights(file: TensorFile, counts: Mapping[str, NDArray[np.int64]]) -> dict[str, Tensor]:
+    """Give the weights that a file has in its stream of them, by slot.
+
+    Args:
+        file: of a segment.
+        counts: by slot, of those with coded ends: columns of tasks, ``[T, 4]``.
+
+    Raises:
+        FormatError: if the stream is not that of the slots that have no weights of their own.
+    """
+    stream = file.tensor(WEIGHTS, torch.uint8)
+    if stream is None:
+        return {}
+    wanted = {slot: counts[slot] for slot in sorted(counts) if file.tensor(f"{WEIGHTS}.{slot}") is None}
+    problem = "it has to have one dimension, and weights that are missing elsewhere"
+    try:
+        if stream.ndim == 1 and wanted:
+            return decode(stream.numpy().tobytes(), wanted)
+    except FormatError as error:
+        problem = str(error)
+    raise DamagedError(file.name, f"tensor {WEIGHTS!r}", problem)
 
 
 def _stream(file: TensorFile, name: str, shapes: list[tuple[int, int]]) -> Stream:

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple
 from typing import Any, Generic, TypeVar
 
-import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from loraspan.adapters.base import Source
 from loraspan.adapters.strict_json import parse_object
 from loraspan.collection.collection import Task
-from loraspan.collection.headers import INFLATED, deflate
-from loraspan.collection.origins import Origins
+from loraspan.collection.deflated import inflate
 from loraspan.errors import ArgumentError, FormatError
 from loraspan.store.format import DamagedError, parse_json, take
 
@@ -53,40 +49,38 @@ class PerSlot(Mapping[str, _T], Generic[_T]):
         return repr(dict(self))
 
 
-def encode(tasks: Sequence[Task], slots: Sequence[str]) -> tuple[bytes, dict[str, NDArray[np.int64]]]:
-    """Give the records of ``tasks`` as a file holds them, and origin codes ``[T]`` of slots where not all are 1."""
+def check(tasks: Sequence[Task], slots: Sequence[str]) -> None:
+    """Refuse tasks of which a file could not keep everything, whatever their numbers are.
+
+    Raises:
+        ArgumentError: if there are such.
+    """
     for task in tasks:
         _check(task, slots)
-    origins = Origins.of(tasks, slots)
-    configs: dict[str, int] = {}
-    config_of = [configs.setdefault(_config(task), len(configs)) for task in tasks]
-    table = {
-        "names": [task.name for task in tasks],
-        "errors": [float(task.error) for task in tasks],
-        "error_kinds": [task.error_kind for task in tasks],
-        "norms": [float(task.norm) for task in tasks],
-        "forgotten": [float(task.forgotten) for task in tasks],
-        "factor_bytes": [int(task.factor_bytes) for task in tasks],
-        "factor_dtypes": [task.factor_dtype for task in tasks],
-        "sources": [astuple(task.source) for task in tasks],
-        "configs": config_of,
-        "config_table": [_nested(text) for text in configs],
-        "origin_table": origins.table,
-    }
+    for text in {_config(task) for task in tasks}:
+        _check_nested(text)
+
+
+def opened(data: bytes, file: str) -> tuple[dict[str, Any], bytes]:
+    """Give the table of records, and the bytes behind it.
+
+    Raises:
+        FormatError: if the records are not what they have to be.
+    """
     try:
-        text = json.dumps(table, separators=(",", ":"), allow_nan=False)
-    except ValueError as error:
-        raise ArgumentError(
-            f"save: errors, norms, scales and configurations have to be finite numbers: {error}"
-        ) from None
-    return deflate(text.encode()), origins.codes
+        text, behind = inflate(data)
+    except FormatError as error:
+        raise DamagedError(file, _WHAT, str(error)) from None
+    return parse_json(text, file, _WHAT), behind
 
 
-def decode(data: bytes, count: int, codes: Codes, extras: Mapping[int, Mapping[str, Tensor]], file: str) -> list[Task]:
+def decode(
+    table: Mapping[str, Any], count: int, codes: Codes, extras: Mapping[int, Mapping[str, Tensor]], file: str
+) -> list[Task]:
     """Give the tasks of a segment, in order.
 
     Args:
-        data: the tensor ``records``.
+        table: that :func:`opened` gave.
         count: tasks that the manifest promises.
         codes: the origin codes of every slot; None where all are 1.
         extras: of each task that has any.
@@ -95,7 +89,6 @@ def decode(data: bytes, count: int, codes: Codes, extras: Mapping[int, Mapping[s
     Raises:
         FormatError: if the records are not what they have to be.
     """
-    table = parse_json(_inflate(data, file), file, _WHAT)
     names, kinds = _column(table, "names", count, str, file), _column(table, "error_kinds", count, str, file)
     errors, norms = _column(table, "errors", count, float, file), _column(table, "norms", count, float, file)
     forgotten = _column(table, "forgotten", count, float, file)
@@ -124,20 +117,6 @@ def decode(data: bytes, count: int, codes: Codes, extras: Mapping[int, Mapping[s
     ]
 
 
-def _inflate(data: bytes, file: str) -> bytes:
-    """Give text that may have been compressed; one that would be longer than any that is written is not unpacked."""
-    if data[:1] == b"{":
-        return data
-    stream = zlib.decompressobj()
-    try:
-        text = stream.decompress(data, INFLATED * len(data) + 1)
-    except zlib.error as error:
-        raise DamagedError(file, _WHAT, f"needs one JSON object, or one compressed by zlib: {error}") from None
-    if not stream.eof or stream.unused_data:
-        raise DamagedError(file, _WHAT, f"needs to be one zlib stream of at most {INFLATED} times its own length")
-    return text
-
-
 def _check(task: Task, slots: Sequence[str]) -> None:
     if task.scales.keys() != task.lora_ranks.keys():
         raise ArgumentError(f"save: task {task.name!r} has scales and lora_ranks for different slots")
@@ -156,9 +135,9 @@ def _config(task: Task) -> str:
         raise ArgumentError(f"save: the config of task {task.name!r} has to be plain JSON: {error}") from None
 
 
-def _nested(text: str) -> Any:
+def _check_nested(text: str) -> None:
     try:
-        return parse_object(f'{{"config_table":[{text}]}}'.encode(), "config")["config_table"][0]
+        parse_object(f'{{"config_table":[{text}]}}'.encode(), "config")
     except FormatError as error:
         raise ArgumentError(f"save: the config of a task could not be read again: {error}") from None
 
