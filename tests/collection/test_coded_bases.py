@@ -80,7 +80,7 @@ def test_a_basis_loses_what_it_is_said_to(tau):
     v = torch.linalg.qr(torch.randn(4000, 6, generator=draw, dtype=torch.float64))[0]
     cores = torch.randn(40, 3, 6, generator=draw, dtype=torch.float64) * torch.tensor([8.0, 4, 3, 2, 1, 0.5])
     held, weights = cores.square().sum(1), cores.square().sum((1, 2)).rsqrt()
-    basis = CodedBasis(held, weights, 4000, 1)
+    basis = CodedBasis(held, weights, 4000)
     steps = tau / weights
     common = basis.common(steps)
     rows = unpacked(whole_steps(v.T.float(), common)).double()
@@ -95,12 +95,12 @@ def test_steps_of_a_basis_go_with_what_tasks_have_along_it():
     """Each vector times the root of its energy is rounded by one step; tasks count by their weights."""
     held = torch.tensor([[4.0, 1.0], [40.0, 100.0]], dtype=torch.float64)
     weights = torch.tensor([1.0, 0.1], dtype=torch.float64)
-    found = CodedBasis(held, weights, 50, 1).common(torch.tensor([0.1, 1.0], dtype=torch.float64))
+    found = CodedBasis(held, weights, 50).common(torch.tensor([0.1, 1.0], dtype=torch.float64))
     energy = torch.tensor([4.4, 2.0], dtype=torch.float64)
     assert (found * energy.sqrt()).tolist() == pytest.approx([0.1 * float(found[0] * energy[0].sqrt() / 0.1)] * 2)
     assert float(found[0]) / float(found[1]) == pytest.approx(math.sqrt(2.0 / 4.4))
     # nobody has anything along them
-    assert CodedBasis(0 * held, weights, 50, 1).common(held[:, 0]).tolist() == [1.0, 1.0]
+    assert CodedBasis(0 * held, weights, 50).common(held[:, 0]).tolist() == [1.0, 1.0]
     assert float(_rates(found * math.sqrt(50))[0].min()) > 0
 
 

@@ -150,8 +150,7 @@ class Planner:
         seen = (self._in if form == "ps" else self._out)[..., :rank]
         # |dW v|^2: the columns of the other canonical factor are orthogonal, of squared lengths s
         held = (self._s.unsqueeze(-1) * seen.square()).sum(1)
-        side = 1 if form == "ps" else 0
-        return CodedBasis(held, self._weights, self._shape[side], side)
+        return CodedBasis(held, self._weights, self._shape[1 if form == "ps" else 0])
 
     def basis_steps(self, form: str, rank: int) -> Tensor | None:
         """Give the steps ``[rank]`` that a basis of one side is to be rounded by; None if it is not."""
@@ -255,8 +254,8 @@ def one_sided_ends(
     """Give the coded ends of columns with one end on a basis of ``rank``, and of those with none; of both spectra."""
     far, rest = 0 if form == "ps" else 1, Ends(spectra[1], shape)
     if widths.loadings == CODED:
-        return [Ends(spectra[0], [shape[far], rank], (far, 1 - far)), rest]
-    return [Ends(spectra[0], [shape[far]], (far,), row_bytes(rank, widths.loadings)), rest]
+        return [Ends(spectra[0], [shape[far], rank]), rest]
+    return [Ends(spectra[0], [shape[far]], row_bytes(rank, widths.loadings)), rest]
 
 
 def column_bytes(

@@ -12,7 +12,7 @@ from loraspan.collection.formed import Stored, form_ends, split_rows, stored_end
 from loraspan.collection.private import Residual, best_weights
 from loraspan.collection.rows import CODED, Rows, Widths, flip_rows, rounding_of, store_rows, values_of
 from loraspan.collection.sides import Side, coefficients
-from loraspan.collection.steps import SIDES, Curve, whole_steps
+from loraspan.collection.steps import Curve, whole_steps
 from loraspan.collection.weights import rounded
 from loraspan.linalg.roots import gram_root
 from loraspan.ops.dense import svd
@@ -66,15 +66,14 @@ class OneSided:
         steps = Curve([inside, outside]).steps_at((allowed - packed).clamp(min=0))
         alone = ~outside.costs(steps)[2].any(-1)
         beyond = self._rest.square().sum(-1)
-        far = 0 if self._form == "ps" else 1
         # shorter steps that are tried may keep more
         most = inside.costs(steps / 2)[2]
         formed = form_ends(self._bare, self._ends, most.sum(-1))
         for i in range(_TRIES):
             kept, of_ends = inside.costs(steps)[2] & most, steps[:, None] / self._s.clamp(min=1e-300)
-            ends, loadings = formed.coded(SIDES[far] * of_ends, kept), self._loadings.mT[kept]
+            ends, loadings = formed.coded(of_ends, kept), self._loadings.mT[kept]
             if widths.loadings == CODED:
-                rows: Rows = whole_steps(loadings, SIDES[1 - far] * of_ends[kept])
+                rows: Rows = whole_steps(loadings, of_ends[kept])
             else:
                 rows = store_rows(loadings, widths.loadings)
             part, residual = self._weighed(ends, rows, kept, allowed)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from loraspan.collection.assemble import Part, join_parts
 from loraspan.collection.formed import Frame, Stored, form_ends, split_rows, stored_ends
 from loraspan.collection.rows import CODED, Width, flip_rows, values_of
-from loraspan.collection.steps import SIDES, Curve, Ends
+from loraspan.collection.steps import Curve, Ends
 from loraspan.collection.weights import rounded
 from loraspan.linalg.roots import gram_root
 from loraspan.ops.dense import svd
@@ -120,8 +120,7 @@ def _carry_coded(
     good, bad = torch.zeros_like(steps), torch.full_like(steps, math.inf)
     for i in range(_TRIES):
         kept = ends.costs(steps)[2] & (torch.arange(s.shape[1]) < most[:, None])
-        of_ends = steps[:, None] / s.clamp(min=1e-300)
-        sides = [side.coded(step * of_ends, kept) for side, step in zip(formed, SIDES, strict=True)]
+        sides = [side.coded(steps[:, None] / s.clamp(min=1e-300), kept) for side in formed]
         part, remains, rest = _weighed(residual, sides[0], sides[1], kept.sum(-1), allowed)
         fits = remains <= allowed
         good, bad = (

@@ -19,8 +19,6 @@ from loraspan.collection.coding import LARGEST, ROUNDED, trellis
 from loraspan.ops.packed import Packed
 from loraspan.ops.packed_reference import BLOCK
 
-# Steps of ends over the one that all columns of a task share: of the output side, and of the input side.
-SIDES = (1.0, 1.0)
 # Numbers that are rounded, or squared, in one go.
 _AT_ONCE = 1 << 18
 # Steps over the standard deviation of entries for which rates are known, and how many. Below the least, the largest of
@@ -105,13 +103,11 @@ class Ends(NamedTuple):
     Attributes:
         s: ``[T, q]`` singular values, descending.
         lengths: of the private ends of a column: one or two.
-        sides: of these ends, places in :data:`SIDES`.
         nbytes: of the other end, if that is shared and not coded.
     """
 
     s: Tensor
     lengths: Sequence[int]
-    sides: Sequence[int] = (0, 1)
     nbytes: int = 0
 
     def costs(self, steps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -122,8 +118,8 @@ class Ends(NamedTuple):
         steps = steps.unsqueeze(-1)
         bits = torch.full_like(self.s, _COLUMN_BITS + 8 * self.nbytes).expand(*steps.shape[:-2], *self.s.shape)
         held = torch.ones_like(bits)
-        for length, side in zip(self.lengths, self.sides, strict=True):
-            rate, lost = _rates(steps * (SIDES[side] * math.sqrt(length)) / self.s.clamp(min=_TINY))
+        for length in self.lengths:
+            rate, lost = _rates(steps * math.sqrt(length) / self.s.clamp(min=_TINY))
             bits, held = bits + _LEARNING * length * rate + _ROW_BITS, held * (1 - lost)
         squares = self.s.square()
         kept = held * squares > _SLOPE * steps.square() * bits
@@ -142,13 +138,11 @@ class CodedBasis(NamedTuple):
         held: ``[T, k]``: the energy of every task along each vector.
         weights: ``[T]``: of the tasks; steps times these are of one size.
         length: of the vectors.
-        side: the place of its side in :data:`SIDES`.
     """
 
     held: Tensor
     weights: Tensor
     length: int
-    side: int
 
     def lost(self, steps: Tensor) -> Tensor:
         """Give what the tasks lose ``[..., T]`` where the steps ``[..., T]`` of their columns round the basis."""
@@ -170,7 +164,7 @@ class CodedBasis(NamedTuple):
     def _ratios(self, steps: Tensor) -> Tensor:
         """Steps over the standard deviation of the entries."""
         energy = (self.held * self.weights.square().unsqueeze(-1)).sum(0)
-        return steps * (SIDES[self.side] * math.sqrt(self.length)) / energy.clamp(min=_TINY).sqrt()
+        return steps * math.sqrt(self.length) / energy.clamp(min=_TINY).sqrt()
 
 
 class Curve:
