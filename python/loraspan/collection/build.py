@@ -114,7 +114,7 @@ class SlotBuilder:
         weights = best_weights(ends_gram * (y.mT @ basis.gram @ y), (ends_seen * (seen @ y)).sum(-2), kept)
         signed = flip_rows(loadings, torch.where(weights[kept] < 0, -1, 1))
         if self.widths.private == CODED:
-            weights = rounded(weights, self.allowed)
+            weights = rounded(weights, self.allowed, ends.shape[1])
         part = Part(form, counts, weights[kept].abs(), ends, signed)
         left = far.frame(split_rows(values_of(ends), counts), ends_seen, ends_gram)
         z = _coefficients(self.canonical.s, -(weights.float().double().unsqueeze(-1) * y.mT))
