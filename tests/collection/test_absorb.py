@@ -63,7 +63,7 @@ def test_a_hundred_absorbed_one_by_one(dtype, tried):
         assert {task.error_kind for task in held.tasks} == {"measured"}
         return
     assert {held.task(name).error_kind for name in oldest} == {"bound"}
-    assert max(task.forgotten for task in held.tasks) > FORGETTING / 2
+    assert max(task.forgotten for task in held.tasks) > FORGETTING / 3
     alone = add(begun(adapters[:10], dtype), adapters[10:], max_error=ERROR)
     assert collection_bytes(held) < 0.9 * collection_bytes(alone)
 

@@ -19,6 +19,7 @@ from loraspan import compress, store
 from loraspan.cli import main as command_line
 from loraspan.errors import StoreError
 from loraspan.subspace import open as open_space
+from store.samples import files_named
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def strangers_in_store(folder):
     if not path.exists():
         return []
     tables = [json.loads(manifest.read_text()) for manifest in path.glob("manifest-*")]
-    data = {entry["file"] for table in tables for entry in (table["basis"], *table["segments"])}
+    data = files_named(*tables)
     known = data | {manifest.name for manifest in path.glob("manifest-*")} | {"CURRENT", ".lock", ".pins"}
     beside = {entry.name for entry in folder.iterdir()} - {"team.span", "in"}
     return sorted({entry.name for entry in path.iterdir()} - known | beside)

@@ -181,6 +181,6 @@ def _agree(files, manifest, name, content):
     table = json.loads(files[manifest])
     table.pop("checksum")
     for entry in (table["basis"], *table["segments"]):
-        if entry["file"] == name:
-            entry.update(file=new, sha256=digest, bytes=len(content))
+        if entry["sha256"][:32] in name:
+            entry.update(sha256=digest, bytes=len(content))
     files[manifest] = sealed(re.sub(r"\n\Z", "", json.dumps(table)).encode())

@@ -169,6 +169,13 @@ def adding(held, *segments):
     return replace(held, segments=(*held.segments, *segments))
 
 
+def files_named(*tables):
+    """The files of tensors that manifests name, by their checksums."""
+    kinds = [("basis", table["basis"]) for table in tables]
+    kinds += [("tasks", entry) for table in tables for entry in table["segments"]]
+    return {f"{kind}-{entry['sha256'][:32]}.safetensors" for kind, entry in kinds}
+
+
 def edit_manifest(folder, change, *, seal=True):
     """Change the current manifest, and give it the checksum of what it has become."""
     path = Path(folder) / f"manifest-{int((Path(folder) / 'CURRENT').read_text()):06d}.json"
@@ -195,8 +202,8 @@ def edit_tensors(folder, kind, change):
     (folder / name).write_bytes(content)
 
     def point(table):
-        entry = next(e for e in (table["basis"], *table["segments"]) if e["file"] == path.name)
-        entry.update(file=name, sha256=digest, bytes=len(content))
+        entry = next(e for e in (table["basis"], *table["segments"]) if e["sha256"][:32] in path.name)
+        entry.update(sha256=digest, bytes=len(content))
 
     edit_manifest(folder, point)
     return name

@@ -8,7 +8,7 @@ import pytest
 from loraspan import store
 from loraspan.collection.collection import Collection, SlotSpace
 from store.crash import Crash, Disk
-from store.samples import ODD_EXTRAS, adding, assert_same, collection, listing, part_of, renamed, without
+from store.samples import ODD_EXTRAS, adding, assert_same, collection, files_named, listing, part_of, renamed, without
 
 WHOLE = collection(1, tasks=12, extras=ODD_EXTRAS)
 POWER = [("none", False), ("all", False), ("none", True), ("but the last", True)]
@@ -98,7 +98,7 @@ def check_tidied(folder):
     opened = store.open_at(folder)
     after = store.commit(opened, opened.collection)
     tables = [json.loads(path.read_text()) for path in folder.glob("manifest-*")]
-    data = {entry["file"] for table in tables for entry in (table["basis"], *table["segments"])}
+    data = files_named(*tables)
     known = data | {"CURRENT", ".pins"} | {path.name for path in folder.glob("manifest-*")}
     assert set(listing(folder)) - {".pins"} == known - {".pins"}
     assert after.generation == opened.generation + 1

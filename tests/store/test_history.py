@@ -12,6 +12,7 @@ from store.samples import (
     assert_same,
     collection,
     edit_manifest,
+    files_named,
     listing,
     part_of,
     renamed,
@@ -51,8 +52,7 @@ def test_the_log_tells_what_happened(space):
     ]
     for entry in entries:
         table = json.loads((space / f"manifest-{entry.generation:06d}.json").read_text())
-        names = {table["basis"]["file"], *(each["file"] for each in table["segments"])}
-        files = [space / name for name in names] + [space / f"manifest-{entry.generation:06d}.json"]
+        files = [space / name for name in files_named(table)] + [space / f"manifest-{entry.generation:06d}.json"]
         assert entry.nbytes == sum(path.stat().st_size for path in files)
         assert entry.time == table["time"]
 

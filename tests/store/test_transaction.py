@@ -11,7 +11,7 @@ from loraspan.collection.collection import Collection
 from loraspan.errors import ArgumentError, StoreError
 from loraspan.store import files
 from store.crash import Crash, Disk
-from store.samples import ODD_EXTRAS, assert_same, collection, listing
+from store.samples import ODD_EXTRAS, assert_same, collection, files_named, listing
 
 OLD, NEW = collection(1, extras=ODD_EXTRAS), collection(2, tasks=6, dtype=torch.bfloat16)
 
@@ -166,7 +166,7 @@ def check_old_or_new(folder, disk):
 
 def referenced(folder):
     tables = [json.loads(path.read_text()) for path in folder.glob("manifest-*")]
-    data = {entry["file"] for table in tables for entry in (table["basis"], *table["segments"])}
+    data = files_named(*tables)
     return data | {"CURRENT"} | {path.name for path in folder.glob("manifest-*")}
 
 

@@ -34,9 +34,9 @@ DTYPE_NAMES: Mapping[torch.dtype, str] = {
 # a tensor of a file: its name, dtype and shape
 Entry = tuple[str, torch.dtype, Sequence[int]]
 
-# Data begins at a multiple of a cache line. Tensors follow each other without gaps, widest items first, so that each
-# starts at a multiple of its item.
-ALIGNMENT = 64
+# Data begins at a multiple of a cache line, or of 8 where all items are bytes. Tensors follow each other without gaps,
+# widest items first, so that each starts at a multiple of its item.
+ALIGNMENT, _OF_BYTES = 64, 8
 _LENGTH_BYTES = 8
 # Text in a store is at most so many times as long as the bytes that it was compressed to: a reader has a limit.
 INFLATED = 64
@@ -53,7 +53,7 @@ def order(entries: Iterable[Entry]) -> list[int]:
     return sorted(range(len(widths)), key=widths.__getitem__)
 
 
-def header(entries: Iterable[Entry], metadata: Mapping[str, str]) -> bytes:
+def header(entries: Iterable[Entry], metadata: Mapping[str, str], alignment: int = ALIGNMENT) -> bytes:
     """Give the first bytes of a safetensors file, up to where the data of ``entries`` begin, in the order given.
 
     Example:
@@ -67,7 +67,7 @@ def header(entries: Iterable[Entry], metadata: Mapping[str, str]) -> bytes:
         table[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, stop]}
         start = stop
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-(_LENGTH_BYTES + len(text)) % ALIGNMENT)
+    text += b" " * (-(_LENGTH_BYTES + len(text)) % alignment)
     return len(text).to_bytes(_LENGTH_BYTES, "little") + text
 
 
@@ -83,7 +83,9 @@ def file_start(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
         >>> len(header(names, {})), len(file_start(names, {})) < len(header(names, {})) / 5
         (7424, True)
     """
-    plain, data = header(entries, metadata), sum(count(shape) * dtype.itemsize for _, dtype, shape in entries)
+    of_bytes = all(dtype.itemsize == 1 for _, dtype, _ in entries)
+    plain = header(entries, metadata, _OF_BYTES if of_bytes else ALIGNMENT)
+    data = sum(count(shape) * dtype.itemsize for _, dtype, shape in entries)
     if len(plain) <= _LONG or len(plain) * _DATA_PER_HEADER <= data:
         return plain
     text = plain[_LENGTH_BYTES:].rstrip(b" ")

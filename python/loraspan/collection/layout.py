@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _BYTES = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kMGTKmgt]?B?)", re.ASCII)
 _UNITS = {"": 1, "B": 1, **{f"{unit}{b}": 10 ** (3 * i) for i, unit in enumerate("KMGT", 1) for b in ("", "B")}}
 # of a manifest beside its names and numbers, and of its lists' elements; see `manifest_bytes`
-_MANIFEST, _MANIFEST_SLOT, _MANIFEST_KEY, _MANIFEST_FILE = 538, 30, 4, 168
+_MANIFEST, _MANIFEST_SLOT, _MANIFEST_KEY, _MANIFEST_FILE = 471, 25, 2, 101
 # of a number of bytes, at the most
 _DIGITS = 12
 # What the manifest of a later generation tells of a change, beside names.
@@ -109,7 +109,7 @@ def manifest_bytes(collection: Collection) -> int:
         total += _MANIFEST_SLOT + sum(len(_dumps(value)) for value in (name, *slot.shape))
         kind = "" if slot.kind == "linear" else slot.kind
         told = {"k_out": slot.ranks[0], "k_in": slot.ranks[1], "kind": kind, "kernel": slot.kernel}
-        total += sum(_MANIFEST_KEY + len(_dumps(key)) + len(json.dumps(value)) for key, value in told.items() if value)
+        total += sum(_MANIFEST_KEY + len(_dumps(key)) + len(_dumps(value)) for key, value in told.items() if value)
     return total
 
 

@@ -100,7 +100,7 @@ class OneSided:
         weights = best_weights(inner, (ends_seen * (self._seen @ y.mT)).sum(-2), kept)
         signed = flip_rows(loadings, torch.where(weights[kept] < 0, -1, 1))
         if allowed is not None:
-            weights = rounded(weights, allowed)
+            weights = rounded(weights, allowed, ends.shape[1])
         part = Part(self._form, counts, weights[kept].abs(), ends, signed)
         left = self._far.frame(split_rows(values_of(ends), counts), ends_seen, ends_gram)
         z = coefficients(self._canonical, -(weights.float().double().unsqueeze(-1) * y))

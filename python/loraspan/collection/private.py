@@ -167,7 +167,7 @@ def _weighed(
     kept = torch.arange(p_seen.shape[2]) < counts[:, None]
     seen = torch.einsum("tac,tab,tbc->tc", p_seen, residual.z, q_seen)
     weights = best_weights(p_gram * q_gram, seen, kept)
-    stored = weights.float().double() if allowed is None else rounded(weights, allowed)
+    stored = weights.float().double() if allowed is None else rounded(weights, allowed, p.shape[1] + q.shape[1])
     fitted = ((p_gram * q_gram) @ stored.unsqueeze(-1)).squeeze(-1) - 2 * seen
     remains = residual.squares() + (stored * fitted).sum(-1)
     # a weight is not negative: its sign goes to the left end

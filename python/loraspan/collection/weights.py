@@ -15,9 +15,10 @@ from loraspan.collection import coding
 from loraspan.collection.columns import Columns
 from loraspan.errors import FormatError
 
-# Rounding takes at most about this share of what a task may lose. Numbers that are as likely at every scale lose so
-# much of their squares when they keep no bit behind the first, and a quarter of that with each one.
-_SHARE, _LOST = 0.01, 1 / 22
+# A weight may lose up to so many times what each number of its column's ends does: about what they lose, in the mean.
+# Numbers that are as likely at every scale lose so much of their squares when they keep no bit behind the first, and a
+# quarter of that with each one.
+_TIMES, _LOST = 2, 1 / 22
 # of a float32: bits behind the first, and the exponent of 1
 _BITS, _ONE = 23, 127
 _INFINITE = (2 * _ONE + 1) << _BITS
@@ -37,12 +38,13 @@ class Falls(NamedTuple):
     rest: NDArray[np.int64]
 
 
-def rounded(weights: Tensor, allowed: Tensor) -> Tensor:
+def rounded(weights: Tensor, allowed: Tensor, numbers: int) -> Tensor:
     """Round weights ``[T, q]`` to as few bits as the task needs that needs most of them.
 
     Args:
         weights: float64.
         allowed: ``[T]``: squared norms that may be lost in all.
+        numbers: of the coded ends of a column, which lose most of it.
 
     Returns:
         The values, all of float32, in float64.
@@ -50,12 +52,12 @@ def rounded(weights: Tensor, allowed: Tensor) -> Tensor:
     Example:
         >>> import torch
         >>> weights = torch.tensor([[3.0, 1.7]], dtype=torch.float64)
-        >>> rounded(weights, torch.tensor([0.1])), rounded(weights, torch.tensor([1e-4]))[0, 1]
+        >>> rounded(weights, torch.tensor([0.1]), 200), rounded(weights, torch.tensor([1e-4]), 200)[0, 1]
         (tensor([[3.0000, 1.6875]], dtype=torch.float64), tensor(1.7002, dtype=torch.float64))
     """
     if not weights.numel():
         return weights
-    times = _LOST * weights.square().sum(-1) / (_SHARE * allowed.double()).clamp(min=1e-300)
+    times = _LOST * weights.square().sum(-1) * numbers / (_TIMES * allowed.double()).clamp(min=1e-300)
     low = _BITS - math.ceil(math.log2(float(times.amax().clamp(1, 4.0**_BITS))) / 2)
     whole = weights.float().view(torch.int32)
     return ((whole + (1 << low >> 1)) >> low << low).view(torch.float32).double()

@@ -132,7 +132,7 @@ def dump(manifest: Manifest) -> bytes:
         "fitted": manifest.fitted,
         "basis": _file_table(manifest.basis),
     }
-    lines = [f'  "{key}": {json.dumps(value)}' for key, value in head.items()]
+    lines = [f'  "{key}": {_dumps(value)}' for key, value in head.items()]
     lines.append(_lines("segments", [_segment_table(data) for data in manifest.segments]))
     lines.append(_lines("slots", [_slot_table(slot) for slot in manifest.slots]))
     body = ("{\n" + ",\n".join(lines)).encode()
@@ -203,11 +203,12 @@ def _slot(entry: Any, i: int, file: str) -> SlotShape:
 
 
 def _data_file(entry: Any, kind: str, what: str, file: str) -> DataFile:
-    name = take(entry, "file", str, file, what)
     sha256 = take(entry, "sha256", str, file, what)
-    # the pattern first: a name that passes it cannot be a path
-    if not DATA_FILE.fullmatch(name) or name != data_name(kind, sha256):
-        raise DamagedError(file, what, f"'file' has to be {data_name(kind, sha256[:64])!r}; it is {name!r}")
+    name = data_name(kind, sha256)
+    # what passes the pattern cannot be a path; up to schema 2 it was told beside its checksum
+    if not DATA_FILE.fullmatch(name) or entry.get("file", name) != name:
+        said = entry.get("file", sha256[:64])
+        raise DamagedError(file, what, f"'sha256' has to be 64 digits, and 'file' as they say, if any; got {said!r}")
     size = take_size(entry, "bytes", file, what, largest=2**62)
     if kind == BASIS:
         return DataFile(name, sha256, size)
@@ -257,7 +258,7 @@ def _bits(table: Any, file: str) -> tuple[int, int, int]:
 
 
 def _file_table(data: DataFile) -> dict[str, object]:
-    return {"file": data.file, "sha256": data.sha256, "bytes": data.size}
+    return {"sha256": data.sha256, "bytes": data.size}
 
 
 def _segment_table(data: DataFile) -> dict[str, object]:
@@ -279,8 +280,12 @@ def _slot_table(slot: SlotShape) -> dict[str, object]:
 
 
 def _lines(key: str, tables: list[Mapping[str, object]] | list[dict[str, object]]) -> str:
-    body = ",\n    ".join(json.dumps(table) for table in tables)
+    body = ",\n    ".join(map(_dumps, tables))
     return f'  "{key}": [\n    {body}\n  ]' if body else f'  "{key}": []'
+
+
+def _dumps(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"))
 
 
 @functools.cache
