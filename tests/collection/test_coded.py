@@ -14,12 +14,12 @@ import torch
 import loraspan
 import loraspan.adapters.peft
 from loraspan import store
-from loraspan.collection import coded
+from loraspan.collection import coded, in_turns, private
 from loraspan.collection.coded import Coded, column_tensors
 from loraspan.collection.coding import LARGEST, encode, trellis
 from loraspan.collection.fit import Goal, fit
 from loraspan.collection.layout import collection_bytes
-from loraspan.collection.rows import CODED, Packed, cat_rows, flip_rows, values_of
+from loraspan.collection.rows import CODED, Packed, cat_rows, flip_rows, same_rows, values_of
 from loraspan.collection.steps import _LEARNING, _TO_A_STEP, CommonSteps, Curve, Ends, _rates, scales_of, whole_steps
 from loraspan.collection.update import add
 from store.samples import current_bytes
@@ -141,6 +141,20 @@ def test_an_error_is_met_and_used(error, case):
     if case is ALONE and error < 0.5:
         assert min(errors) >= 0.98 * error
         assert all(isinstance(rows, Packed) for rows in privates(held))
+
+
+def test_ends_that_are_solved_for_in_turns_take_less(monkeypatch):
+    """Of the same errors, which are what is stored; any number of tasks at once gives the same bits."""
+    goal = Goal(max_error=0.2, dtype=CODED)
+    adapters = alone()
+    held = fit(adapters, goal)
+    for adapter, task in zip(adapters, held.tasks, strict=True):
+        error = planted.relative_error(adapter, lambda path, name=task.name: planted.stored_delta(held, path, name))
+        assert error == pytest.approx(task.error, rel=1e-6)
+    monkeypatch.setattr(in_turns, "_AT_ONCE", 1)
+    assert all(map(same_rows, privates(held), privates(fit(adapters, goal))))
+    monkeypatch.setattr(private, "worth_turns", lambda _: False)
+    assert collection_bytes(held) < 0.995 * collection_bytes(fit(adapters, goal))
 
 
 def test_an_error_below_what_sixteen_bits_allow_is_refused():

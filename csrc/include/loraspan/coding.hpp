@@ -24,8 +24,8 @@ using EncodeFn = std::int64_t(const CodedTable* tables, std::int64_t count, std:
 // left over.
 using DecodeFn = bool(const CodedTable* tables, std::int64_t count, const std::uint8_t* data, std::int64_t size);
 
-// Rounds x [rows, length], contiguous, of at most 32510 in size, to the whole numbers of the path through the trellis, a
-// row at a time, that is nearest to it. Same numbers for any number of threads and from every instruction set.
+// Rounds x [rows, length], contiguous, of at most 32510 in size, to the whole numbers of the path through the trellis,
+// a row at a time, that is nearest to it. Same numbers for any number of threads and from every instruction set.
 //
 // A path begins in state 0. In an even state numbers are even, in an odd state odd; the index of a number is half of
 // it, rounded down, and next_state has where an index leads (Marcellin and Fischer, Trellis coded quantization of
