@@ -252,7 +252,7 @@ void trellis(std::int64_t x, std::int64_t rows, std::int64_t length, std::int64_
              const std::string& isa) {
   const Kernels& kernels = kernels_named(isa);
   py::gil_scoped_release release;
-  kernels.trellis(address<const float>(x), rows, length, address<std::int8_t>(out), threads);
+  kernels.trellis(address<const float>(x), rows, length, address<std::int16_t>(out), threads);
 }
 
 double arithmetic(Arithmetic kind, std::int64_t repetitions, int threads, const std::string& isa) {

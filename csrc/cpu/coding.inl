@@ -5,23 +5,31 @@ namespace LORASPAN_ISA {
 
 constexpr int kEscape = kSymbols - 1, kSizeBits = 7, kLengthBits = 4;
 
+// How a row is written: as whole numbers, as a path through the trellis, or as one whose negative is a path.
+enum Way { kNumbers, kPath, kTurnedPath, kWays };
+
 template <typename T>
-inline bool is_path(const T* row, std::int64_t length) {
+inline bool is_path(const T* row, std::int64_t length, int sign) {
   int state = 0;
   for (std::int64_t i = 0; i < length; ++i) {
-    const int size = row[i] < 0 ? -row[i] : row[i], odd = state & 1;
-    if (size != 0 && (size & 1) != odd) return false;
-    state = next_state(state, (size + odd) / 2);
+    const int number = sign * row[i];
+    if ((number ^ state) & 1) return false;
+    state = next_state(state, number >> 1);
   }
   return true;
 }
 
-// The class of the sum of squares of a row, of twice its indices.
 template <typename T>
-inline int sum_class(const T* row, std::int64_t length, bool path) {
+inline int way_of(const T* row, std::int64_t length) {
+  return is_path(row, length, 1) ? kPath : is_path(row, length, -1) ? kTurnedPath : kNumbers;
+}
+
+// The class of the sum of squares of a row, or of its double where it is no path.
+template <typename T>
+inline int sum_class(const T* row, std::int64_t length, int way) {
   std::uint64_t sum = 0;
   for (std::int64_t i = 0; i < length; ++i)
-    sum += static_cast<std::uint64_t>(std::int64_t{row[i]} * row[i]) * (path ? 1u : 4u);
+    sum += static_cast<std::uint64_t>(std::int64_t{row[i]} * row[i]) * (way == kNumbers ? 4u : 1u);
   return size_class(sum);
 }
 
@@ -42,9 +50,8 @@ inline int read_size(Reader& in, Model& model, int known) {
 
 inline int bit_length(std::uint32_t value) { return value ? 32 - __builtin_clz(value) : 0; }
 
-// An index: its high bits by a model, what is beyond that by its length in bits, low bits and sign as they are.
-inline void write_index(Writer& out, Model& model, int low, std::int32_t index) {
-  const auto size = static_cast<std::uint32_t>(index < 0 ? -index : index);
+// A size: its high bits by a model, what is beyond that by its length in bits, low bits as they are.
+inline void write_entry(Writer& out, Model& model, int low, std::uint32_t size) {
   const std::uint32_t high = size >> low, rest = high - kEscape;
   out.symbol(model, high < kEscape ? static_cast<int>(high) : kEscape);
   if (high >= kEscape) {
@@ -53,44 +60,48 @@ inline void write_index(Writer& out, Model& model, int low, std::int32_t index) 
     if (length > 1) out.bits(rest - (1u << (length - 1)), length - 1);
   }
   out.bits(size & ((1u << low) - 1), low);
-  if (size) out.bits(index < 0, 1);
 }
 
-inline std::int32_t read_index(Reader& in, Model& model, int low) {
+inline std::uint32_t read_entry(Reader& in, Model& model, int low) {
   std::uint32_t high = static_cast<std::uint32_t>(in.symbol(model));
   if (high == kEscape) {
     const int length = static_cast<int>(in.bits(kLengthBits));
     if (length > 1) high += in.bits(length - 1) + (1u << (length - 1));
     if (length == 1) ++high;
   }
-  const auto size = static_cast<std::int32_t>(high << low | in.bits(low));
-  return size && in.bits(1) ? -size : size;
+  return high << low | in.bits(low);
 }
 
+// Numbers by their sizes, those of paths by half of it, rounded down, and their signs as they are.
 template <typename T>
-inline void write_row(Writer& out, Models& models, const T* row, std::int64_t length, bool path, int sum) {
+inline void write_row(Writer& out, Models& models, const T* row, std::int64_t length, int way, int sum) {
   const RowSize size(sum, length);
+  const int path = way != kNumbers, sign = way == kTurnedPath ? -1 : 1;
   int state = 0;
   for (std::int64_t i = 0; i < length; ++i) {
-    const std::int32_t number = row[i], odd = state & 1;
-    const std::int32_t index = path ? (number + (number < 0 ? -odd : odd)) / 2 : number;
-    write_index(out, models.numbers[size.model][odd], size.low, index);
-    if (path) state = next_state(state, index & 1);
+    const std::int32_t number = sign * row[i];
+    const auto magnitude = static_cast<std::uint32_t>(number < 0 ? -number : number);
+    write_entry(out, models.numbers[size.model][state & 1], size.low, magnitude >> path);
+    if (number) out.bits(number < 0, 1);
+    if (path) state = next_state(state, number >> 1);
   }
 }
 
 // Gives whether the numbers are within their table's.
 template <typename T>
-inline bool read_row(Reader& in, Models& models, T* row, std::int64_t length, bool path, int sum) {
+inline bool read_row(Reader& in, Models& models, T* row, std::int64_t length, int way, int sum) {
   const RowSize size(sum, length);
+  const int path = way != kNumbers, sign = way == kTurnedPath ? -1 : 1;
   const std::int32_t most = sizeof(T) == 1 ? 127 : 32512;
   int state = 0;
   for (std::int64_t i = 0; i < length; ++i) {
-    const std::int32_t odd = state & 1, index = read_index(in, models.numbers[size.model][odd], size.low);
-    const std::int32_t number = path ? 2 * index - (index < 0 ? -odd : index > 0 ? odd : 0) : index;
-    if (number < -most || number > most) return false;
-    row[i] = static_cast<T>(number);
-    if (path) state = next_state(state, index & 1);
+    const int odd = state & 1;
+    const auto entry = static_cast<std::int32_t>(read_entry(in, models.numbers[size.model][odd], size.low));
+    const std::int32_t magnitude = path ? 2 * entry + odd : entry;
+    if (magnitude > most) return false;
+    const std::int32_t number = magnitude && in.bits(1) ? -magnitude : magnitude;
+    row[i] = static_cast<T>(sign * number);
+    if (path) state = next_state(state, number >> 1);
   }
   return true;
 }
@@ -125,11 +136,10 @@ std::int64_t encode(const CodedTable* tables, std::int64_t count, std::uint8_t* 
   Writer writer(out, room);
   each_row(tables, count, models, [&](const CodedTable& table, std::int64_t i, std::int32_t& known, Model& sizes) {
     return with_row(table, i, [&](const auto* row) {
-      const bool path = is_path(row, table.length);
-      const int sum = sum_class(row, table.length, path);
-      writer.symbol(models.ways, path);
+      const int way = way_of(row, table.length), sum = sum_class(row, table.length, way);
+      writer.symbol(models.ways, way);
       write_size(writer, sizes, sum, known);
-      write_row(writer, models, row, table.length, path, sum);
+      write_row(writer, models, row, table.length, way, sum);
       known = sum;
       return true;
     });
@@ -143,9 +153,10 @@ bool decode(const CodedTable* tables, std::int64_t count, const std::uint8_t* da
   const bool whole =
       each_row(tables, count, models, [&](const CodedTable& table, std::int64_t i, std::int32_t& known, Model& sizes) {
         return with_row(table, i, [&](auto* row) {
-          const bool path = reader.symbol(models.ways) == 1;
+          const int way = reader.symbol(models.ways);
+          if (way >= kWays) return false;
           known = read_size(reader, sizes, known);
-          return read_row(reader, models, row, table.length, path, known);
+          return read_row(reader, models, row, table.length, way, known);
         });
       });
   return whole && reader.at_end();

@@ -64,13 +64,13 @@ struct Model {
   }
 };
 
-// The model of numbers of a normal distribution: all whole numbers, or the odd ones and 0, by their indices.
+// The model of numbers of a normal distribution by half their sizes, rounded down: of even numbers, or of odd ones.
 inline void set_normal(Model& model, std::uint64_t shape, bool odd) {
   const std::uint64_t square = shape * shape >> 16;
   std::uint64_t weights[kSymbols], ratio = odd ? square : shape;
-  weights[0] = odd ? 22528 : 1 << 16;
-  weights[1] = odd ? 2 << 16 : 2 * shape;
-  if (!odd) ratio = ratio * square >> 16;
+  weights[0] = 1 << 16;
+  weights[1] = odd ? square : 2 * shape;
+  ratio = ratio * square >> 16;
   for (int i = 2; i < kSymbols; ++i) {
     weights[i] = weights[i - 1] * ratio >> 16;
     ratio = ratio * square >> 16;
@@ -86,9 +86,9 @@ inline void set_falling(Model& model) {
 }
 
 struct Models {
-  Model numbers[kLowFrom][2];  // by size and odd state
+  Model numbers[kLowFrom][2];  // by size of rows and odd state
   Model sizes[2];              // steps from the size of the row above, or of the row beside
-  Model ways;                  // whether a row is a path through the trellis
+  Model ways;                  // which way a row is written
 
   Models() {
     for (int size = 0; size < kLowFrom; ++size)

@@ -36,10 +36,10 @@ class Model:
 
 
 def normal(shape, odd):
-    """The indices of normal entries: of all whole numbers, or of the odd ones and 0."""
+    """Half the sizes, rounded down, of normal entries that are even, or odd."""
     square = shape * shape >> 16
-    weights = [22528, 2 << 16] if odd else [1 << 16, 2 * shape]
-    ratio = square if odd else shape * square >> 16
+    weights = [1 << 16, square if odd else 2 * shape]
+    ratio = shape * square >> 16 if not odd else square * square >> 16
     for _ in range(SYMBOLS - 2):
         weights.append(weights[-1] * ratio >> 16)
         ratio = ratio * square >> 16
@@ -130,17 +130,20 @@ def model_of(total, length):
 
 
 def next_state(state, index):
-    return (state >> 1) ^ (9 if state & 1 else 0) ^ (2 if index & 1 else 0)
+    return (state >> 1) ^ (0o515 >> 1 if state & 1 else 0) ^ (0o362 >> 1 if index & 1 else 0)
 
 
 def is_path(row):
     state = 0
     for number in row:
-        odd = state & 1
-        if number and number % 2 != odd:
+        if number % 2 != state % 2:
             return False
-        state = next_state(state, (abs(number) + odd) // 2)
+        state = next_state(state, number // 2)
     return True
+
+
+def way_of(row):
+    return 1 if is_path(row) else 2 if is_path([-number for number in row]) else 0
 
 
 def each_row(tables, models):
@@ -157,10 +160,10 @@ def encode(tables):
     """The bytes between those of the bits of tables and the checksum; tables are lists of rows, lists of numbers."""
     models, out = Models(), Writer()
     for row, known, steps, keep in each_row(tables, models):
-        path = is_path(row)
-        total = size_class(sum(number**2 for number in row) * (1 if path else 4))
+        way = way_of(row)
+        total = size_class(sum(number**2 for number in row) * (1 if way else 4))
         keep(total)
-        out.symbol(models.ways, int(path))
+        out.symbol(models.ways, way)
         step = total - known
         turns = -2 * step - 1 if step < 0 else 2 * step
         out.symbol(steps, min(turns, ESCAPE))
@@ -168,26 +171,25 @@ def encode(tables):
             out.bits(total, 7)
         place, low = model_of(total, len(row))
         state = 0
-        for number in row:
-            odd = state & 1
-            size = (abs(number) + odd) // 2 if path else abs(number)
+        for number in row if way < 2 else [-number for number in row]:
+            size = abs(number) // 2 if way else abs(number)
             high = size >> low
-            out.symbol(models.numbers[place][odd], min(high, ESCAPE))
+            out.symbol(models.numbers[place][state & 1], min(high, ESCAPE))
             if high >= ESCAPE:
                 rest = high - ESCAPE
                 out.bits(rest.bit_length(), 4)
                 out.bits(rest - 2 ** (rest.bit_length() - 1) if rest else 0, max(rest.bit_length() - 1, 0))
             out.bits(size % 2**low, low)
-            if size:
+            if number:
                 out.bits(int(number < 0), 1)
-            state = next_state(state, size) if path else 0
+            state = next_state(state, number // 2) if way else 0
     return out.end()
 
 
 def decode(data, shapes):
     models, reader, tables = Models(), Reader(data), [[[0] * length for _ in range(rows)] for rows, length in shapes]
     for row, known, steps, keep in each_row(tables, models):
-        path, turns = reader.symbol(models.ways), reader.symbol(steps)
+        way, turns = reader.symbol(models.ways), reader.symbol(steps)
         step = -(turns + 1) // 2 if turns % 2 else turns // 2
         total = reader.bits(7) if turns == ESCAPE else max(known + step, 0)
         keep(total)
@@ -200,34 +202,43 @@ def decode(data, shapes):
                 length = reader.bits(4)
                 high += reader.bits(length - 1) + 2 ** (length - 1) if length else 0
             size = (high << low) + reader.bits(low)
-            sign = -1 if size and reader.bits(1) else 1
-            row[i] = sign * (2 * size - odd if path and size else size)
-            state = next_state(state, size) if path else 0
+            if way:
+                size = 2 * size + odd
+            number = -size if size and reader.bits(1) else size
+            row[i] = -number if way == 2 else number
+            state = next_state(state, number // 2) if way else 0
     return tables
+
+
+BEFORE = {(next_state(state, index), index): state for state in range(256) for index in (0, 1)}
 
 
 def trellis(row):
     """The cheapest path, all ways to it tried step by step; in 64ths, ties for the even index, then the first state."""
-    ways = {0: (0, [])}
+    ways = {0: (0, ())}
     for x in row:
-        size = int(abs(x) * 64 + 0.5)
+        size = int(abs(x) * 64 + 0.5) * (-1 if x < 0 else 1)
+        steps = {(odd, index): nearest(size, odd, index) for odd in (0, 1) for index in (0, 1)}
         found = {}
-        for state in range(16):
-            for index in (0, 1):
-                before = next(s for s in range(16) if next_state(s, index) == state)
-                if before not in ways:
-                    continue
+        for (state, index), before in BEFORE.items():
+            if before in ways:
                 cost, path = ways[before]
-                number, more = nearest(size, before & 1, index)
-                if state not in found or cost + more < found[state][0]:
-                    found[state] = cost + more, [*path, -number if x < 0 else number]
-        ways = found
-    return min((cost, state, path) for state, (cost, path) in ways.items())[2]
+                number, more = steps[before & 1, index]
+                found.setdefault(state, []).append((cost + more, index, number, path))
+        ways = {}
+        for state, each in found.items():
+            cost, _, number, path = min(each, key=lambda way: way[:2])
+            ways[state] = cost, (path, number)
+    _, _, path = min((cost, state, path) for state, (cost, path) in ways.items())
+    numbers = []
+    while path:
+        path, number = path
+        numbers.append(number)
+    return numbers[::-1]
 
 
 def nearest(size, odd, index):
-    """The nearest number of a set, and what it costs; where two are as near, the larger."""
-    numbers = [n for n in range(130) if (n % 2 == odd or n == 0) and (n + odd) // 2 % 2 == index]
-    costs = {n: (size - 64 * n) ** 2 + (64**2 if odd and n == 0 else 0) for n in numbers}
-    number = min(reversed(numbers), key=costs.__getitem__)
-    return number, costs[number]
+    """The nearest number of a set, the larger of two as near, and the square of its distance in 256ths, cut off."""
+    numbers = [n for n in range(size // 64 - 3, size // 64 + 5) if n % 4 == odd + 2 * index]
+    number = max(numbers, key=lambda n: (-abs(size - 64 * n), n))
+    return number, (size - 64 * number) ** 2 >> 4

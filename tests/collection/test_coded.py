@@ -14,12 +14,12 @@ import torch
 import loraspan
 import loraspan.adapters.peft
 from loraspan import store
-from loraspan.collection import coded
+from loraspan.collection import coded, in_turns, private
 from loraspan.collection.coded import Coded, column_tensors
 from loraspan.collection.coding import LARGEST, encode, trellis
 from loraspan.collection.fit import Goal, fit
 from loraspan.collection.layout import collection_bytes, segment_bytes
-from loraspan.collection.rows import CODED, Packed, cat_rows, flip_rows, values_of
+from loraspan.collection.rows import CODED, Packed, cat_rows, flip_rows, same_rows, values_of
 from loraspan.collection.steps import _LEARNING, _TO_A_STEP, CommonSteps, Curve, Ends, _rates, scales_of, whole_steps
 from loraspan.collection.update import add
 from store.samples import current_bytes
@@ -40,14 +40,12 @@ def privates(held):
 
 def test_rows_are_whole_steps():
     rows = torch.nn.functional.normalize(torch.randn(5, 130, generator=torch.Generator().manual_seed(0)), dim=1)
-    steps = torch.tensor([0.01, 0.05, 0.2, 1e-9, math.inf])
+    steps = torch.tensor([0.0005, 0.05, 0.2, 1e-9, math.inf])
     made = whole_steps(rows, steps)
-    assert (made.bits, whole_steps(rows[:3], steps[:3]).bits) == (16, 8)
+    assert (made.bits, whole_steps(rows[1:3], steps[1:3]).bits) == (16, 8)
     codes = made.numbers
-    assert torch.equal(codes[0], (rows[0] / steps[0]).round().to(torch.int16))
-    for i in (1, 2):
-        # short of a step of 8 bits for them all, by a trellis
-        assert torch.equal(codes[i], trellis(rows[i : i + 1] / (steps[i] / _TO_A_STEP))[0].to(torch.int16))
+    for i in (0, 1, 2):
+        assert torch.equal(codes[i], trellis(rows[i : i + 1] / (steps[i] / _TO_A_STEP))[0])
     # too short a step for sixteen bits becomes one that the largest entry fits
     assert codes[3].abs().max() == LARGEST[16]
     whole = rows[3].abs().max() / LARGEST[16]
@@ -66,6 +64,13 @@ def test_a_row_that_eight_bits_cannot_hold_by_a_trellis_is_rounded_without():
     made = whole_steps(row, torch.tensor([step]))
     assert made.bits == 8
     assert torch.equal(made.numbers, (row / step).round().to(torch.int8))
+
+
+def test_a_row_that_turns_takes_as_much():
+    rows = torch.nn.functional.normalize(torch.randn(20, 500, generator=torch.Generator().manual_seed(0)), dim=1)
+    made = whole_steps(rows, torch.full((20,), 0.05))
+    turned = flip_rows(made, torch.tensor([1, -1] * 10))
+    assert len(encode([turned.numbers.numpy()])) <= len(encode([made.numbers.numpy()])) + 4
 
 
 @pytest.mark.parametrize("ratio", [0.01, 0.04, 0.12, 0.13, 0.3, 0.5, 1.0, 2.0, 3.0])
@@ -136,6 +141,20 @@ def test_an_error_is_met_and_used(error, case):
     if case is ALONE and error < 0.5:
         assert min(errors) >= 0.98 * error
         assert all(isinstance(rows, Packed) for rows in privates(held))
+
+
+def test_ends_that_are_solved_for_in_turns_take_less(monkeypatch):
+    """Of the same errors, which are what is stored; any number of tasks at once gives the same bits."""
+    goal = Goal(max_error=0.2, dtype=CODED)
+    adapters = alone()
+    held = fit(adapters, goal)
+    for adapter, task in zip(adapters, held.tasks, strict=True):
+        error = planted.relative_error(adapter, lambda path, name=task.name: planted.stored_delta(held, path, name))
+        assert error == pytest.approx(task.error, rel=1e-6)
+    monkeypatch.setattr(in_turns, "_AT_ONCE", 1)
+    assert all(map(same_rows, privates(held), privates(fit(adapters, goal))))
+    monkeypatch.setattr(private, "worth_turns", lambda _: False)
+    assert collection_bytes(held) < 0.995 * collection_bytes(fit(adapters, goal))
 
 
 def test_an_error_below_what_sixteen_bits_allow_is_refused():

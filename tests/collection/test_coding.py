@@ -32,7 +32,9 @@ def tables(draw):
         limits = np.array(ranges, dtype=np.int64).reshape(-1, 1)
         table = rng.integers(-limits, limits + 1, (rows, length)).astype(dtype)
         paths = rng.random(rows) < draw(st.sampled_from([0, 0.5, 1]))
-        table[paths] = rounded(table[paths].clip(-125, 125) * rng.random((rows, 1))[paths])
+        most = ROUNDED[8 * dtype.itemsize]
+        signs = rng.choice([-1, 1], (rows, 1))[paths]
+        table[paths] = signs * rounded(table[paths].clip(-most, most) * rng.random((rows, 1))[paths])
         made.append(table)
     return made
 
@@ -69,9 +71,9 @@ def test_a_stream_is_what_it_is_said_to_be(made):
 @settings(deadline=None, max_examples=40)
 def test_a_trellis_finds_the_cheapest_path(data):
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
-    size = data.draw(st.sampled_from([0.1, 0.5, 1, 3, 30, ROUNDED]))
+    size = data.draw(st.sampled_from([0.1, 0.5, 1, 3, 30, ROUNDED[8], ROUNDED[16]]))
     rows = rng.uniform(-size, size, (3, data.draw(st.integers(0, 40)))).astype(np.float32)
-    rows[:, ::5] = data.draw(st.sampled_from([0, 1, -0.5, ROUNDED, -ROUNDED]))
+    rows[:, ::5] = data.draw(st.sampled_from([0, 1, -0.5, size, -size]))
     for isa in ISAS:
         assert rounded(rows, isa=isa).tolist() == [plain_coding.trellis(row.tolist()) for row in rows]
 
@@ -87,7 +89,7 @@ def test_a_long_row_is_a_path_too():
 
 @pytest.mark.parametrize("deviation", [1.0, 3.0, 8.0])
 def test_a_trellis_takes_fewer_bits_at_the_same_error(deviation):
-    """An eighth of a bit and more, against the entropy of normal entries rounded by themselves at any step."""
+    """0.18 bits and more, against the entropy of normal entries rounded by themselves at any step."""
     rows = np.random.default_rng(0).normal(0, deviation, (100, 2000)).astype(np.float32)
     made = rounded(rows)
     weight = (made * rows).sum() / np.square(made, dtype=np.float32).sum()
@@ -97,7 +99,7 @@ def test_a_trellis_takes_fewer_bits_at_the_same_error(deviation):
     alone = [np.round(rows / step) for step in steps]
     errors = [1 - (x * rows).sum() ** 2 / np.square(x).sum() / np.square(rows).sum() for x in alone]
     entropies = [entropy(x) / x.size for x in alone]
-    assert rate < np.interp(error, errors, entropies) - 0.125
+    assert rate < np.interp(error, errors, entropies) - 0.18
 
 
 def entropy(numbers):

@@ -32,17 +32,21 @@ struct Numbers {
   std::unique_ptr<std::uint8_t[]> data;
 };
 
-// Rows of a size of their own, the odd ones of 8 bits on paths through the trellis.
+// Rows of a size of their own, the odd ones on paths through the trellis or on their negatives.
 Numbers drawn(const Kernels& kernels, std::int64_t rows, std::int64_t length, std::int64_t bits, Random& random) {
   Numbers made(rows, length, bits);
-  const double most = bits == 8 ? 125 : 32512;
+  const double most = bits == 8 ? 127 : 32512;
   for (std::int64_t r = 0; r < rows; ++r) {
     const double size = std::pow(most, std::fabs(random.uniform()));
     std::vector<float> x(static_cast<std::size_t>(length));
     for (float& each : x) each = static_cast<float>(size * random.uniform());
     for (std::int64_t i = 0; i < length; ++i) made.put(r * length + i, std::llround(x[static_cast<std::size_t>(i)]));
-    if (bits == 8 && r % 2)
-      kernels.trellis(x.data(), 1, length, static_cast<std::int8_t*>(made.table.numbers) + r * length, 1);
+    if (r % 2 == 0) continue;
+    std::vector<std::int16_t> path(x.size());
+    for (float& each : x) each *= static_cast<float>((most - 2) / most);
+    kernels.trellis(x.data(), 1, length, path.data(), 1);
+    for (std::int64_t i = 0; i < length; ++i)
+      made.put(r * length + i, r % 4 == 1 ? path[static_cast<std::size_t>(i)] : -path[static_cast<std::size_t>(i)]);
   }
   return made;
 }
@@ -50,16 +54,16 @@ Numbers drawn(const Kernels& kernels, std::int64_t rows, std::int64_t length, st
 void check_path(const Kernels& kernels, std::int64_t length, Random& random) {
   std::vector<float> x(static_cast<std::size_t>(3 * length));
   for (float& each : x) each = static_cast<float>(20 * random.uniform());
-  std::vector<std::int8_t> one(x.size()), two(x.size());
+  std::vector<std::int16_t> one(x.size()), two(x.size());
   kernels.trellis(x.data(), 3, length, one.data(), 1);
   kernels.trellis(x.data(), 3, length, two.data(), 3);
   CHECK(one == two, "3 threads change rows of %d", int(length));
   for (std::size_t i = 0, state = 0; i < x.size(); ++i) {
     if (i % static_cast<std::size_t>(length) == 0) state = 0;
-    const int size = std::abs(one[i]), odd = static_cast<int>(state) & 1;
-    CHECK(size == 0 || size % 2 == odd, "%d in state %d", int(one[i]), int(state));
-    CHECK(std::fabs(one[i] - x[i]) <= 3, "%.4g is rounded to %d", static_cast<double>(x[i]), int(one[i]));
-    state = static_cast<std::size_t>(next_state(static_cast<int>(state), (size + odd) / 2));
+    CHECK(((one[i] ^ static_cast<int>(state)) & 1) == 0, "%d in state %d", int(one[i]), int(state));
+    CHECK(std::fabs(static_cast<float>(one[i]) - x[i]) <= 2.01F, "%.4g is rounded to %d", static_cast<double>(x[i]),
+          int(one[i]));
+    state = static_cast<std::size_t>(next_state(static_cast<int>(state), one[i] >> 1));
   }
 }
 

@@ -24,19 +24,20 @@ using EncodeFn = std::int64_t(const CodedTable* tables, std::int64_t count, std:
 // left over.
 using DecodeFn = bool(const CodedTable* tables, std::int64_t count, const std::uint8_t* data, std::int64_t size);
 
-// Rounds x [rows, length], contiguous, of at most 125 in size, to the whole numbers of the path through the trellis, a
-// row at a time, that is nearest to it, but for what a zero costs where the path has odd numbers. Same numbers for any
-// number of threads and from every instruction set.
+// Rounds x [rows, length], contiguous, of at most 32510 in size, to the whole numbers of the path through the trellis,
+// a row at a time, that is nearest to it. Same numbers for any number of threads and from every instruction set.
 //
-// A path begins in state 0. In an even state numbers are even, in an odd state odd or 0; the index of a number is half
-// its size, rounded up, and next_state has where an index leads (Marcellin and Fischer, Trellis coded quantization of
-// memoryless and Gauss-Markov sources, 1990; the halves joined as in Joshi, Crump and Fischer, Image subband coding
-// using arithmetic coded trellis coded quantization, 1995).
-using TrellisFn = void(const float* x, std::int64_t rows, std::int64_t length, std::int8_t* out, int threads);
+// A path begins in state 0. In an even state numbers are even, in an odd state odd; the index of a number is half of
+// it, rounded down, and next_state has where an index leads (Marcellin and Fischer, Trellis coded quantization of
+// memoryless and Gauss-Markov sources, 1990; coded by their sizes as in Fischer and Wang, Entropy-constrained
+// trellis-coded quantization, 1992).
+using TrellisFn = void(const float* x, std::int64_t rows, std::int64_t length, std::int16_t* out, int threads);
 
-constexpr int kTrellisStates = 16;
+constexpr int kTrellisStates = 256;
 
-// Ungerboeck's code of 16 states, 23 and 04 in octal (Channel coding with multilevel/phase signals, 1982, table I).
-constexpr int next_state(int state, int index) { return (state >> 1) ^ (state & 1 ? 9 : 0) ^ (index & 1 ? 2 : 0); }
+// Ungerboeck's code of 256 states, 515 and 362 in octal (Channel coding with multilevel/phase signals, 1982, table I).
+constexpr int next_state(int state, int index) {
+  return (state >> 1) ^ (state & 1 ? 0515 >> 1 : 0) ^ (index & 1 ? 0362 >> 1 : 0);
+}
 
 }  // namespace loraspan

@@ -106,11 +106,19 @@ class Formed:
         ends = combine_many(jobs, dtype=dtype, precision="f64")
         self.rows = torch.cat([end.v.T for end in ends]).cpu() if ends else torch.empty(0, 0, dtype=dtype)
         self.products = [(end.xv, end.vtv) for end in ends]
+        self.counts = torch.tensor([w.shape[1] for _, w in jobs], dtype=torch.int64)
+
+    def padded(self, part: slice) -> Tensor:
+        """Give the ends of some tasks beside each other, ``[t, most of a task, m]``, and zeros."""
+        places = torch.arange(int(self.counts.max())) < self.counts[part, None]
+        first = int(self.counts[: part.start].sum())
+        ends = self.rows.new_zeros(*places.shape, self.rows.shape[1])
+        ends[places] = self.rows[first : first + int(places.sum())]
+        return ends
 
     def coded(self, steps: Tensor, kept: Tensor) -> Stored:
         """Round to whole ``steps [T, q]`` those that are ``kept [T, q]``, leading ones of those that were formed."""
-        formed = torch.tensor([w.shape[1] for _, w in self._jobs])
-        places = torch.arange(self._width) < formed[:, None]
+        places = torch.arange(self._width) < self.counts[:, None]
         if not self.rows.shape[1]:
             return Stored(self.rows[kept[places]], *self.placed(self.products, kept.sum(-1)))
         rows = whole_steps(self.rows[kept[places]], steps[kept])

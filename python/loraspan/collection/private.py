@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from loraspan.collection.assemble import Part, join_parts
 from loraspan.collection.formed import Frame, Stored, form_ends, split_rows, stored_ends
+from loraspan.collection.in_turns import coded_in_turns, worth_turns
 from loraspan.collection.rows import CODED, Width, flip_rows, values_of
 from loraspan.collection.steps import Curve, Ends
 from loraspan.collection.weights import rounded
@@ -117,10 +118,14 @@ def _carry_coded(
     # shorter steps that are tried may keep more
     most = ends.costs(steps / 2)[2].sum(-1)
     formed = form_ends(residual.left, left, most), form_ends(residual.right, right, most)
+    turns = worth_turns(formed)
     good, bad = torch.zeros_like(steps), torch.full_like(steps, math.inf)
     for i in range(_TRIES):
         kept = ends.costs(steps)[2] & (torch.arange(s.shape[1]) < most[:, None])
-        sides = [side.coded(steps[:, None] / s.clamp(min=1e-300), kept) for side in formed]
+        if turns:
+            sides = coded_in_turns(formed, s, steps, kept)
+        else:
+            sides = [side.coded(steps[:, None] / s.clamp(min=1e-300), kept) for side in formed]
         part, remains, rest = _weighed(residual, sides[0], sides[1], kept.sum(-1), allowed)
         fits = remains <= allowed
         good, bad = (

@@ -25,11 +25,13 @@ _AT_ONCE = 1 << 18
 # thousands of normal entries would be above 32512 steps: such rows take a longer step of their own. Below `_SHORT`
 # what is rounded is normal again, with the variance of the rounding on top.
 _LEAST, _MOST, _COUNT, _SHORT = 1 / 4096, 64.0, 260, 1 / 16
-# From this ratio on rows are rounded by a trellis; below, few of them would be in 8 bits.
-_COARSE_STEPS = 1 / 8
-# Of the whole numbers of a trellis to a step, what it loses with so many (as much as steps of a length that falls
-# behind a little), and the bits an entry that it saves at an entropy: measured on normal entries.
-_TO_A_STEP, _FALLS, _LEAST_TO_A_STEP, _SAVES, _SAVES_LESS = 1.74, 0.14, 1.55, 0.165, 0.03
+# Of the whole numbers of a trellis to a step that loses as much, and the bits an entry that it saves, but of few bits a
+# share at the most. From a ratio on it loses as much as a step that is shorter, but not below the last. All of this is
+# measured on normal entries.
+_TO_A_STEP, _SAVES, _SAVES_OF = 1.716, 0.221, 0.205
+_LONG, _SHORTER_BY, _SHORTEST = 1.89, 0.068, 0.9
+# Between these ratios most rows are rounded each by itself: so they still fit 8 bits, and by a trellis no longer.
+_ALONE = 1 / 32, 1 / 14
 # Bits beside those of the numbers: of a column (its weight) and of a row (its size, about).
 _COLUMN_BITS, _ROW_BITS = 5, 3
 # What models that learn take above the entropy, about.
@@ -45,7 +47,7 @@ _SLOPE = math.log(2) / 6
 
 
 def whole_steps(rows: Tensor, steps: Tensor) -> Packed:
-    """Round unit vectors to whole numbers of steps, or of about half of them by a trellis, which loses as much.
+    """Round unit vectors to whole numbers by a trellis, as near as with ``steps``, or to these where bits need it.
 
     Args:
         rows: ``[R, L]``.
@@ -68,10 +70,12 @@ def _whole(rows: Tensor, steps: Tensor) -> Tensor:
     reach = rows.abs().amax(dim=1)
     # an infinite step, where a column is worth nothing, leaves zeros
     steps = torch.maximum(steps, reach / LARGEST[16]).clamp(min=1e-30)
-    numbers = (rows / steps[:, None]).round()
     units = steps / _TO_A_STEP
-    coarse = (steps * math.sqrt(rows.shape[1]) >= _COARSE_STEPS) & (reach <= ROUNDED * units)
-    numbers[coarse] = trellis(rows[coarse] / units[coarse, None]).to(rows.dtype)
+    fit = [(reach > ROUNDED[bits] * units) & (reach <= LARGEST[bits] * steps) for bits in LARGEST]
+    alone = fit[0] | fit[1]
+    numbers = torch.empty(rows.shape, dtype=torch.int16)
+    numbers[alone] = (rows[alone] / steps[alone, None]).round().to(torch.int16)
+    numbers[~alone] = trellis(rows[~alone] / units[~alone, None])
     return numbers
 
 
@@ -264,12 +268,9 @@ def _between(values: Tensor, after: Tensor, share: Tensor) -> Tensor:
 
 def _rates(ratios: Tensor) -> tuple[Tensor, Tensor]:
     """Give bits an entry, and the share of energy lost, of normal entries for steps over their standard deviation."""
-    units = ratios / _TO_A_STEP
-    by_trellis = units * (_TO_A_STEP + _FALLS * (_COARSE_STEPS / _TO_A_STEP - units)).clamp(min=_LEAST_TO_A_STEP)
-    coarse = ratios >= _COARSE_STEPS
-    rate, lost = _rounded(torch.where(coarse, by_trellis, ratios))
-    saved = (_SAVES - _SAVES_LESS / rate.clamp(min=0.1).square()).clamp(min=0)
-    return torch.where(coarse, rate - saved, rate), lost
+    rate, lost = _rounded(ratios * (1 - _SHORTER_BY * (ratios - _LONG)).clamp(_SHORTEST, 1))
+    alone = (ratios > _ALONE[0]) & (ratios < _ALONE[1])
+    return rate - torch.where(alone, 0.0, (_SAVES_OF * rate).clamp(max=_SAVES)), lost
 
 
 def _rounded(ratios: Tensor) -> tuple[Tensor, Tensor]:
