@@ -61,8 +61,8 @@ def test_records_that_could_be_squeezed_to_almost_nothing_are_read_again(tmp_pat
 
 def test_a_store_of_schema_2_is_read(tmp_path):
     """Whose manifest names files beside their checksums, and whose records were compressed without a dictionary."""
-    want = collection(2, extras=ODD_EXTRAS)
-    path = saved(tmp_path, seed=2, extras=ODD_EXTRAS)
+    want = collection(2)
+    path = saved(tmp_path, seed=2)
     edit_tensors(path, "tasks", lambda t: put_records(t, zlib.compress(inflate(t["records"].numpy().tobytes())[0])))
 
     def older(table):
