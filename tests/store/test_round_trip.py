@@ -2,6 +2,7 @@ import os
 import re
 import subprocess
 import sys
+import zlib
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -16,17 +17,22 @@ from hypothesis import strategies as st
 from loraspan import store
 from loraspan.adapters.header import DTYPES
 from loraspan.collection.collection import Collection, Segment, SlotSpace, Task
+from loraspan.collection.deflated import inflate
 from loraspan.collection.headers import DTYPE_NAMES
+from store.damage import put_records
 from store.samples import (
     NAMES,
     ODD_EXTRAS,
     assert_same,
     collection,
     columns,
+    edit_manifest,
+    edit_tensors,
     listing,
     orthonormal,
     same_bytes,
     save_in_segments,
+    saved,
 )
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -51,6 +57,22 @@ def test_records_that_could_be_squeezed_to_almost_nothing_are_read_again(tmp_pat
     want = replace(held, segments=(replace(segment, tasks=tasks),))
     store.save(want, tmp_path / "a")
     assert_same(store.open(tmp_path / "a"), want)
+
+
+def test_a_store_of_schema_2_is_read(tmp_path):
+    """Whose manifest names files beside their checksums, and whose records were compressed without a dictionary."""
+    want = collection(2)
+    path = saved(tmp_path, seed=2)
+    edit_tensors(path, "tasks", lambda t: put_records(t, zlib.compress(inflate(t["records"].numpy().tobytes())[0])))
+
+    def older(table):
+        table["schema"] = 2
+        for kind, entry in (("basis", table["basis"]), ("tasks", table["segments"][0])):
+            entry["file"] = f"{kind}-{entry['sha256'][:32]}.safetensors"
+
+    edit_manifest(path, older)
+    assert_same(store.open(path), want)
+    assert store.verify(path) == []
 
 
 @given(seed=st.integers(0, 2**32 - 1), cuts=st.lists(st.integers(0, 7), max_size=4))
