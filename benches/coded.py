@@ -39,7 +39,7 @@ FLOAT_BASES = "float16 bases, float16 loadings, coded private ends"
 TOGETHER = 32
 ROWS, LENGTH, STEPS = 1024, 4096, (0.5, 0.005)
 # numbers of a trellis to a step that loses as much
-UNITS = 1.7
+UNITS = 1.716
 Record = dict[str, object]
 
 
@@ -135,7 +135,7 @@ def speed(rounds: int) -> Iterator[Record]:
         numbers = (normal / step).round()
         found[f"steps of {step}"] = numbers.to(torch.int8 if numbers.abs().max() <= LARGEST[8] else torch.int16).numpy()
     fine = normal * (UNITS / STEPS[0])
-    found["trellis"] = trellis(fine).numpy()
+    found["trellis"] = trellis(fine).to(torch.int8).numpy()
     for what, took in interleave({"trellis": lambda _: trellis(fine)}, rounds).items():
         yield {"what": "round", "numbers": what, "million entries/s": normal.numel() / took.median / 1e6}
     for name, codes in found.items():
