@@ -58,6 +58,16 @@ def test_rows_are_whole_steps():
     assert torch.equal(made.scales, scales_of(codes))
 
 
+def test_rows_of_the_shortest_steps_are_never_on_a_path():
+    """Whose numbers would not fit: whichever way the largest entry over the shortest step rounds."""
+    rows = torch.nn.functional.normalize(torch.randn(5000, 40, generator=torch.Generator().manual_seed(4)), dim=1)
+    made = whole_steps(rows, torch.full((5000,), 1e-12))
+    reach = rows.abs().amax(dim=1, keepdim=True)
+    whole = reach / LARGEST[16]
+    assert (reach > LARGEST[16] * whole).any()
+    torch.testing.assert_close(made.numbers * whole, rows, atol=0.51 * float(whole.max()), rtol=0)
+
+
 def test_a_row_that_eight_bits_cannot_hold_by_a_trellis_is_rounded_without():
     row = torch.nn.functional.normalize(torch.tensor([[100.0, *[1.0] * 5000]]), dim=1)
     step = float(row[0, 1]) * 0.9

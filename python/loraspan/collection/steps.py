@@ -71,8 +71,8 @@ def _whole(rows: Tensor, steps: Tensor) -> Tensor:
     # an infinite step, where a column is worth nothing, leaves zeros
     steps = torch.maximum(steps, reach / LARGEST[16]).clamp(min=1e-30)
     units = steps / _TO_A_STEP
-    fit = [(reach > ROUNDED[bits] * units) & (reach <= LARGEST[bits] * steps) for bits in LARGEST]
-    alone = fit[0] | fit[1]
+    # no path fits, or none fits the 8 bits that single numbers do
+    alone = (reach > ROUNDED[16] * units) | ((reach > ROUNDED[8] * units) & (reach <= LARGEST[8] * steps))
     numbers = torch.empty(rows.shape, dtype=torch.int16)
     numbers[alone] = (rows[alone] / steps[alone, None]).round().to(torch.int16)
     numbers[~alone] = trellis(rows[~alone] / units[~alone, None])
