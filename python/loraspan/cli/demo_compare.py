@@ -82,9 +82,10 @@ class Family:
     Args:
         name: one of :data:`loraspan.cli.demo_data.FAMILIES`.
         step: called after each adapter that was measured.
+        images: how many of the test images to measure with at the most.
     """
 
-    def __init__(self, name: str, step: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, name: str, step: Callable[[], None] = lambda: None, *, images: int = IMAGES) -> None:
         place = folder()
         read = {a.name.removeprefix(f"{name}-"): a for a in read_all(str(place / "adapters" / f"{name}-*"))}
         self.name = name
@@ -96,7 +97,7 @@ class Family:
         self._model = base_model(place)
         self._weights = {path: self._model.get_parameter(f"{path}.weight").clone() for path in self.originals[0]}
         test = digits(training=False)
-        self._tests = [make(test.images[:IMAGES], test.labels[:IMAGES]) for make in TASKS.values()]
+        self._tests = [make(test.images[:images], test.labels[:images]) for make in TASKS.values()]
 
     def compress(self, **goal: float) -> tuple[Subspace, Point]:
         """Compress the family to one goal of :func:`loraspan.compress`, and measure what comes back."""
