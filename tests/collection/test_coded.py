@@ -19,8 +19,9 @@ from loraspan.collection.coded import Coded, column_tensors
 from loraspan.collection.coding import LARGEST, encode, trellis
 from loraspan.collection.fit import Goal, fit
 from loraspan.collection.layout import collection_bytes, segment_bytes
+from loraspan.collection.rates import TO_A_STEP, rates
 from loraspan.collection.rows import CODED, Packed, cat_rows, flip_rows, same_rows, values_of
-from loraspan.collection.steps import _LEARNING, _TO_A_STEP, CommonSteps, Curve, Ends, _rates, scales_of, whole_steps
+from loraspan.collection.steps import _LEARNING, CommonSteps, Curve, Ends, scales_of, whole_steps
 from loraspan.collection.update import add
 from store.samples import current_bytes
 
@@ -45,7 +46,7 @@ def test_rows_are_whole_steps():
     assert (made.bits, whole_steps(rows[1:3], steps[1:3]).bits) == (16, 8)
     codes = made.numbers
     for i in (0, 1, 2):
-        assert torch.equal(codes[i], trellis(rows[i : i + 1] / (steps[i] / _TO_A_STEP))[0])
+        assert torch.equal(codes[i], trellis(rows[i : i + 1] / (steps[i] / TO_A_STEP))[0])
     # too short a step for sixteen bits becomes one that the largest entry fits
     assert codes[3].abs().max() == LARGEST[16]
     whole = rows[3].abs().max() / LARGEST[16]
@@ -88,7 +89,7 @@ def test_rates_are_those_of_rounded_normal_entries(ratio):
     """Of four million drawn ones: bits of their stream to 1 per cent, lost energy to 3."""
     unit = torch.nn.functional.normalize(torch.randn(1000, 4000, generator=torch.Generator().manual_seed(1)), dim=1)
     made = whole_steps(unit, torch.full((1000,), ratio / math.sqrt(4000)))
-    rate, lost = _rates(torch.tensor([ratio], dtype=torch.float64))
+    rate, lost = rates(torch.tensor([ratio], dtype=torch.float64))
     codes = made.numbers
     bits = 8 * len(encode([codes.numpy()])) / codes.numel()
     assert _LEARNING * float(rate) == pytest.approx(bits, rel=0.01, abs=0.025)

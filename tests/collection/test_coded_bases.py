@@ -17,8 +17,9 @@ from loraspan.collection.coding import encode
 from loraspan.collection.factors import read_factors
 from loraspan.collection.fit import Goal, fit, total_squares
 from loraspan.collection.layout import basis_file_bytes, collection_bytes
+from loraspan.collection.rates import rates
 from loraspan.collection.rows import CODED, Widths
-from loraspan.collection.steps import CodedBasis, _rates, whole_steps
+from loraspan.collection.steps import CodedBasis, whole_steps
 from loraspan.collection.within import SlotFitter
 from loraspan.errors import FormatError
 from loraspan.ops.packed import Packed, unpacked
@@ -101,7 +102,7 @@ def test_steps_of_a_basis_go_with_what_tasks_have_along_it():
     assert float(found[0]) / float(found[1]) == pytest.approx(math.sqrt(2.0 / 4.4))
     # nobody has anything along them
     assert CodedBasis(0 * held, weights, 50).common(held[:, 0]).tolist() == [1.0, 1.0]
-    assert float(_rates(found * math.sqrt(50))[0].min()) > 0
+    assert float(rates(found * math.sqrt(50))[0].min()) > 0
 
 
 @pytest.mark.parametrize("side", SIDES)

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 import loraspan
 from loraspan.collection import plans, plans_in_bytes
-from loraspan.collection.budget import column_bytes
 from loraspan.collection.columns import FORMS
 from loraspan.collection.fit import Goal, fit, fit_with_plans
 from loraspan.collection.layout import collection_bytes, columns_bytes
+from loraspan.collection.prices import column_bytes
 from loraspan.collection.refit import refit
 from loraspan.collection.rows import Widths, row_bytes, store_rows, values_of
 from loraspan.errors import ArgumentError

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from loraspan.collection.assemble import Part
 from loraspan.collection.bases import Basis, unit
-from loraspan.collection.budget import column_bytes, one_sided_counts, one_sided_ends, product_spectrum
 from loraspan.collection.formed import Stored, form_ends, split_rows, stored_ends
+from loraspan.collection.prices import column_bytes, one_sided_counts, one_sided_ends, product_spectrum
 from loraspan.collection.private import Residual, best_weights
 from loraspan.collection.rows import CODED, Rows, Widths, flip_rows, rounding_of, store_rows, values_of
 from loraspan.collection.sides import Side, coefficients

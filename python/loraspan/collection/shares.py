@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from loraspan.collection.budget import column_bytes
+from loraspan.collection.prices import column_bytes
 from loraspan.collection.rows import CODED, Widths, rounding_of
 from loraspan.collection.steps import CommonSteps, Ends
 

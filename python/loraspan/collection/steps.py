@@ -9,29 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from loraspan.collection.coding import LARGEST, ROUNDED, trellis
+from loraspan.collection.rates import LEAST, TO_A_STEP, rates
 from loraspan.ops.packed import Packed
 from loraspan.ops.packed_reference import BLOCK
 
 # Numbers that are rounded, or squared, in one go.
 _AT_ONCE = 1 << 18
-# Steps over the standard deviation of entries for which rates are known, and how many. Below the least, the largest of
-# thousands of normal entries would be above 32512 steps: such rows take a longer step of their own. Below `_SHORT`
-# what is rounded is normal again, with the variance of the rounding on top.
-_LEAST, _MOST, _COUNT, _SHORT = 1 / 4096, 64.0, 260, 1 / 16
-# Of the whole numbers of a trellis to a step that loses as much, and the bits an entry that it saves, but of few bits a
-# share at the most. From a ratio on it loses as much as a step that is shorter, but not below the last. All of this is
-# measured on normal entries.
-_TO_A_STEP, _SAVES, _SAVES_OF = 1.716, 0.221, 0.205
-_LONG, _SHORTER_BY, _SHORTEST = 1.89, 0.068, 0.9
-# Between these ratios most rows are rounded each by itself: so they still fit 8 bits, and by a trellis no longer.
-_ALONE = 1 / 32, 1 / 14
 # Bits beside those of the numbers: of a column (its weight) and of a row (its size, about).
 _COLUMN_BITS, _ROW_BITS = 5, 3
 # What models that learn take above the entropy, about.
@@ -70,7 +59,7 @@ def _whole(rows: Tensor, steps: Tensor) -> Tensor:
     reach = rows.abs().amax(dim=1)
     # an infinite step, where a column is worth nothing, leaves zeros
     steps = torch.maximum(steps, reach / LARGEST[16]).clamp(min=1e-30)
-    units = steps / _TO_A_STEP
+    units = steps / TO_A_STEP
     # no path fits, or none fits the 8 bits that single numbers do
     alone = (reach > ROUNDED[16] * units) | ((reach > ROUNDED[8] * units) & (reach <= LARGEST[8] * steps))
     numbers = torch.empty(rows.shape, dtype=torch.int16)
@@ -123,7 +112,7 @@ class Ends(NamedTuple):
         bits = torch.full_like(self.s, _COLUMN_BITS + 8 * self.nbytes).expand(*steps.shape[:-2], *self.s.shape)
         held = torch.ones_like(bits)
         for length in self.lengths:
-            rate, lost = _rates(steps * math.sqrt(length) / self.s.clamp(min=_TINY))
+            rate, lost = rates(steps * math.sqrt(length) / self.s.clamp(min=_TINY))
             bits, held = bits + _LEARNING * length * rate + _ROW_BITS, held * (1 - lost)
         squares = self.s.square()
         kept = held * squares > _SLOPE * steps.square() * bits
@@ -150,7 +139,7 @@ class CodedBasis(NamedTuple):
 
     def lost(self, steps: Tensor) -> Tensor:
         """Give what the tasks lose ``[..., T]`` where the steps ``[..., T]`` of their columns round the basis."""
-        _, share = _rates(self._ratios((steps * self.weights).unsqueeze(-1)))
+        _, share = rates(self._ratios((steps * self.weights).unsqueeze(-1)))
         return (share * self.held).sum(-1)
 
     def common(self, steps: Tensor) -> Tensor:
@@ -162,8 +151,8 @@ class CodedBasis(NamedTuple):
 
     def nbytes(self, steps: Tensor) -> int:
         """Give about the bytes of unit vectors in steps ``[k]``."""
-        rates, _ = _rates(steps * math.sqrt(self.length))
-        return math.ceil(float((_LEARNING * self.length * rates + _ROW_BITS).sum()) / 8)
+        rate, _ = rates(steps * math.sqrt(self.length))
+        return math.ceil(float((_LEARNING * self.length * rate + _ROW_BITS).sum()) / 8)
 
     def _ratios(self, steps: Tensor) -> Tensor:
         """Steps over the standard deviation of the entries."""
@@ -238,7 +227,7 @@ def _largest(parts: Sequence[Ends]) -> Tensor:
 def _ratios(parts: Sequence[Ends], per_octave: int) -> Tensor:
     """Give steps for a largest singular value of 1, ascending: from what gains nothing to what keeps nothing."""
     lengths = [max(length, 1) for part in parts for length in part.lengths]
-    low, high = _LEAST / _FINER / math.sqrt(max(lengths)), _KEEPS_NONE / math.sqrt(min(lengths))
+    low, high = LEAST / _FINER / math.sqrt(max(lengths)), _KEEPS_NONE / math.sqrt(min(lengths))
     count = 2 + round(per_octave * math.log2(high / low))
     return torch.logspace(math.log10(low), math.log10(high), count, dtype=torch.float64)
 
@@ -264,41 +253,3 @@ def _between(values: Tensor, after: Tensor, share: Tensor) -> Tensor:
     """Interpolate ``values [G, T]`` there."""
     before, behind = (values.gather(0, at[None])[0] for at in (after - 1, after))
     return (1 - share) * before + share * behind
-
-
-def _rates(ratios: Tensor) -> tuple[Tensor, Tensor]:
-    """Give bits an entry, and the share of energy lost, of normal entries for steps over their standard deviation."""
-    rate, lost = _rounded(ratios * (1 - _SHORTER_BY * (ratios - _LONG)).clamp(_SHORTEST, 1))
-    alone = (ratios > _ALONE[0]) & (ratios < _ALONE[1])
-    return rate - torch.where(alone, 0.0, (_SAVES_OF * rate).clamp(max=_SAVES)), lost
-
-
-def _rounded(ratios: Tensor) -> tuple[Tensor, Tensor]:
-    """Give the same of entries that are rounded each by itself."""
-    table = _table()
-    place = (ratios.clamp(_LEAST, _MOST) / _LEAST).log() * ((_COUNT - 1) / math.log(_MOST / _LEAST))
-    low = place.floor().clamp(max=_COUNT - 2)
-    share = (place - low).unsqueeze(-1)
-    at = low.long()
-    found = (1 - share) * table[at] + share * table[at + 1]
-    return found[..., 0], found[..., 1]
-
-
-@cache
-def _table() -> Tensor:
-    """``[_COUNT, 2]``: entropy in bits, and lost energy, of a unit normal rounded to steps and weighed at its best."""
-    steps = torch.logspace(math.log10(_LEAST), math.log10(_MOST), _COUNT, dtype=torch.float64)
-    short, lost = steps[steps < _SHORT], steps[steps < _SHORT].square() / 12
-    known = torch.stack([(2 * math.pi * math.e * (1 + lost)).log2() / 2 - short.log2(), lost / (1 + lost)], dim=-1)
-    steps = steps[len(short) :, None]
-    # eight standard deviations, in the shortest steps
-    k = torch.arange(8 / _SHORT + 1, dtype=torch.float64)
-    low, high = (k - 0.5).clamp(min=0) * steps, (k + 0.5) * steps
-    shares = (torch.erfc(low / math.sqrt(2)) - torch.erfc(high / math.sqrt(2))) / 2
-    density = [torch.exp(-x.square() / 2) / math.sqrt(2 * math.pi) for x in (low, high)]
-    each = torch.where(k == 0, 2.0, 1.0) * shares
-    entropy = -(torch.where(k == 0, 1.0, 2.0) * each * each.clamp(min=1e-300).log2()).sum(-1)
-    seen = 2 * (k * (density[0] - density[1])).sum(-1)
-    squares = 2 * (k.square() * shares).sum(-1)
-    lost = 1 - torch.where(squares > 1e-9, seen.square() / squares.clamp(min=1e-300), 0.0)
-    return torch.cat([known, torch.stack([entropy, lost], dim=-1)])
