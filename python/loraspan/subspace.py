@@ -72,8 +72,8 @@ def compress(
         max_bytes: all bytes on disk, a number or text such as "200MB": the worst task's error is made as small as they
             allow. Not in groups.
         dtype: of what is stored: float32, bfloat16, float16, or ``"int8"`` and ``"int4"``, integers in blocks of 64
-            with a scale, or ``"coded"``, private columns in few bytes on disk and 8 or 16 bits in memory beside shared
-            ones in 8 bits. Reported errors include its rounding. None takes float32 for a rank or an energy, and in
+            with a scale, or ``"coded"``, few bytes on disk and 8 or 16 bits in memory where an end of a column is
+            private, and else 8 bits. Reported errors include its rounding. None takes float32 for a rank or an energy, and in
             groups; for the other goals the widths of bases, loadings and private columns that take the fewest bytes.
         refine: iterations that fit both sides of a slot jointly, in groups on a sample.
         seed: of the random sketches.
@@ -160,8 +160,8 @@ def open(path: str | Path, *, check: bool = False) -> Subspace:
     Args:
         path: the folder.
         check: whether to read every file whole and compare its sha256 with the one that was written. Otherwise a bit
-            that a disk has changed is found where opening reads it (the manifest, headers, names) or coded columns are
-            unpacked, and in bases and plain columns by :func:`loraspan.store.verify` alone.
+            that a disk has changed is found where opening reads it (the manifest, headers, names) or what is coded
+            is unpacked, and in plain bases and columns by :func:`loraspan.store.verify` alone.
 
     Raises:
         StoreError: if there is no store.
