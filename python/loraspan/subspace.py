@@ -73,8 +73,9 @@ def compress(
             allow. Not in groups.
         dtype: of what is stored: float32, bfloat16, float16, or ``"int8"`` and ``"int4"``, integers in blocks of 64
             with a scale, or ``"coded"``, few bytes on disk and 8 or 16 bits in memory where an end of a column is
-            private, and else 8 bits. Reported errors include its rounding. None takes float32 for a rank or an energy, and in
-            groups; for the other goals the widths of bases, loadings and private columns that take the fewest bytes.
+            private, and else 8 bits. Reported errors include its rounding. None takes float32 for a rank or an
+            energy, and in groups; for the other goals the widths of bases, loadings and private columns that take the
+            fewest bytes.
         refine: iterations that fit both sides of a slot jointly, in groups on a sample.
         seed: of the random sketches.
         device: ``"cuda"`` or ``"mps"``: factors are sent there in chunks of columns, two at a time of 128 MB each,
