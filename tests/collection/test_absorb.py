@@ -41,14 +41,14 @@ def begun(adapters, dtype=torch.float32):
 @pytest.mark.parametrize("dtype", [*lives.DTYPES, 8, CODED], ids=str)
 def test_a_hundred_absorbed_one_by_one(dtype, tried):
     """Families of tasks come one after the other, so that old bases no longer serve; all are checked in the end."""
-    families = [planted.adapters(count=22, shape=(64, 72), seed=s, slots=1, noise=0.005) for s in range(5)]
+    families = [planted.adapters(count=24, shape=(64, 72), seed=s, slots=1, noise=0.005) for s in range(5)]
     adapters = [Adapter(f"{a.name} of {i}", a.slots) for i, family in enumerate(families) for a in family]
     held = begun(adapters[:10], dtype)
     for i, adapter in enumerate(adapters[10:]):
         held = joined(absorb(held, [adapter], max_error=ERROR, max_forgetting=FORGETTING))
         if i % 20 == 13:  # refits that nobody needs spend of the same budget
             held = refit(held, max_forgetting=FORGETTING, spend=0.3)
-    assert len(held.tasks) == 110
+    assert len(held.tasks) == 120
     truth = lives.errors(held, {a.name: a for a in adapters})
     for task in held.tasks:
         assert truth[task.name] <= task.error + lives.FLOOR
@@ -63,7 +63,7 @@ def test_a_hundred_absorbed_one_by_one(dtype, tried):
         assert {task.error_kind for task in held.tasks} == {"measured"}
         return
     assert {held.task(name).error_kind for name in oldest} == {"bound"}
-    assert max(task.forgotten for task in held.tasks) > FORGETTING / 3
+    assert max(task.forgotten for task in held.tasks) > FORGETTING / 2
     alone = add(begun(adapters[:10], dtype), adapters[10:], max_error=ERROR)
     assert collection_bytes(held) < 0.9 * collection_bytes(alone)
 

@@ -12,7 +12,7 @@ import loraspan
 import loraspan.adapters.peft
 from loraspan import store
 from loraspan.collection.budget import NEVER, Planner
-from loraspan.collection.coded import Coded, basis_tensors
+from loraspan.collection.coded import Coded, basis_tensors, column_tensors
 from loraspan.collection.coding import encode
 from loraspan.collection.factors import read_factors
 from loraspan.collection.fit import Goal, fit, total_squares
@@ -123,6 +123,26 @@ def test_a_plan_takes_about_what_it_says(side):
     assert plan.nbytes == pytest.approx(taken, rel=0.03)
 
 
+@pytest.mark.parametrize("side", SIDES)
+def test_a_basis_holds_what_tasks_have_of_their_own(side):
+    """Where that is within the error, however little: it counts four times. At coarser errors it is not worth it."""
+    at = {"input": 1, "output": 0}[side]
+    for error, own in ((0.1, False), (0.01, True)):
+        held = fit(one_sided(side), Goal(max_error=error, dtype=CODED))
+        assert [slot.ranks[at] > 6 for slot in held.slots.values()] == [own, own]
+
+
+@pytest.mark.parametrize("error", [0.2, 0.1, 0.05])
+@pytest.mark.parametrize("side", SIDES)
+def test_no_private_column_makes_up_for_a_step(side, error):
+    """Tasks that lie on a basis have columns on it alone, however near their error comes to what is allowed."""
+    held = fit(one_sided(side), Goal(max_error=error, dtype=CODED))
+    form = {"input": 2, "output": 1}[side]
+    for columns in held.segments[0].columns.values():
+        assert columns.counts[:, form].all()
+        assert not columns.counts[:, 3].any()
+
+
 def test_a_form_that_one_task_cannot_take_is_no_plan():
     """Its bytes are those of no plan, not a number with seventeen digits."""
     adapters = one_sided("input", count=3)
@@ -152,6 +172,10 @@ def test_what_is_opened_is_what_was_saved(tmp_path, side):
     for kind in ("basis", "tasks"):
         (one,), (other,) = ([*(tmp_path / name).glob(f"{kind}-*")] for name in "ab")
         assert one.read_bytes() == other.read_bytes()
+    (segment,) = space.collection.segments
+    assert {name for name, _ in column_tensors(segment.columns)} >= {"weights", "coded.layers.1.q_proj"}
+    for field in ("left_loadings", "right_loadings", "left_private", "right_private"):
+        assert not any(name.startswith(field) and t.numel() for name, t in column_tensors(segment.columns))
     for now, was in zip(rows, bases(space.collection), strict=True):
         assert torch.equal(now.codes, was.codes)
         assert torch.equal(now.scales, was.scales)

@@ -19,7 +19,7 @@ from loraspan.ops.dense import svd
 
 # Coded columns that are to do without private ones beside them: how often a step is tried, and how far below what may
 # be left each next try aims.
-_TRIES, _AIM = 4, 0.99
+_TRIES, _AIM = 6, 0.99
 
 
 class OneSided:
