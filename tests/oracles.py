@@ -147,6 +147,25 @@ def omega(rows, width, seed):
     return out
 
 
+def sparse_omega(rows, width, seed):
+    """``Omega [rows, width]`` with a sign in each quarter of a row, as :func:`loraspan.ops.sparse_sketch` says."""
+    key = (seed % 2**32, seed >> 32)
+    m = width // 4
+    out = np.zeros((rows, width))
+    for j in range(rows):
+        own, first = (philox4x32((i % 2**32, i >> 32, 0, 1), key) for i in (j, j - j % m))
+        for q in range(4):
+            shift = (first[q] >> 1) * m >> 31
+            out[j, q * m + (j + shift) % m] = -1.0 if own[q] & 1 else 1.0
+    return out
+
+
+def sparse_sketch_bound(x, signs):
+    """Of float32 sums over 128 terms, added in float64 and rounded once; ``signs [d, width]``."""
+    size = np.abs(x) @ np.abs(signs)
+    return _dot_bound(size, x.shape[1], "f32", roundings=2) + UNIT_ROUNDOFF[F32] * size
+
+
 def sketch_bound(x, width, precision):
     size = np.repeat(np.abs(x).sum(axis=1, keepdims=True), width, axis=1)
     return _dot_bound(size, x.shape[1], precision, roundings=2)

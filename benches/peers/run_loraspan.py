@@ -55,8 +55,9 @@ class Shares:
         self.seconds: dict[str, float] = {}
         self._inner = [0.0]
         self._wrap("open files", adapters.read_all, adapters.check_together)
-        for name in ("gram", "sketch", "power", "combine"):
+        for name in ("gram", "sparse_sketch", "combine"):
             self._wrap(f"pass: {name}", getattr(_core, name))
+        self._wrap("top-k: power steps in the sketch", _core.power)
         self._wrap("top-k: eigenpairs", eig.top_eigenpairs)
         self._wrap("top-k: orthonormalize", roots.orthonormalize, ranges._orthonormal)
         self._wrap("small: joint refinement", core_space.refine_jointly, core_space.refine_products)

@@ -102,6 +102,17 @@ void sketch(const Table& block_table, const Table& job_table, Precision precisio
   kernels.sketch(jobs.data(), static_cast<std::int64_t>(jobs.size()), precision, threads);
 }
 
+void sparse_sketch(const Table& block_table, const Table& job_table, int threads, const std::string& isa) {
+  const Kernels& kernels = kernels_named(isa);
+  const auto blocks = read_blocks(block_table);
+  const auto jobs = read_jobs<SparseSketchJob>(job_table, [&](auto field) {
+    return SparseSketchJob{read_rows(blocks, field), field(3), static_cast<std::uint64_t>(field(4)),
+                           address<float>(field(5))};
+  });
+  py::gil_scoped_release release;
+  kernels.sparse_sketch(jobs.data(), static_cast<std::int64_t>(jobs.size()), threads);
+}
+
 void power(const Table& block_table, const Table& job_table, Precision precision, int threads, const std::string& isa) {
   const Kernels& kernels = kernels_named(isa);
   const auto blocks = read_blocks(block_table);
@@ -170,6 +181,27 @@ void squares(const Table& block_table, const Table& job_table, int threads, cons
       job_table, [&](auto field) { return SquaresJob{read_rows(blocks, field), address<double>(field(3))}; });
   py::gil_scoped_release release;
   kernels.squares(jobs.data(), static_cast<std::int64_t>(jobs.size()), threads);
+}
+
+// `a`: address, step between members, row and column stride; `b` likewise, columns lying together; `sizes`: members, m,
+// n, k.
+void product(const std::vector<std::int64_t>& a, const std::vector<std::int64_t>& b, std::int64_t c,
+             const std::vector<std::int64_t>& sizes, int threads, const std::string& isa) {
+  const Kernels& kernels = kernels_named(isa);
+  const ProductJob job = {address<const double>(a.at(0)),
+                          a.at(1),
+                          a.at(2),
+                          a.at(3),
+                          address<const double>(b.at(0)),
+                          b.at(1),
+                          b.at(2),
+                          address<double>(c),
+                          sizes.at(0),
+                          sizes.at(1),
+                          sizes.at(3),
+                          sizes.at(2)};
+  py::gil_scoped_release release;
+  kernels.product(job, threads);
 }
 
 void eigh(std::int64_t a, std::int64_t count, std::int64_t n, std::int64_t values, std::int64_t vectors, int threads,
@@ -287,6 +319,7 @@ PYBIND11_MODULE(_core, m) {
         py::arg("isa"));
   m.def("sketch", &sketch, py::arg("blocks"), py::arg("jobs"), py::arg("precision"), py::arg("threads"),
         py::arg("isa"));
+  m.def("sparse_sketch", &sparse_sketch, py::arg("blocks"), py::arg("jobs"), py::arg("threads"), py::arg("isa"));
   m.def("power", &power, py::arg("blocks"), py::arg("jobs"), py::arg("precision"), py::arg("threads"), py::arg("isa"));
   m.def("reconstruct", &reconstruct, py::arg("jobs"), py::arg("scales"), py::arg("threads"), py::arg("isa"));
   // rows: y and x (address, strides, dtype), their number, tasks, tasks per row, shares. Gives -1 or the first row
@@ -295,6 +328,8 @@ PYBIND11_MODULE(_core, m) {
         py::arg("threads"), py::arg("isa"));
   m.def("squares", &squares, py::arg("blocks"), py::arg("jobs"), py::arg("threads"), py::arg("isa"));
   // Contiguous float64 matrices, `count` of them one after another.
+  m.def("product", &product, py::arg("a"), py::arg("b"), py::arg("c"), py::arg("sizes"), py::arg("threads"),
+        py::arg("isa"));
   m.def("eigh", &eigh, py::arg("a"), py::arg("count"), py::arg("n"), py::arg("values"), py::arg("vectors"),
         py::arg("threads"), py::arg("isa"));
   m.def("svd", &svd, py::arg("a"), py::arg("count"), py::arg("m"), py::arg("n"), py::arg("u"), py::arg("s"),

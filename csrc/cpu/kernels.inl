@@ -46,12 +46,14 @@
 #include "combine.inl"
 #include "power.inl"
 #include "sketch.inl"
+#include "sparse_sketch.inl"
 #include "reconstruct.inl"
 #include "thin_tile.inl"
 #include "shared_lora_rows.inl"
 #include "shared_lora_columns.inl"
 #include "shared_lora.inl"
 #include "squares.inl"
+#include "product.inl"
 #include "dense_eigh.inl"
 #include "dense_svd.inl"
 #include "dense_root.inl"
@@ -66,8 +68,8 @@ namespace loraspan {
 namespace LORASPAN_ISA {
 
 extern const Kernels kernels;
-const Kernels kernels = {&gram,    &combine, &sketch, &power,   &reconstruct, &shared_lora,
-                         &squares, &eigh,    &svd,    &root,    &short_svd,   &pack,
+const Kernels kernels = {&gram,    &combine, &sketch, &power,   &reconstruct, &shared_lora, &sparse_sketch,
+                         &squares, &product, &eigh,   &svd,     &root,        &short_svd,   &pack,
                          &unpack,  &encode,  &decode, &trellis, &arithmetic,  &traffic};
 
 }  // namespace LORASPAN_ISA

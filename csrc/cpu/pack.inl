@@ -47,7 +47,11 @@ inline void fill_lanes(const S* p, std::int64_t col_stride, std::int64_t lane, s
                        T* panel) {
   constexpr int L = kLanes<T>;
   if (count == L) {
-    for (std::int64_t c = 0; c < n; ++c) store(panel + c * L, load_as<T>(p + c * col_stride));
+    // columns that follow each other: hardware stops fetching ahead where a page ends
+    for (std::int64_t c = 0; c < n; ++c) {
+      __builtin_prefetch(p + (c + kLineColumns) * col_stride);
+      store(panel + c * L, load_as<T>(p + c * col_stride));
+    }
     return;
   }
   for (std::int64_t c = 0; c < n; ++c) {

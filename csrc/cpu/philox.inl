@@ -24,14 +24,14 @@ inline Words multiply_low(Words a, std::uint64_t b) {
 #endif
 }
 
-// The blocks of columns [j, j + kWordLanes) for signs [128 group, 128 group + 128): bits 0 to 63 and 64 to 127.
-inline void philox_blocks(std::uint64_t seed, std::uint64_t j, std::uint64_t group, std::uint64_t* low,
-                          std::uint64_t* high) {
+// The blocks with counters (j, group, stream) of columns [j, j + kWordLanes): bits 0 to 63 and 64 to 127.
+inline void philox_blocks(std::uint64_t seed, std::uint64_t j, std::uint64_t group, std::uint64_t stream,
+                          std::uint64_t* low, std::uint64_t* high) {
   std::uint32_t key0 = static_cast<std::uint32_t>(seed), key1 = static_cast<std::uint32_t>(seed >> 32);
   Words c0 = Words{} + j;
   for (int lane = 0; lane < kWordLanes; ++lane) c0[lane] += static_cast<std::uint64_t>(lane);
   // only the low halves of the lanes count until the end
-  Words c1 = c0 >> 32, c2 = Words{} + group, c3 = Words{};
+  Words c1 = c0 >> 32, c2 = Words{} + group, c3 = Words{} + stream;
   for (int round = 0; round < 10; ++round) {
     const Words a = multiply_low(c0, 0xD2511F53u), b = multiply_low(c2, 0xCD9E8D57u);
     c0 = (b >> 32) ^ c1 ^ std::uint64_t{key0};
@@ -77,7 +77,7 @@ void draw_signs(std::uint64_t seed, std::int64_t j, std::int64_t n, std::int64_t
   std::uint64_t words[2][kSignGroup];
   for (std::int64_t group = 0; group * group_vectors < vectors; ++group) {
     for (std::int64_t i = 0; i < n; i += kWordLanes)
-      philox_blocks(seed, static_cast<std::uint64_t>(j + i), static_cast<std::uint64_t>(group), words[0] + i,
+      philox_blocks(seed, static_cast<std::uint64_t>(j + i), static_cast<std::uint64_t>(group), 0, words[0] + i,
                     words[1] + i);
     const std::int64_t first = group * group_vectors, count = min_of(vectors - first, group_vectors);
     for (std::int64_t i = 0; i < n; ++i)

@@ -9,7 +9,7 @@ from loraspan.collection.core_space import refine_jointly, refine_products
 from loraspan.collection.ranges import find_range
 from loraspan.collection.stack import Stack
 from loraspan.collection.vectors import FactorRows
-from loraspan.ops.dense import inner
+from loraspan.ops.product import inner
 from matrices import normal
 from oracles import F64, UNIT_ROUNDOFF
 
@@ -64,6 +64,33 @@ def test_a_sketched_range_is_orthonormal_and_holds_what_it_says(decay, cond):
         assert held >= (1 - 1e-4 - 300 * u32) * best
 
 
+@pytest.mark.parametrize("spectrum", ["root", "inverse", "geometric"])
+@pytest.mark.parametrize("spiky", [False, True])
+def test_a_wide_sketch_is_nearly_as_good_as_the_best(monkeypatch, spectrum, spiky):
+    """Also where few columns hold all that there is."""
+    count, d, width = 1000, 1500, 48
+    i = np.arange(1.0, count + 1)
+    values = {"root": i**-0.5, "inverse": 1 / i, "geometric": 0.95**i + 1e-4}[spectrum]
+    rng = np.random.default_rng(3)
+    v = np.eye(d)[:, rng.permutation(d)[:count]] + (1e-3 if spiky else 1) * rng.standard_normal((d, count))
+    x = values[:, None] * np.linalg.qr(v)[0].T
+    stack = Stack(
+        FactorRows(list(torch.from_numpy(x).float().split(RANK)), RANK),
+        torch.eye(RANK, dtype=F64).expand(count // RANK, RANK, RANK).contiguous(),
+    )
+
+    def lost(k):
+        found = find_range(stack, width, precision="f32", seed=3)
+        q = np.linalg.qr(x.T @ found.w.numpy())[0]
+        return np.square(values).sum() - np.square(np.linalg.svd(x @ q, compute_uv=False)[:k]).sum()
+
+    best = np.square(values[32:]).sum()
+    assert best * (1 - 1e-6) <= lost(32) <= best * 1.03
+    # and what it saves is a pass and a half for at most as much again
+    monkeypatch.setattr(ranges, "_WIDER", d)
+    assert lost(32) <= best * 1.02
+
+
 def test_one_round_and_two_find_the_same_range(monkeypatch):
     """The metric of the weighted rows serves as well as the rows themselves, where it is used."""
     stack = stack_of()
@@ -75,7 +102,7 @@ def test_one_round_and_two_find_the_same_range(monkeypatch):
     assert not rows_weighed
     monkeypatch.setattr(ranges, "_DEFECT", -1.0)
     two = find_range(stack, WIDTH, precision="f32", seed=3)
-    assert len(rows_weighed) == 2
+    assert len(rows_weighed) == 1 + ranges._STEPS
     # what is left of orthonormality in one round, for each
     torch.testing.assert_close(one.energies, two.energies, rtol=2e-7, atol=0)
 

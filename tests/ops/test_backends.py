@@ -12,7 +12,8 @@ from devices import interpreting
 from loraspan import _core, _native
 from loraspan._dispatch import Backend, choose
 from loraspan.errors import BackendError
-from loraspan.ops import combine, dense, gram, pack, power, reconstruct, sketch, squares, unpack
+from loraspan.ops import combine, dense, gram, pack, power, reconstruct, sketch, sparse_sketch, squares, unpack
+from loraspan.ops.product import product
 from loraspan.ops.short_svd import short_svd
 from matrices import blocks, normal
 from oracles import F64
@@ -39,6 +40,8 @@ CALLS = {
     "short_svd": lambda backend: short_svd(X.unsqueeze(0), torch.empty(1, 4, 1), backend=backend).values,
     "pack": lambda backend: unpack(pack(X, 4, backend=backend)),
     "unpack": lambda backend: unpack(pack(X, 4), backend=backend),
+    "sparse_sketch": lambda backend: sparse_sketch(X, 4, backend=backend),
+    "product": lambda backend: product(Q.T, Q, backend=backend),
     "eigh": lambda backend: dense.eigh(Q @ Q.T, backend=backend).vectors,
     "svd": lambda backend: dense.svd(Q, backend=backend).u,
     "gram_root": lambda backend: dense.gram_root(Q.T @ Q, backend=backend).r,

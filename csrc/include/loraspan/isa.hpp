@@ -7,10 +7,12 @@
 #include "loraspan/dense.hpp"
 #include "loraspan/gram.hpp"
 #include "loraspan/packed.hpp"
+#include "loraspan/product.hpp"
 #include "loraspan/reconstruct.hpp"
 #include "loraspan/shared_lora.hpp"
 #include "loraspan/short_svd.hpp"
 #include "loraspan/sketch.hpp"
+#include "loraspan/sparse_sketch.hpp"
 #include "loraspan/squares.hpp"
 
 namespace loraspan {
@@ -22,7 +24,9 @@ struct Kernels {
   PowerFn* power;
   ReconstructFn* reconstruct;
   SharedLoraFn* shared_lora;
+  SparseSketchFn* sparse_sketch;
   SquaresFn* squares;
+  ProductFn* product;
   EighFn* eigh;
   SvdFn* svd;
   RootFn* root;

@@ -17,6 +17,7 @@ from loraspan.ops.dense import eigh
 from loraspan.ops.packed import Packed, unpack
 from loraspan.ops.packed_products import packed_products
 from loraspan.ops.places import fetched
+from loraspan.ops.product import product
 
 # How far from orthonormal a stored basis may be, beyond what its dtype's rounding does: it is mended above this.
 ORTHOGONALITY = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -134,17 +135,17 @@ def shared_cores(out: Basis, inn: Basis, scales: Tensor, squares: Tensor, width:
         y, y_gram, y_seen = None, inn.gram, inn.products.mT
     else:
         part, x, y = _factored(left, right, present, width)
-        y_gram, y_seen = y @ inn.gram @ y.mT, y @ inn.products.mT
+        y_gram, y_seen = product(product(y, inn.gram), y.mT), product(y, inn.products.mT)
     # |dW|^2 + tr(C^T M_U C M_V) - 2 tr(C^T T), with C = x^T y and T = U^T dW V
-    held = (x @ out.gram @ x.mT * y_gram).sum((-1, -2))
-    seen = (x @ out.products.mT * y_seen).sum((-1, -2)) * scales
+    held = (product(product(x, out.gram), x.mT) * y_gram).sum((-1, -2))
+    seen = (product(x, out.products.mT) * y_seen).sum((-1, -2)) * scales
     return SharedCores(part, x, y, (squares + (held - 2 * seen)).clamp(min=0))
 
 
 def _solve(gram: Tensor, products: Tensor) -> Tensor:
     """Give ``products_i gram^-1``, ``[T, r, k]``."""
     inverse = gram_root(gram).inverse
-    return products @ (inverse @ inverse.T)
+    return product(products, inverse @ inverse.T)
 
 
 def _canonical(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -153,11 +154,11 @@ def _canonical(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Left rows are orthonormal, so rounding a right one costs that share of its own size: a factor pair of any gauge is
     stored with the same accuracy.
     """
-    root = gram_root(b @ b.mT)
-    middle = root.r @ (a @ a.mT) @ root.r.mT
+    root = gram_root(product(b, b.mT))
+    middle = product(product(root.r, product(a, a.mT)), root.r.mT)
     values, vectors = eigh((middle + middle.mT) / 2)
     present = (values > _RANK_FLOOR**2 * values[:, :1]) & (values > 0)
-    return (root.inverse @ vectors).mT @ b, (root.r.mT @ vectors).mT @ a, present
+    return product(product(root.inverse, vectors).mT, b), product(product(root.r.mT, vectors).mT, a), present
 
 
 def _factored(left: Tensor, right: Tensor, present: Tensor, width: Width) -> tuple[Part, Tensor, Tensor]:

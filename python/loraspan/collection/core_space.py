@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from loraspan.linalg.eig import top_eigenpairs
-from loraspan.ops.dense import inner
+from loraspan.ops.product import inner, product
 
 
 def energy_by_rank(cores: Tensor) -> Tensor:
@@ -94,8 +94,8 @@ def refine_products(left: Tensor, right: Tensor, rank_out: int, rank_in: int, it
 
 def _spread_through(near: Tensor, far: Tensor, g: Tensor) -> Tensor:
     """Give ``sum_i near_i^T (far_i g) (far_i g)^T near_i``."""
-    seen = far @ g
-    middle = (seen @ seen.mT) @ near
+    seen = product(far, g)
+    middle = product(product(seen, seen.mT), near)
     found = inner(near.flatten(0, 1), middle.flatten(0, 1))
     return (found + found.T) / 2
 

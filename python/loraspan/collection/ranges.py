@@ -9,9 +9,10 @@ from torch import Tensor
 from loraspan.collection.stack import Stack
 from loraspan.linalg.eig import top_eigenpairs
 from loraspan.linalg.roots import gram_root, orthonormalize
-from loraspan.ops import combine, gram, power, sketch
+from loraspan.ops import combine, gram, power, sketch, sparse_sketch
 from loraspan.ops.blocks import CPU
-from loraspan.ops.dense import eigh, inner
+from loraspan.ops.dense import eigh
+from loraspan.ops.product import inner, product
 from loraspan.ops.stream import held
 
 # Energies below this share of the largest are rounding: a Gram squares the condition number (float32 sums flushed to
@@ -19,6 +20,8 @@ from loraspan.ops.stream import held
 _FLOOR = {"f32": 1e-7, "f64": 1e-15}
 # What one multiply-add of the sketch costs against one of the Gram, measured: its tiles are narrower.
 _SKETCH_COST = 1.3
+# A wide sketch is so many times as wide as the range, and takes so many power steps.
+_WIDER, _STEPS = 8, 2
 # How far from orthonormal directions may be that only float32 passes follow on.
 _ROUNDOFF, _DEFECT = 2.0**-53, 1e-8
 
@@ -60,7 +63,7 @@ class Range(NamedTuple):
 def find_range(stack: Stack, width: int, *, precision: str, seed: int, form: bool = False) -> Range:
     """Give the leading ``width`` directions, or as many as are above the rounding of ``precision``.
 
-    By the Gram of all rows, or by a sketch and two fused power steps, whichever takes fewer operations.
+    By the Gram of all rows, or by a sketch and power steps, whichever takes fewer operations.
 
     Args:
         stack: factors and weights.
@@ -103,7 +106,7 @@ def _by_rows(stack: Stack, width: int, precision: str) -> Range:
     values, vectors = top_eigenpairs(weighted, width)
     kept = _resolved(values, precision)
     w = root.inverse @ vectors[:, :kept]
-    return Range(values[:kept], w, rows @ w)
+    return Range(values[:kept], w, product(rows, w))
 
 
 def _by_gram(stack: Stack, width: int, precision: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,16 +114,17 @@ def _by_gram(stack: Stack, width: int, precision: str) -> tuple[Tensor, Tensor, 
     weighted = stack.weigh(stack.weigh(rows).T.contiguous())
     values, vectors = top_eigenpairs((weighted + weighted.T) / 2, width)
     w = stack.weigh_transposed(vectors)
-    return values, w, rows @ w
+    return values, w, product(rows, w)
 
 
 def _by_sketch(stack: Stack, width: int, precision: str, seed: int, form: bool) -> Range:
-    image = sketch(stack.x, width, seed=seed, precision=precision)
-    w = _orthonormal(stack, image, precision)
-    w = _orthonormal(stack, power(stack.x, w, precision=precision), precision)
     v = None
+    on_cpu = precision == "f32" and stack.x.plain and stack.x.device == CPU
+    # a GPU multiplies faster than it adds up, and few columns are no longer than their sketch
+    is_long = on_cpu and stack.x.shape[1] > _WIDER * width
+    w = _by_wide_sketch(stack, width, seed) if is_long else _by_power(stack, width, precision, seed)
     # what runs of 128 rows are off by is known; other backends sum over all of them
-    if form and precision == "f32" and stack.x.plain and stack.x.device == CPU:
+    if form and on_cpu:
         v, image, held = combine(stack.x, w, precision=precision)
     else:
         image = power(stack.x, w, precision=precision)
@@ -130,7 +134,24 @@ def _by_sketch(stack: Stack, width: int, precision: str, seed: int, form: bool) 
     kept = _resolved(values, precision)
     values, turn = values[:kept], vectors[:, :kept] * values[:kept].rsqrt()
     formed = None if v is None else Formed(w, v, image, held.diagonal().sqrt(), turn)
-    return Range(values, w @ turn, image @ turn, formed)
+    return Range(values, product(w, turn), product(image, turn), formed)
+
+
+def _by_power(stack: Stack, width: int, precision: str, seed: int) -> Tensor:
+    w = _orthonormal(stack, sketch(stack.x, width, seed=seed, precision=precision), precision)
+    return _orthonormal(stack, power(stack.x, w, precision=precision), precision)
+
+
+def _by_wide_sketch(stack: Stack, width: int, seed: int) -> Tensor:
+    """Give what power steps find in a sketch many times as wide as the range, which stands for the factors.
+
+    Its rows are to each other as theirs, up to an error that falls with its width, and are read from cache.
+    """
+    y = sparse_sketch(stack.x, _WIDER * width, seed=seed)
+    w = _orthonormal(stack, y.view(-1, _WIDER, width).sum(1).double(), "f32")
+    for _ in range(_STEPS):
+        w = _orthonormal(stack, power(y, w, precision="f32"), "f32")
+    return w
 
 
 def _orthonormal(stack: Stack, block: Tensor, precision: str) -> Tensor:
@@ -148,5 +169,5 @@ def _orthonormal(stack: Stack, block: Tensor, precision: str) -> Tensor:
         noise = _ROUNDOFF + ((gram_ - gram_.T) / size / size[:, None]).abs().amax()
         # a column of zeros makes it a NaN
         if bool(noise * (size[:, None] * root.inverse).abs().amax().square() <= _DEFECT):
-            return image @ root.inverse
+            return product(image, root.inverse)
     return stack.weigh_transposed(orthonormalize(stack.weigh(block)))

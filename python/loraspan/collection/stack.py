@@ -11,6 +11,7 @@ from torch import Tensor
 from loraspan.collection.vectors import Vectors
 from loraspan.linalg.roots import gram_root
 from loraspan.ops import RowBlocks
+from loraspan.ops.product import product
 
 
 def pad_square(matrices: Sequence[Tensor]) -> Tensor:
@@ -56,7 +57,7 @@ class Stack:
     @cached_property
     def moments(self) -> Tensor:
         """See above."""
-        return self.weights.mT @ self.weights
+        return product(self.weights.mT, self.weights)
 
     @property
     def x(self) -> RowBlocks:
@@ -74,12 +75,12 @@ class Stack:
 
     def weigh(self, flat: Tensor) -> Tensor:
         """Give ``D y``, a row for each vector, for what the rows have, ``y [R, l]``."""
-        return self.vectors.pack(self.weights @ self.pad(flat))
+        return self.vectors.pack(product(self.weights, self.pad(flat)))
 
     def weigh_transposed(self, packed: Tensor) -> Tensor:
         """Give the adjoint of :meth:`weigh`, ``[R, l]``."""
-        return self.vectors.spread(self.weights.mT @ self.vectors.unpack(packed))
+        return self.vectors.spread(product(self.weights.mT, self.vectors.unpack(packed)))
 
     def weigh_twice(self, flat: Tensor) -> Tensor:
         """Give ``D^T D y``, ``[R, l]``, without ``D``."""
-        return self.vectors.spread(self.moments @ self.pad(flat))
+        return self.vectors.spread(product(self.moments, self.pad(flat)))

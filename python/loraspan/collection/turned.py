@@ -38,6 +38,7 @@ from loraspan.collection.rows import Widths
 from loraspan.collection.stack import Stack
 from loraspan.ops import gram, reconstruct
 from loraspan.ops.places import fetched
+from loraspan.ops.product import product
 
 _UNIT = 2.0**-24
 # As above: errors of Y and of one addition, the columns that float32 sums of P run over, and what either may come to.
@@ -95,12 +96,12 @@ def _turn(side: Stack, formed: Formed, turn: Tensor, squares: Tensor) -> _Turned
     narrow = (formed.turn @ turn).float()
     v = fetched(reconstruct(formed.v, narrow.to(formed.v.device)))
     wide = narrow.double()
-    basis = Basis(v, side.pad(formed.xv @ wide), gram([v.T], precision="f64"))
+    basis = Basis(v, side.pad(product(formed.xv, wide)), gram([v.T], precision="f64"))
     energies, turned = formed.lengths.square(), wide.square()
     rounded = energies + _OF_BASIS**2 * (formed.w.square() * squares).sum(0)
     fourth, peak = _concentration(fetched(formed.v), formed.lengths)
     entries = _SUMMED / 2 * squares * (fourth * energies) + _SUMMED / 3 * peak * formed.xv.square()
-    products_off = side.pad((_UNIT * _OF_ADDITION) ** 2 * entries @ turned)
+    products_off = side.pad((_UNIT * _OF_ADDITION) ** 2 * product(entries, turned))
     return _Turned(basis, _UNIT**2 * (rounded @ turned), products_off)
 
 
@@ -117,8 +118,8 @@ def _carries(slot: SlotFactors, squares: Tensor, out: _Turned, inn: _Turned, sha
     b, a = out.basis.products, inn.basis.products
     noisy_b, noisy_a = (side.products_off * slot.scales.square()[:, None, None] for side in (out, inn))
     # the derivatives of half the error by the products of either side
-    by_b = (a if right is None else a @ right.mT) @ left
-    by_a = b @ left.mT if right is None else b @ left.mT @ right
+    by_b = product(a if right is None else product(a, right.mT), left)
+    by_a = product(b, left.mT) if right is None else product(product(b, left.mT), right)
     noise = (noisy_b * by_b.square() + noisy_a * by_a.square()).sum((1, 2))
     # what a core has along each direction: its left rows are orthogonal, its right ones orthonormal
     sizes = left.square().sum(2, keepdim=True)

@@ -9,6 +9,7 @@ from loraspan.ops.packed_products import PackedProducts, packed_products
 from loraspan.ops.reconstruct import Piece, reconstruct, reconstruct_many
 from loraspan.ops.shared_lora import shared_lora, shared_lora_
 from loraspan.ops.sketch import power, power_many, sketch, sketch_many
+from loraspan.ops.sparse_sketch import sparse_sketch
 from loraspan.ops.squares import squares
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "shared_lora_",
     "sketch",
     "sketch_many",
+    "sparse_sketch",
     "squares",
     "unpack",
 ]

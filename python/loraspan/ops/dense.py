@@ -45,32 +45,12 @@ class Root(NamedTuple):
 
 T = TypeVar("T", Eigen, Svd)
 
-# Rows of one sum of `inner`.
-_SUM_ROWS = 128
 # Past so many columns the blocked methods of LAPACK are faster than one thread a matrix.
 _LARGEST = 512
 # A pivot of the scaled Gram below this goes to the eigendecomposition, which tells small from absent.
 _PIVOT_FLOOR = 1e-10
 # Eigenvalues of the scaled Gram below this, times its size, are rounding.
 _RANK_FLOOR = 1e-15
-
-
-def inner(a: Tensor, b: Tensor) -> Tensor:
-    """Give ``a^T b`` of tall float64 blocks ``[m, k]`` and ``[m, n]``, ``[k, n]``.
-
-    The sums are of 128 rows at a time, and then of those: a BLAS that splits them itself does so by threads.
-
-    Example:
-        >>> import torch
-        >>> inner(torch.ones(3, 1, dtype=torch.float64), torch.eye(3, dtype=torch.float64))
-        tensor([[1., 1., 1.]], dtype=torch.float64)
-    """
-    pieces = a.shape[0] // _SUM_ROWS
-    if pieces < 2:
-        return a.T @ b
-    whole = pieces * _SUM_ROWS
-    heads = [x[:whole].reshape(pieces, _SUM_ROWS, x.shape[1]) for x in (a, b)]
-    return torch.bmm(heads[0].mT, heads[1]).sum(0) + a[whole:].T @ b[whole:]
 
 
 def eigh(a: Tensor, *, backend: str | None = None) -> Eigen:

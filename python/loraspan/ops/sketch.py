@@ -201,15 +201,15 @@ def signs(rows: int, width: int, seed: int, start: int = 0) -> NDArray[np.float6
     counter[..., 0] = index & np.uint64(0xFFFFFFFF)
     counter[..., 1] = index >> np.uint64(32)
     counter[..., 2] = np.arange(groups, dtype=np.uint64)[None, :]
-    words = _philox(counter, seed & 0xFFFFFFFF, seed >> 32)
+    words = philox(counter, seed)
     bits = (words[..., None] >> np.arange(32, dtype=np.uint64)) & np.uint64(1)
     omega: NDArray[np.float64] = 1.0 - 2.0 * bits.reshape(rows, groups * 128)[:, :width].astype(np.float64)
     return omega
 
 
-def _philox(counter: NDArray[np.uint64], key0: int, key1: int) -> NDArray[np.uint64]:
-    """Run the ten rounds of Philox4x32 on 32-bit words held in uint64."""
-    low = np.uint64(0xFFFFFFFF)
+def philox(counter: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
+    """Run the ten rounds of Philox4x32 on 32-bit words held in uint64, the seed the key."""
+    low, key0, key1 = np.uint64(0xFFFFFFFF), seed & 0xFFFFFFFF, seed >> 32
     c0, c1, c2, c3 = (counter[..., i] for i in range(4))
     for _ in range(10):
         a, b = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
