@@ -107,9 +107,10 @@ def _turn(side: Stack, formed: Formed, turn: Tensor, squares: Tensor) -> _Turned
 
 def _concentration(y: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """Give ``f`` and ``p`` of the columns of ``y [d, m]``: see above."""
-    shares = (y / torch.where(lengths > 0, lengths, 1.0).float()).square().T
-    blocks = torch.nn.functional.pad(shares, (0, -shares.shape[1] % _SUMMED)).view(shares.shape[0], -1, _SUMMED)
-    return shares.square().sum(1).double(), blocks.sum(2).amax(1).double()
+    shares = (y * torch.where(lengths > 0, 1 / lengths, 0.0).float()).square_()
+    blocks = torch.nn.functional.pad(shares, (0, 0, 0, -len(shares) % _SUMMED)).view(-1, _SUMMED, shares.shape[1])
+    peaks = blocks.sum(1).amax(0)
+    return shares.square_().sum(0).double(), peaks.double()
 
 
 def _carries(slot: SlotFactors, squares: Tensor, out: _Turned, inn: _Turned, shared: SharedCores) -> bool:
