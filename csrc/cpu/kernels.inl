@@ -45,6 +45,7 @@
 #include "reconstruct_place.inl"
 #include "combine.inl"
 #include "power.inl"
+#include "sign_sums.inl"
 #include "sketch.inl"
 #include "sparse_sketch.inl"
 #include "reconstruct.inl"

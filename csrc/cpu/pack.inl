@@ -81,16 +81,16 @@ inline void transpose_lines(const T* lines, std::int64_t n, T* panel) {
 template <typename T, typename S>
 inline void transpose_rows(const S* p, std::int64_t row_stride, std::int64_t n, T* panel) {
   constexpr int L = kLanes<T>;
-  // rows lie pages apart: no hardware prefetcher follows them. Short rows follow each other: the panels after this one
+  // rows lie pages apart: no hardware prefetcher follows them. Short rows follow each other: the panels after this one.
+  // Who takes a part of long rows knows what it takes next.
   const std::int64_t page = 4096 / static_cast<std::int64_t>(sizeof(S));
   const std::int64_t ahead = n > kLineColumns ? kLineColumns : max_of(L, page / max_of(1, n)) * row_stride;
+  const bool fetches = n > kLineColumns || row_stride <= kLineColumns;
   for (std::int64_t c = 0; c < n; c += L) {
     Vec<T> v[L];
     LORASPAN_UNROLL
-    for (int i = 0; i < L; ++i) {
-      __builtin_prefetch(p + i * row_stride + c + ahead);
-      v[i] = load_as<T>(p + i * row_stride + c);
-    }
+    for (int i = 0; i < L; ++i) v[i] = load_as<T>(p + i * row_stride + c);
+    for (int i = 0; fetches && i < L; ++i) __builtin_prefetch(p + i * row_stride + c + ahead);
     transpose(v);
     LORASPAN_UNROLL
     for (int i = 0; i < L; ++i) store(panel + (c + i) * L, v[i]);

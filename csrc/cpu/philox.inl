@@ -5,7 +5,9 @@ namespace LORASPAN_ISA {
 
 typedef std::uint64_t Words __attribute__((vector_size(kVectorBytes), may_alias));
 constexpr int kWordLanes = kVectorBytes / 8;
+// Signs of one column that a block holds, and columns whose signs make a word.
 constexpr std::int64_t kSignGroup = 128;
+constexpr std::int64_t kWordColumns = 32;
 
 // The 64-bit products of the low halves of the lanes.
 inline Words multiply_low(Words a, std::uint64_t b) {
@@ -24,14 +26,12 @@ inline Words multiply_low(Words a, std::uint64_t b) {
 #endif
 }
 
-// The blocks with counters (j, group, stream) of columns [j, j + kWordLanes): bits 0 to 63 and 64 to 127.
-inline void philox_blocks(std::uint64_t seed, std::uint64_t j, std::uint64_t group, std::uint64_t stream,
-                          std::uint64_t* low, std::uint64_t* high) {
+// The blocks with counters (j, group, stream) of the columns in the lanes of j: bits 0 to 63 and 64 to 127.
+inline void philox_blocks(std::uint64_t seed, Words j, std::uint64_t group, std::uint64_t stream, Words* low,
+                          Words* high) {
   std::uint32_t key0 = static_cast<std::uint32_t>(seed), key1 = static_cast<std::uint32_t>(seed >> 32);
-  Words c0 = Words{} + j;
-  for (int lane = 0; lane < kWordLanes; ++lane) c0[lane] += static_cast<std::uint64_t>(lane);
   // only the low halves of the lanes count until the end
-  Words c1 = c0 >> 32, c2 = Words{} + group, c3 = Words{} + stream;
+  Words c0 = j, c1 = j >> 32, c2 = Words{} + group, c3 = Words{} + stream;
   for (int round = 0; round < 10; ++round) {
     const Words a = multiply_low(c0, 0xD2511F53u), b = multiply_low(c2, 0xCD9E8D57u);
     c0 = (b >> 32) ^ c1 ^ std::uint64_t{key0};
@@ -41,51 +41,46 @@ inline void philox_blocks(std::uint64_t seed, std::uint64_t j, std::uint64_t gro
     key0 += 0x9E3779B9u;
     key1 += 0xBB67AE85u;
   }
-  const Words first = (c0 & 0xffffffffu) | (c1 << 32), second = (c2 & 0xffffffffu) | (c3 << 32);
-  __builtin_memcpy(low, &first, sizeof first);
-  __builtin_memcpy(high, &second, sizeof second);
+  *low = (c0 & 0xffffffffu) | (c1 << 32);
+  *high = (c2 & 0xffffffffu) | (c3 << 32);
 }
 
-template <typename T>
-struct SignBits;
-template <>
-struct SignBits<float> {
-  typedef std::uint32_t word;
-};
-template <>
-struct SignBits<double> {
-  typedef std::uint64_t word;
-};
-
-// kLanes<T> signs of which `bits` holds one each, lowest first; a set bit is -1.
-template <typename T>
-inline Vec<T> signs_of(std::uint64_t bits) {
-  using Word = typename SignBits<T>::word;
-  typedef Word WordV __attribute__((vector_size(kVectorBytes), may_alias));
-  WordV lanes{};
-  for (int lane = 0; lane < kLanes<T>; ++lane) lanes[lane] = Word{1} << lane;
-  const WordV set = reinterpret_cast<WordV>(((WordV{} + static_cast<Word>(bits)) & lanes) != 0);
-  const WordV one = reinterpret_cast<WordV>(Vec<T>{} + T{1});
-  return reinterpret_cast<Vec<T>>((set & (Word{1} << (8 * sizeof(Word) - 1))) | one);
+// Two matrices of 32 x 32 bits in each lane, one in the low halves and one in the high ones: bit i of row j becomes bit
+// j of row i. Squares of half the size change places each time (Warren, Hacker's Delight, 2002, section 7-3).
+inline void transpose_bits(Words (&rows)[kWordColumns]) {
+  std::uint64_t mask = 0x0000ffff0000ffffu;
+  for (int step = 16; step > 0; step /= 2, mask ^= mask << step)
+    for (int i = 0; i < kWordColumns; i = (i + step + 1) & ~step) {
+      const Words other = ((rows[i] >> step) ^ rows[i + step]) & mask;
+      rows[i] ^= other << step;
+      rows[i + step] ^= other;
+    }
 }
 
-// Rows [j, j + n) of Omega, n at most 128: `vectors` whole vectors each, vector v of row i at
-// out + v * stride + i * kLanes<T>.
-template <typename T>
-void draw_signs(std::uint64_t seed, std::int64_t j, std::int64_t n, std::int64_t vectors, T* out, std::int64_t stride) {
-  constexpr std::int64_t lanes = kLanes<T>, group_vectors = kSignGroup / lanes;
-  std::uint64_t words[2][kSignGroup];
-  for (std::int64_t group = 0; group * group_vectors < vectors; ++group) {
-    for (std::int64_t i = 0; i < n; i += kWordLanes)
-      philox_blocks(seed, static_cast<std::uint64_t>(j + i), static_cast<std::uint64_t>(group), 0, words[0] + i,
-                    words[1] + i);
-    const std::int64_t first = group * group_vectors, count = min_of(vectors - first, group_vectors);
-    for (std::int64_t i = 0; i < n; ++i)
-      for (std::int64_t v = 0; v < count; ++v) {
-        const std::int64_t bit = v * lanes;
-        store(out + (first + v) * stride + i * lanes, signs_of<T>(words[bit / 64][i] >> (bit % 64)));
+// Where the word of signs w of column c is. Those that the lanes of a vector draw lie beside each other.
+inline std::int64_t word_at(std::int64_t w, std::int64_t c, std::int64_t width) {
+  return (w / kWordLanes * width + c) * kWordLanes + w % kWordLanes;
+}
+
+// Rows [j, j + 32 words) of Omega, and those up to whole vectors of words: bit i of out[word_at(w, c, width)] is the
+// sign of row j + 32 w + i in column c, set for -1.
+inline void draw_signs(std::uint64_t seed, std::int64_t j, std::int64_t words, std::int64_t width, std::uint32_t* out) {
+  Words lanes{};
+  for (int lane = 0; lane < kWordLanes; ++lane) lanes[lane] = static_cast<std::uint64_t>(kWordColumns * lane);
+  for (std::int64_t w = 0; w < words; w += kWordLanes)
+    for (std::int64_t c0 = 0; c0 < width; c0 += kSignGroup) {
+      const Words first = lanes + static_cast<std::uint64_t>(j + w * kWordColumns);
+      Words bits[2][kWordColumns];
+      for (std::uint64_t i = 0; i < kWordColumns; ++i)
+        philox_blocks(seed, first + i, static_cast<std::uint64_t>(c0 / kSignGroup), 0, &bits[0][i], &bits[1][i]);
+      transpose_bits(bits[0]);
+      if (width - c0 > kSignGroup / 2) transpose_bits(bits[1]);
+      for (std::int64_t c = 0; c < min_of(width - c0, kSignGroup); ++c) {
+        const Words both = bits[c / 64][c % kWordColumns];
+        const BitsHalf word = __builtin_convertvector(c & kWordColumns ? both >> 32 : both, BitsHalf);
+        __builtin_memcpy(out + word_at(w, c0 + c, width), &word, sizeof word);
       }
-  }
+    }
 }
 
 }  // namespace LORASPAN_ISA

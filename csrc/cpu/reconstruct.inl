@@ -82,7 +82,7 @@ inline void column_panel(const Matrix& a, std::int64_t columns, std::int64_t p, 
 // `loadings` [columns, k] packed as panels, times the rows of a basis block, packed as panels too, straight to out.
 template <typename T>
 void place_products(const ReconstructJob& job, const T* basis, std::int64_t panel, std::int64_t first_row,
-                    std::int64_t rows, const T* loadings) {
+                    std::int64_t rows, const T* loadings, bool streams) {
   constexpr std::int64_t L = kLanes<T>;
   alignas(64) T sums[kPlaceColumns * kTileVectors * L];
   for (std::int64_t c = 0; c < job.p; c += kPlaceColumns)
@@ -98,14 +98,14 @@ void place_products(const ReconstructJob& job, const T* basis, std::int64_t pane
 #pragma GCC unroll 4
           for (int v = 0; v < kVectors; ++v) store(sums + ((i + r) * kTileVectors + v) * L, sum[r][v]);
       }
-      const Tile<T> tile = {sums, L, kTileVectors * L, min_of(rows - first * L, kVectors * L), columns};
+      const Tile<T> tile = {sums, L, kTileVectors * L, min_of(rows - first * L, kVectors * L), columns, streams};
       place(tile, static_cast<T>(job.scale), job.out, first_row + first * L, c);
     });
 }
 
 template <typename T>
 void reconstruct_block(const ReconstructJob* jobs, const std::int64_t* order, const Group& group,
-                       std::int64_t first_row) {
+                       std::int64_t first_row, bool streams) {
   constexpr std::int64_t L = kLanes<T>;
   const ReconstructJob& any = jobs[order[group.first]];
   const std::int64_t rows = min_of(any.m - first_row, group.block_rows), k = any.k, panel = (k + 1) * L;
@@ -116,16 +116,17 @@ void reconstruct_block(const ReconstructJob* jobs, const std::int64_t* order, co
     const ReconstructJob& job = jobs[order[group.first + i]];
     if (!job.loadings.data) {
       for (std::int64_t c = 0; c < job.p; c += kPlaceColumns)
-        place(Tile<T>{basis + c * L, panel, L, rows, min_of(job.p - c, kPlaceColumns)}, static_cast<T>(job.scale),
-              job.out, first_row, c);
+        place(Tile<T>{basis + c * L, panel, L, rows, min_of(job.p - c, kPlaceColumns), streams},
+              static_cast<T>(job.scale), job.out, first_row, c);
       continue;
     }
     const std::int64_t column_panels = (round_up(job.p, kPlaceColumns) + L - 1) / L;
     T* loadings = scratch<T>(Use::weights, column_panels * panel);
     for (std::int64_t p = 0; p < (job.p + L - 1) / L; ++p)
       column_panel(job.loadings, job.p, p, 0, k, loadings + p * panel);
-    place_products(job, basis, panel, first_row, rows, loadings);
+    place_products(job, basis, panel, first_row, rows, loadings, streams);
   }
+  if (streams) stream_fence();
 }
 
 // Groups of jobs and blocks of rows, of at most 192 KiB of basis and so few rows that every thread has four tasks.
@@ -154,7 +155,16 @@ inline std::int64_t make_groups(const ReconstructJob* jobs, const std::int64_t* 
   return found;
 }
 
+// Whether all outputs together are more than what a cache can hold for whoever reads them next.
+inline bool exceed_caches(const ReconstructJob* jobs, std::int64_t count) {
+  constexpr std::int64_t kCaches = std::int64_t{1} << 27;
+  std::int64_t bytes = 0;
+  for (std::int64_t i = 0; i < count; ++i) bytes += jobs[i].m * jobs[i].p * entry_bytes(jobs[i].out.dtype);
+  return bytes > kCaches;
+}
+
 void reconstruct(const ReconstructJob* jobs, std::int64_t count, int threads) {
+  const bool streams = exceed_caches(jobs, count);
   std::int64_t* order = scratch<std::int64_t>(Use::sums, 2 * count);
   for (std::int64_t i = 0; i < count; ++i) order[i] = i;
   order = sort_order(count, order, order + count,
@@ -166,9 +176,9 @@ void reconstruct(const ReconstructJob* jobs, std::int64_t count, int threads) {
     const Group& group = groups[last_not_past(groups, found, task)];
     const std::int64_t first_row = (task - group.first_task) * group.block_rows;
     if (group.wide)
-      reconstruct_block<double>(jobs, order, group, first_row);
+      reconstruct_block<double>(jobs, order, group, first_row, streams);
     else
-      reconstruct_block<float>(jobs, order, group, first_row);
+      reconstruct_block<float>(jobs, order, group, first_row, streams);
   });
 }
 

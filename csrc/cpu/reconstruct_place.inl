@@ -20,11 +20,12 @@ struct Tile {
   std::int64_t column_step;
   std::int64_t rows;
   std::int64_t columns;  // at most kPlaceColumns
+  bool streams = false;  // past the caches
 };
 
 template <typename T, typename S>
-inline void store_first(S* p, Vec<T> x, std::int64_t n) {
-  if (n >= kLanes<T>) return store_as(p, x);
+inline void store_first(S* p, Vec<T> x, std::int64_t n, bool streams = false) {
+  if (n >= kLanes<T>) return streams ? stream_as<T>(p, x) : store_as(p, x);
   S entries[kLanes<T>];
   store_as(entries, x);
   for (std::int64_t i = 0; i < n; ++i) p[i] = entries[i];
@@ -37,13 +38,16 @@ inline void place_columns(const Tile<T>& tile, T scale, S* out, std::int64_t col
   for (std::int64_t c = 0; c < tile.columns; ++c)
     for (std::int64_t i = 0; i < tile.rows; i += L)
       store_first<T>(out + c * col_stride + i,
-                     load(tile.data + i / L * tile.vector_step + c * tile.column_step) * scale, tile.rows - i);
+                     load(tile.data + i / L * tile.vector_step + c * tile.column_step) * scale, tile.rows - i,
+                     tile.streams);
 }
 
 // Rows that are contiguous in memory: squares of L x L entries are transposed.
 template <typename T, typename S>
 inline void place_rows(const Tile<T>& tile, T scale, S* out, std::int64_t row_stride) {
   constexpr std::int64_t L = kLanes<T>;
+  // half a line alone is slower past the caches: rows follow each other there
+  const bool streams = tile.streams && tile.columns == row_stride;
   for (std::int64_t i = 0; i < tile.rows; i += L)
     for (std::int64_t c = 0; c < tile.columns; c += L) {
       const T* from = tile.data + i / L * tile.vector_step + c * tile.column_step;
@@ -54,7 +58,7 @@ inline void place_rows(const Tile<T>& tile, T scale, S* out, std::int64_t row_st
         v[lane] = lane < columns ? load(from + lane * tile.column_step) * scale : Vec<T>{};
       transpose(v);
       S* to = out + i * row_stride + c;
-      for (std::int64_t row = 0; row < rows; ++row) store_first<T>(to + row * row_stride, v[row], columns);
+      for (std::int64_t row = 0; row < rows; ++row) store_first<T>(to + row * row_stride, v[row], columns, streams);
     }
 }
 

@@ -39,13 +39,15 @@ inline void multiply_panel(const T* packed, std::int64_t stride, const T* b, std
 
 // The rows of a panel as memory: where column 0 of each is, and how far the next column is, both in bytes. A panel of
 // a column-major block is one stretch of memory, of which each row counts a part.
+template <std::int64_t kRows>
 struct PanelMemory {
-  std::uintptr_t start[kPanelRows];
-  std::uintptr_t step[kPanelRows];
+  std::uintptr_t start[kRows];
+  std::uintptr_t step[kRows];
 };
 
-inline void locate_panel(const Rows& x, Cursor at, PanelMemory* panel) {
-  for (int i = 0; i < kPanelRows; ++i) {
+template <std::int64_t kRows>
+inline void locate_panel(const Rows& x, Cursor at, PanelMemory<kRows>* panel) {
+  for (int i = 0; i < kRows; ++i) {
     while (at.block < x.count && at.row >= x.blocks[at.block].rows) at = {at.block + 1, 0};
     if (at.block == x.count) {
       panel->start[i] = i > 0 ? panel->start[i - 1] : 0;
@@ -66,12 +68,12 @@ inline Cursor skip_rows(const Rows& x, Cursor at, std::int64_t rows) {
   return at;
 }
 
-// The kPanelRows rows from `at` on, of which `rows` exist, in at most kSumColumns columns, as panels that lie
+// The kRows rows from `at` on, of which `rows` exist, in at most kSumColumns columns, as panels that lie
 // kSumColumns * L apart.
-template <typename T>
+template <std::int64_t kRows = kPanelRows, typename T>
 inline void pack_group(const Rows& x, Cursor at, std::int64_t rows, std::int64_t c0, std::int64_t n, T* panels) {
   constexpr std::int64_t L = kLanes<T>;
-  for (std::int64_t i = 0; i < kPanelRows; i += L) {
+  for (std::int64_t i = 0; i < kRows; i += L) {
     pack_panel(x, at, max_of(0, min_of(rows - i, L)), c0, n, panels + i * kSumColumns);
     at = skip_rows(x, at, L);
   }
@@ -84,7 +86,7 @@ void add_products(const Rows& x, std::int64_t first_row, std::int64_t last_row, 
                   const T* b, std::int64_t b_stride, double* sums, std::int64_t row_sums) {
   constexpr std::int64_t L = kLanes<T>;
   T* packed = scratch<T>(Use::packed, kSumColumns * kPanelRows);
-  PanelMemory here, next;
+  PanelMemory<kPanelRows> here, next;
   Cursor at = find_row(x, first_row);
   locate_panel(x, at, &next);
   for (std::int64_t i = first_row; i < last_row; i += kPanelRows) {
@@ -104,7 +106,7 @@ void add_products(const Rows& x, std::int64_t first_row, std::int64_t last_row, 
       }
       pack_strips(rest, at.row, height, c, n, packed, kPanelRows * L);
       const bool wraps = c + kSumColumns >= last;
-      const PanelMemory& memory = wraps ? next : here;
+      const PanelMemory<kPanelRows>& memory = wraps ? next : here;
       const std::uintptr_t column = static_cast<std::uintptr_t>(wraps ? first : c + kSumColumns);
       std::uintptr_t rows[kPanelRows];
       for (int r = 0; r < kPanelRows; ++r) rows[r] = memory.start[r] + column * memory.step[r];

@@ -21,11 +21,13 @@ inline std::int64_t zeros_at(std::int64_t columns) { return round_up(columns, kL
 inline void draw_picks(const SparseSketchJob& job, Pick* picks) {
   const std::int64_t m = job.width / kQuarters, columns = job.x.columns;
   std::int64_t to[kQuarters] = {}, in_block = 0, block = 0;
+  Words lanes{};
+  for (int lane = 0; lane < kWordLanes; ++lane) lanes[lane] = static_cast<std::uint64_t>(lane);
   const Pick none = {static_cast<std::uint32_t>(zeros_at(kPickBlocks * m)), 1.0f};
   for (std::int64_t i = 0; i < round_up(columns, kPickBlocks * m) * kQuarters; ++i) picks[i] = none;
   for (std::int64_t j = 0; j < columns; j += kWordLanes) {
-    std::uint64_t words[kQuarters / 2][kWordLanes];
-    philox_blocks(job.seed, static_cast<std::uint64_t>(j), 0, kSparseStream, words[0], words[1]);
+    Words words[kQuarters / 2];
+    philox_blocks(job.seed, lanes + static_cast<std::uint64_t>(j), 0, kSparseStream, &words[0], &words[1]);
     for (std::int64_t i = 0; i < min_of(kWordLanes, columns - j); ++i) {
       for (std::int64_t q = 0; q < kQuarters; ++q) {
         const std::uint64_t word = words[q / 2][i] >> (q % 2 * 32) & 0xffffffffu;

@@ -76,5 +76,44 @@ inline void store_as(Bfloat* p, Vec<double> x) {
   __builtin_memcpy(p, &out, sizeof out);
 }
 
+// Copies kBytes bytes past the caches; false where the set has no such store or `to` does not lie as it asks.
+template <std::size_t kBytes>
+inline bool stream_bytes(void* to, const void* from) {
+#if defined(__SSE2__)
+  constexpr std::size_t kStep = kBytes % kVectorBytes == 0 ? kVectorBytes : kBytes % 32 == 0 ? 32 : 16;
+  if (kBytes % kStep != 0 || reinterpret_cast<std::uintptr_t>(to) % kStep != 0) return false;
+  for (std::size_t i = 0; i + kStep <= kBytes; i += kStep) {
+    char* p = static_cast<char*>(to) + i;
+    const char* q = static_cast<const char*>(from) + i;
+#if defined(__AVX512F__)
+    if constexpr (kStep == 64) _mm512_stream_si512(reinterpret_cast<__m512i*>(p), _mm512_loadu_si512(q));
+#endif
+#if defined(__AVX2__)
+    if constexpr (kStep == 32) _mm256_stream_si256(reinterpret_cast<__m256i*>(p), read_unaligned<__m256i>(q));
+#endif
+    if constexpr (kStep == 16) _mm_stream_si128(reinterpret_cast<__m128i*>(p), read_unaligned<__m128i>(q));
+  }
+  return true;
+#else
+  static_cast<void>(to);
+  static_cast<void>(from);
+  return false;
+#endif
+}
+
+// store_as past the caches, where that can be: for what is not read soon. A stream_fence() has to follow.
+template <typename T, typename S>
+inline void stream_as(S* p, Vec<T> x) {
+  S entries[kLanes<T>];
+  store_as(entries, x);
+  if (!stream_bytes<sizeof entries>(p, entries)) store_as(p, x);
+}
+
+inline void stream_fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
 }  // namespace LORASPAN_ISA
 }  // namespace loraspan

@@ -194,6 +194,18 @@ def test_threads_change_no_bit_of_a_large_piece(compiled, on_threads, m, k, n, d
     assert oracles.same_bits(one, three)
 
 
+def test_what_goes_past_the_caches_has_the_same_bits(compiled):
+    # every dtype in every storage, and beside them more than 128 MiB
+    shapes = [(49 + i, 5, 16, True) for i in range(60)]
+    near, far = pieces(11, shapes), pieces(11, shapes)
+    large = Piece(torch.tensor([[7.0]]).expand(2**20 + 3, 16), None, torch.empty(2**20 + 3, 16, dtype=F64), SCALE)
+    reconstruct_many(near, backend=compiled)
+    reconstruct_many([*far, large], backend=compiled)
+    for one, other in zip(near, far, strict=True):
+        assert oracles.same_bits(one.out, other.out)
+    assert (large.out == SCALE * 7.0).all()
+
+
 @given(m=sizes, k=st.integers(0, 20), n=sizes, dtype=dtypes, layout=st.sampled_from(LAYOUTS[1:5]), seed=seeds)
 def test_storage_changes_no_bit(compiled, m, k, n, dtype, layout, seed):
     basis, loadings = factors(seed, m, k, n, dtype)

@@ -205,6 +205,19 @@ def fields_of(matrix: Tensor | Packed | None) -> tuple[int, int, int, int]:
     return matrix.fields if isinstance(matrix, Packed) else _native.matrix_fields(matrix)
 
 
+def read(matrix: Tensor | Packed) -> tuple[int, int, torch.device, tuple[int, int, int, int]]:
+    """Give :func:`shape_of` a matrix, where it is, and :func:`fields_of` it.
+
+    Raises:
+        ValueError: if a tensor is no matrix.
+        KeyError: if it has a dtype that the compiled core does not read.
+    """
+    if isinstance(matrix, Packed):
+        return *shape_of(matrix), matrix.device, matrix.fields
+    rows, columns = matrix.shape
+    return rows, columns, matrix.device, _native.matrix_fields(matrix)
+
+
 def unpacked(matrix: Tensor | Packed) -> Tensor:
     """Give a matrix, of which packed rows are the columns, in full (references only)."""
     return _unpack_reference(matrix, torch.float32).T if isinstance(matrix, Packed) else matrix

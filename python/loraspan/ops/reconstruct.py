@@ -15,7 +15,7 @@ from loraspan import _core, _device, _native
 from loraspan._dispatch import Backend, choose
 from loraspan.errors import ShapeError
 from loraspan.ops.library import register
-from loraspan.ops.packed import Packed, fields_of, refuses_packed, shape_of, unpacked
+from loraspan.ops.packed import Packed, read, refuses_packed, shape_of, unpacked
 from loraspan.ops.rounding import narrow
 
 
@@ -98,7 +98,7 @@ def rebuild(basis: Tensor, loadings: Tensor, scale: float, dtype: torch.dtype | 
     whole = Piece(*flat, scale)
     # one member stands for all, and an empty batch is checked all the same
     first, weights, target = (t[0] if count else t.new_empty(t.shape[1:]) for t in flat)
-    _check([Piece(first, weights, target)])
+    _Checked([Piece(first, weights, target)])
     choose("reconstruct", BACKENDS, backend, [whole]).run([whole])
     return out
 
@@ -124,39 +124,61 @@ def reconstruct_many(pieces: Sequence[Piece], *, backend: str | None = None) -> 
         >>> up[0]
         tensor([1., 7.])
     """
-    _check(pieces)
-    choose("reconstruct", BACKENDS, backend, pieces).run(pieces)
+    checked = _Checked(pieces)
+    choose("reconstruct", BACKENDS, backend, checked).run(checked)
 
 
-def _check(pieces: Sequence[Piece]) -> None:
-    for basis, loadings, out, _ in pieces:
-        device = basis.device
-        tensors = (basis, out) if loadings is None else (basis, loadings, out)
-        for t in tensors:
-            if isinstance(t, Tensor) and t.ndim != 2:
-                raise ShapeError(f"reconstruct: a piece is of matrices; got {[list(t.shape) for t in tensors]}")
-            kind = torch.float32 if isinstance(t, Packed) else t.dtype
-            if kind not in _native.DTYPE_CODES or t.device != device:
-                raise ShapeError(
-                    f"reconstruct: tensors are float16, bfloat16, float32 or float64 and on one device; "
-                    f"got {kind} on {t.device} beside {'packed rows' if isinstance(basis, Packed) else basis.dtype} "
-                    f"on {device}"
-                )
-        m, k = shape_of(basis)
-        inner, columns = (k, k) if loadings is None else shape_of(loadings)
-        if k != inner or out.shape != (m, columns):
-            raise ShapeError(
-                f"reconstruct: basis has {k} vectors of length {m}; got "
-                f"loadings {None if loadings is None else list(shape_of(loadings))} and out {list(out.shape)}"
+class _Checked(list[Piece]):
+    """Pieces that fit, with what the compiled core reads of each, and the devices they are on.
+
+    Tensors are asked but once: those of many tasks lie far apart in memory, where asking is a wait.
+    """
+
+    def __init__(self, pieces: Sequence[Piece]) -> None:
+        super().__init__(pieces)
+        self.rows: list[tuple[int, ...]] = []
+        self.devices: set[torch.device] = set()
+        for piece in pieces:
+            basis, loadings, out, _ = piece
+            try:
+                m, k, device, of_basis = read(basis)
+                inner, p, beside, of_loadings = (k, k, device, (0, 0, 0, 0)) if loadings is None else read(loadings)
+                height, width, place, of_out = read(out)
+            except (ValueError, KeyError):
+                raise _misfit(piece) from None
+            if k != inner or m != height or p != width or not device == beside == place:
+                raise _misfit(piece)
+            self.rows.append((*of_basis, *of_loadings, *of_out, m, k, p))
+            self.devices.add(device)
+
+
+def _misfit(piece: Piece) -> ShapeError:
+    """Say in which way a piece does not fit."""
+    basis, loadings, out, _ = piece
+    device = basis.device
+    tensors = (basis, out) if loadings is None else (basis, loadings, out)
+    for t in tensors:
+        if isinstance(t, Tensor) and t.ndim != 2:
+            return ShapeError(f"reconstruct: a piece is of matrices; got {[list(t.shape) for t in tensors]}")
+        kind = torch.float32 if isinstance(t, Packed) else t.dtype
+        if kind not in _native.DTYPE_CODES or t.device != device:
+            return ShapeError(
+                f"reconstruct: tensors are float16, bfloat16, float32 or float64 and on one device; "
+                f"got {kind} on {t.device} beside {'packed rows' if isinstance(basis, Packed) else basis.dtype} "
+                f"on {device}"
             )
+    m, k = shape_of(basis)
+    return ShapeError(
+        f"reconstruct: basis has {k} vectors of length {m}; got "
+        f"loadings {None if loadings is None else list(shape_of(loadings))} and out {list(out.shape)}"
+    )
 
 
 def _cpu(pieces: Sequence[Piece], *, isa: str) -> None:
-    if len(pieces) == 1 and pieces[0].out.ndim == 3:
-        jobs, scales = _batch_jobs(pieces[0]), [pieces[0].scale] * pieces[0].out.shape[0]
+    if isinstance(pieces, _Checked):
+        jobs, scales = _native.table(pieces.rows, 15), [p.scale for p in pieces]
     else:
-        rows = [(*fields_of(b), *fields_of(l), *fields_of(o), *shape_of(b), o.shape[1]) for b, l, o, _ in pieces]
-        jobs, scales = _native.table(rows, 15), [p.scale for p in pieces]
+        jobs, scales = _batch_jobs(pieces[0]), [pieces[0].scale] * pieces[0].out.shape[0]
     _core.reconstruct(jobs, scales, _native.threads(), isa)
 
 
@@ -184,9 +206,9 @@ def reference(pieces: Sequence[Piece]) -> None:
 
 
 def _refuses(pieces: Sequence[Piece]) -> str | None:
-    for piece in pieces:
-        if piece.out.device.type != "cpu":
-            return f"it writes CPU memory, and a piece is on {piece.out.device}"
+    for device in pieces.devices if isinstance(pieces, _Checked) else {pieces[0].out.device}:
+        if device.type != "cpu":
+            return f"it writes CPU memory, and a piece is on {device}"
     return None
 
 
