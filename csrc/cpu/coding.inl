@@ -200,13 +200,18 @@ class Known {
 };
 
 template <typename T>
+inline bool places_differ(const CodedTable& table, const T* rows) {
+  Places places(table.length);
+  for (std::int64_t i = 0; i < table.rows; ++i) places.add(rows + i * table.length);
+  return places.differ();
+}
+
+template <typename T>
 inline void write_table(Writer& out, Models& models, Known& known, const CodedTable& table, const T* rows) {
   const std::int64_t length = table.length;
-  Places places(length);
-  for (std::int64_t i = 0; i < table.rows; ++i) places.add(rows + i * length);
-  const bool differ = table.rows > 1 && places.differ();
+  const bool differ = table.rows > 1 && places_differ(table, rows);
   if (table.rows > 1) out.bits(differ, 1);
-  places = Places(length);
+  Places places(differ ? length : 0);
   for (std::int64_t i = 0; i < table.rows; ++i) {
     const T* row = rows + i * length;
     const int way = way_of(row, length), size = size_of(row, length, way);
@@ -228,7 +233,7 @@ template <typename T>
 inline bool read_table(Reader& in, Models& models, Known& known, const CodedTable& table, T* rows) {
   const std::int64_t length = table.length;
   const bool differ = table.rows > 1 && in.bits(1);
-  Places places(length);
+  Places places(differ ? length : 0);
   for (std::int64_t i = 0; i < table.rows; ++i) {
     T* row = rows + i * length;
     const int way = in.symbol(models.ways);
