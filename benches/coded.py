@@ -27,8 +27,9 @@ from _bench import interleave, machine, table
 from _fidelity_cases import cases
 from loraspan.cli.demo_compare import Family
 from loraspan.cli.demo_data import FAMILIES
+from loraspan.collection.beside import Beside
 from loraspan.collection.coded import CODED_FIELDS
-from loraspan.collection.coding import LARGEST, Codes, decode, encode, trellis
+from loraspan.collection.coding import LARGEST, Codes, Known, decode, encode, trellis
 from loraspan.ops.packed import Packed
 
 ERRORS = (0.4, 0.2, 0.1, 0.05, 0.01, 1e-3, 3e-4)
@@ -41,6 +42,7 @@ ROWS, LENGTH, STEPS = 1024, 4096, (0.5, 0.005)
 # numbers of a trellis to a step that loses as much
 UNITS = 1.716
 Record = dict[str, object]
+Table = tuple[Codes, Known]
 
 
 def main() -> None:
@@ -52,7 +54,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     family = Family(options.family)
-    tables: list[Codes] = []
+    tables: list[Table] = []
     parts = {
         "bits": list(bits(family, tables)),
         "bases": list(bases()),
@@ -68,8 +70,8 @@ def main() -> None:
             file.write("".join(f"{line}\n" for line in lines))
 
 
-def bits(family: Family, tables: list[Codes]) -> Iterator[Record]:
-    """Compress the family to errors in each width; ``tables`` takes the numbers of what is coded within 0.2."""
+def bits(family: Family, tables: list[Table]) -> Iterator[Record]:
+    """Compress the family to errors in each width; ``tables`` takes what is coded within 0.2."""
     adapters = list(family.adapters.values())
     entries = sum(s.up.numel() + s.down.numel() for adapter in adapters for s in adapter.slots.values())
     heads = sum(extra.nbytes for adapter in adapters for extra in adapter.extras.values())
@@ -84,8 +86,10 @@ def bits(family: Family, tables: list[Codes]) -> Iterator[Record]:
             yield {"max_error": error, "width": width, "kB": nbytes / 1e3, "bits an entry": 8 * nbytes / entries}
             if (width, error) == ("coded", CODED_AT):
                 columns = [c for segment in space.collection.segments for c in segment.columns.values()]
-                held = [rows for c in columns for rows in (getattr(c, field) for field in CODED_FIELDS)]
-                tables += [rows.numbers.numpy() for rows in held if isinstance(rows, Packed)]
+                for column in columns:
+                    known = Beside.of(column).known()
+                    ends = {field: getattr(column, field) for field in CODED_FIELDS}
+                    tables += [(e.numbers.numpy(), known[field]) for field, e in ends.items() if isinstance(e, Packed)]
 
 
 def bases() -> Iterator[Record]:
@@ -110,13 +114,16 @@ def _kb(nbytes: int | None) -> float | None:
     return None if nbytes is None else nbytes / 1e3
 
 
-def coder(tables: Sequence[Codes]) -> Iterator[Record]:
+def coder(tables: Sequence[Table]) -> Iterator[Record]:
     """Give the bytes of the numbers as they are coded, and of their entropy."""
-    rows = [row for table_ in tables for row in table_]
+    rows = [row for codes, _ in tables for row in codes]
     size = [float(np.abs(row.astype(np.int16)).mean()) for row in rows]
     ordered = [rows[i] for i in np.argsort(size, kind="stable")]
     alike = [np.concatenate(ordered[i : i + TOGETHER]) for i in range(0, len(ordered), TOGETHER)]
-    found = {"entropy": sum(entropy(each) for each in alike) / 8, "coded": float(len(encode(tables)))}
+    found = {
+        "entropy": sum(entropy(each) for each in alike) / 8,
+        "coded": float(len(encode(*zip(*tables, strict=True)))),
+    }
     for way, nbytes in found.items():
         yield {"numbers": way, "kB": nbytes / 1e3, "over entropy": nbytes / found["entropy"] - 1}
 

@@ -260,10 +260,16 @@ void unpack(std::int64_t codes, std::int64_t scales, std::int64_t rows, std::int
   kernels.unpack(x, rows, address<void>(out), Dtype(dtype), threads);
 }
 
-// tables: address, rows, length, bits.
+// tables: address, rows, length, bits, and the addresses of weights and tasks.
 std::vector<CodedTable> read_tables(const Table& tables) {
-  return read_jobs<CodedTable>(
-      tables, [&](auto field) { return CodedTable{address<void>(field(0)), field(1), field(2), field(3)}; });
+  return read_jobs<CodedTable>(tables, [&](auto field) {
+    return CodedTable{address<void>(field(0)),
+                      field(1),
+                      field(2),
+                      field(3),
+                      address<const float>(field(4)),
+                      address<const std::int32_t>(field(5))};
+  });
 }
 
 std::int64_t encode(const Table& tables, std::int64_t out, std::int64_t room, const std::string& isa) {

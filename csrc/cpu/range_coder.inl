@@ -9,14 +9,18 @@ constexpr std::uint32_t kMostShare = (1u << kCodedBits) - 1;
 constexpr std::int32_t kWhole = (1 << (kCodedBits + 1)) - 2 * kSymbols * kFloor;
 // Zeros have at most 15 of 16 shares: so a stream of few bytes has no more numbers than 86 for each.
 constexpr std::uint16_t kMostZeros = kWhole / 16 * 15;
-// A model learns half as much from a symbol when it has seen so many, again and again.
-constexpr int kFirstRate = 5, kSlower[] = {32, 128, 512};
-// Rows from this size on have low bits that are as good as drawn, one more for each octave; four sizes an octave.
-constexpr int kLowFrom = 31, kPerOctave = 4, kMostLow = 12;
-// exp(-1 / (2 v)) in 16 bits, for the variances 2^((i - 1/2) / 2) / 1024 of sizes i from 15 to 30.
-constexpr int kFirstShape = 15;
-constexpr std::uint32_t kShapes[kLowFrom - kFirstShape] = {2268,  6075,  12192, 19953, 28267, 36162, 43041, 48681,
-                                                           53111, 56484, 58997, 60842, 62181, 63145, 63836, 64329};
+// A model learns half as much from a symbol as before when it has seen so many, and again from twice as many more.
+constexpr int kFirstRate = 6, kLastRate = 11;
+constexpr std::uint32_t kSlower = 64;
+// Logarithms are to base 2, in 32nds. Rows from this size on have low bits that are as good as drawn, one more for each
+// octave of sizes; eight sizes an octave.
+constexpr int kLogBits = 5, kLog = 1 << kLogBits, kInSize = 8;
+constexpr int kLowFrom = 62, kPerOctave = 8, kMostLow = 12;
+// exp(-1 / (2 v)) in 16 bits, for the variances 2^((i + 1/2) / 4) / 1024 of sizes i from 30 to 61.
+constexpr int kFirstShape = 30;
+constexpr std::uint32_t kShapes[kLowFrom - kFirstShape] = {
+    4898,  7401,  10471, 14019, 17917, 22023, 26196, 30311, 34267, 37991, 41434, 44569, 47389, 49898, 52110, 54045,
+    55729, 57185, 58438, 59514, 60434, 61218, 61886, 62452, 62933, 63340, 63685, 63976, 64221, 64429, 64604, 64751};
 
 // A vector of what a model has, and the same wider.
 using Shares = std::uint16_t __attribute__((vector_size(2 * kSymbols)));
@@ -26,7 +30,8 @@ constexpr WideShares kPlaces = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14
 
 struct Model {
   Shares below;  // share of the symbols below each
-  int seen;
+  std::uint32_t seen, slower;
+  int rate;
 
   std::uint32_t from(int symbol) const { return static_cast<std::uint32_t>(below[symbol] / 2 + symbol * kFloor); }
   std::uint32_t to(int symbol) const { return symbol + 1 < kSymbols ? from(symbol + 1) : 1u << kCodedBits; }
@@ -43,14 +48,14 @@ struct Model {
     return static_cast<int>(sum * 0x0001000100010001u >> 48) - 1;
   }
 
+  // What is cut off a share is not always the same, or one that is small would never be learned.
   void learn(int symbol) {
-    int rate = kFirstRate;
-    for (const int slower : kSlower) rate += seen >= slower;
-    seen += seen < kSlower[2];
+    const auto cut = static_cast<std::int32_t>(++seen * 0x9E3779B9u >> (32 - rate));
     WideShares shares = __builtin_convertvector(below, WideShares);
-    shares += (((kPlaces > symbol) & kWhole) - shares + (1 << (rate - 1))) >> rate;
+    shares += (((kPlaces > symbol) & kWhole) - shares + cut) >> rate;
     below = __builtin_convertvector(shares, Shares);
     if (below[1] > kMostZeros) below[1] = kMostZeros;
+    if (seen == slower && rate < kLastRate) ++rate, slower = 2 * slower + kSlower;
   }
 
   void set(const std::uint64_t* weights) {
@@ -60,7 +65,7 @@ struct Model {
       below[i] = static_cast<std::uint16_t>(sum * kWhole / total);
       sum += weights[i];
     }
-    seen = 0;
+    seen = 0, slower = kSlower, rate = kFirstRate;
   }
 };
 
@@ -87,39 +92,41 @@ inline void set_falling(Model& model) {
 
 struct Models {
   Model numbers[kLowFrom][2];  // by size of rows and odd state
-  Model sizes[2];              // steps from the size of the row above, or of the row beside
+  Model sizes;                 // steps of it from what is known
   Model ways;                  // which way a row is written
 
   Models() {
     for (int size = 0; size < kLowFrom; ++size)
       for (int odd = 0; odd < 2; ++odd)
         set_normal(numbers[size][odd], kShapes[size < kFirstShape ? 0 : size - kFirstShape], odd);
-    set_falling(sizes[0]);
-    set_falling(sizes[1]);
+    set_falling(sizes);
     set_falling(ways);
   }
 };
 
-// Of a positive whole number: 1 and two a doubling; 0 for 0.
-inline int size_class(std::uint64_t value) {
+// The logarithm of a positive whole number, rounded down, of its first 16 bits; 0 for 0.
+inline int log_of(std::uint64_t value) {
   if (value == 0) return 0;
-  const int octave = 63 - __builtin_clzll(value);
-  const std::uint64_t top = octave > 15 ? value >> (octave - 15) : value << (15 - octave);
-  return 1 + 2 * octave + (top * top >= std::uint64_t{1} << 31);
+  int log = 63 - __builtin_clzll(value);
+  std::uint64_t top = log > 15 ? value >> (log - 15) : value << (15 - log);
+  for (int i = 0; i < kLogBits; ++i) {
+    top = top * top >> 15;
+    const int more = static_cast<int>(top >> 16);
+    top >>= more;
+    log = 2 * log + more;
+  }
+  return log;
 }
 
-// Of a row: the class of its mean square, in which models are kept, from that of its sum of squares.
-struct RowSize {
-  int model, low;
+// Of numbers by the logarithm of their mean square: which model they have, and how many low bits.
+struct NumberSize {
+  std::uint8_t model, low;
 
-  RowSize(int sum, std::int64_t length) {
-    const int mean = sum + 16 - size_class(static_cast<std::uint64_t>(length));
-    model = mean < 0 ? 0 : mean;
-    low = 0;
-    if (model < kLowFrom) return;
-    low = (model - kLowFrom) / kPerOctave + 1;
-    model = kLowFrom - kPerOctave + (model - kLowFrom) % kPerOctave;
-    if (low > kMostLow) low = kMostLow;
+  explicit NumberSize(int log) {
+    const int size = log < -8 * kLog ? 0 : (log + 8 * kLog) / kInSize, above = size - kLowFrom;
+    model = static_cast<std::uint8_t>(above < 0 ? size : kLowFrom - kPerOctave + above % kPerOctave);
+    const int more = above < 0 ? 0 : above / kPerOctave + 1;
+    low = static_cast<std::uint8_t>(more < kMostLow ? more : kMostLow);
   }
 };
 

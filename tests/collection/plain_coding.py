@@ -12,27 +12,29 @@ CODED = 15
 FLOOR = 2
 WHOLE = 2**16 - 64
 MOST_ZEROS = WHOLE // 16 * 15
-SLOWER = (32, 128, 512)
-LOW_FROM, MOST_LOW = 31, 12
-SHAPES = [round(65536 * math.exp(-512 / 2 ** ((size - 0.5) / 2))) for size in range(15, LOW_FROM)]
+FIRST_RATE, LAST_RATE, SLOWER = 6, 11, 64
+LOW_FROM, MOST_LOW = 62, 12
+SHAPES = [round(65536 * math.exp(-512 / 2 ** ((size + 0.5) / 4))) for size in range(30, LOW_FROM)]
 BYTE = 2**32
 
 
 class Model:
     def __init__(self, weights):
         self.below = [sum(weights[:i]) * WHOLE // sum(weights) for i in range(SYMBOLS)]
-        self.seen = 0
+        self.seen, self.rate, self.slower = 0, FIRST_RATE, SLOWER
 
     def edges(self):
         return [below // 2 + FLOOR * i for i, below in enumerate(self.below)] + [2**CODED]
 
     def learn(self, symbol):
-        rate = 5 + sum(self.seen >= slower for slower in SLOWER)
-        self.seen = min(self.seen + 1, SLOWER[-1])
+        self.seen += 1
+        cut = self.seen * 0x9E3779B9 % 2**32 >> (32 - self.rate)
         for i in range(SYMBOLS):
             wanted = WHOLE if i > symbol else 0
-            self.below[i] += (wanted - self.below[i] + 2 ** (rate - 1)) >> rate
+            self.below[i] += (wanted - self.below[i] + cut) >> self.rate
         self.below[1] = min(self.below[1], MOST_ZEROS)
+        if self.seen == self.slower and self.rate < LAST_RATE:
+            self.rate, self.slower = self.rate + 1, 2 * self.slower + SLOWER
 
 
 def normal(shape, odd):
@@ -48,10 +50,9 @@ def normal(shape, odd):
 
 class Models:
     def __init__(self):
-        shapes = [SHAPES[max(size - 15, 0)] for size in range(LOW_FROM)]
+        shapes = [SHAPES[max(size - 30, 0)] for size in range(LOW_FROM)]
         self.numbers = [[normal(shape, odd) for odd in (False, True)] for shape in shapes]
-        above, beside, self.ways = (Model([2 ** (SYMBOLS - i) for i in range(SYMBOLS)]) for _ in range(3))
-        self.sizes = above, beside
+        self.sizes, self.ways = (Model([2 ** (SYMBOLS - i) for i in range(SYMBOLS)]) for _ in range(2))
 
 
 class Writer:
@@ -112,21 +113,59 @@ class Reader:
         return found
 
 
-def size_class(value):
-    """0 for 0, 1 for 1, and two more for a doubling: the odd ones begin at powers of 2, the even ones between them."""
+def log(value):
+    """32 times the logarithm to base 2, rounded down, of the first 16 bits; 0 for 0."""
     if not value:
         return 0
-    octave = value.bit_length() - 1
-    top = value >> (octave - 15) if octave > 15 else value << (15 - octave)
-    return 1 + 2 * octave + (top * top >= 2**31)
+    found = value.bit_length() - 1
+    top = value >> (found - 15) if found > 15 else value << (15 - found)
+    for _ in range(5):
+        top = top * top >> 15
+        found = 2 * found + (top >> 16)
+        top >>= top >> 16
+    return found
 
 
-def model_of(total, length):
-    """Which model a row has, and how many low bits, from the class of its sum of squares."""
-    size = max(total + 16 - size_class(length), 0)
+def log_weight(weight):
+    """Of a float32; small ones are as good as the bits that they have in memory."""
+    if weight < 2**-126:
+        return 32 * -150 + log(int(weight * 2**149) | 2**23)
+    mantissa, exponent = math.frexp(weight)
+    return 32 * (exponent - 24) + log(int(mantissa * 2**24))
+
+
+def model_of(size):
+    """Which model numbers have, and how many low bits, from the logarithm of their mean square."""
+    size = max(size + 256, 0) // 8
     if size < LOW_FROM:
         return size, 0
-    return LOW_FROM - 4 + (size - LOW_FROM) % 4, min((size - LOW_FROM) // 4 + 1, MOST_LOW)
+    return LOW_FROM - 8 + (size - LOW_FROM) % 8, min((size - LOW_FROM) // 8 + 1, MOST_LOW)
+
+
+class Places:
+    """By how much more than others numbers in each place of a row are, by the rows before."""
+
+    def __init__(self, length):
+        self.rows, self.squares = 1, [1024] * length
+
+    def add(self, row):
+        total = sum(number**2 for number in row)
+        if total:
+            self.rows += 1
+            unit = 1024 * len(row) / total
+            self.squares = [known + int(number**2 * unit) for known, number in zip(self.squares, row, strict=True)]
+
+    def more(self):
+        return [log(square) - log(1024 * self.rows) for square in self.squares]
+
+
+def differ(table):
+    if len(table) < 2:
+        return False
+    places = Places(len(table[0]))
+    for row in table:
+        places.add(row)
+    return -sum(more + 1 for more in places.more()) * places.rows > 192 * len(table[0])
 
 
 def next_state(state, index):
@@ -146,32 +185,54 @@ def way_of(row):
     return 1 if is_path(row) else 2 if is_path([-number for number in row]) else 0
 
 
-def each_row(tables, models):
-    """Give every table and row with the class that its size is told by, and the model of the step from there."""
-    sums, beside = {}, False
+def each_row(tables, known):
+    """Give every table and row with the size that it has if its task has kept its step, and what is told the size."""
+    level, firsts = 0, {}
     for t, table in enumerate(tables):
-        beside = t > 0 and not beside and len(tables[t - 1]) == len(table)
+        weights, tasks = known[t] if known else ([1] * len(table), [0] * len(table))
         for i, row in enumerate(table):
-            known = sums[t - 1, i] if beside else sums.get((t, i - 1), 0)
-            yield row, known, models.sizes[beside], lambda total, t=t, i=i: sums.__setitem__((t, i), total)
+            first = i == 0 or tasks[i - 1] != tasks[i]
+            if first:
+                level = firsts.get(tasks[i], level)
+            weight = 2 * log_weight(weights[i])
+            found = []
+            yield t, row, level + weight, found.append
+            if found[0]:
+                level = found[0] - weight
+                if first:
+                    firsts[tasks[i]] = level
 
 
-def encode(tables):
-    """The bytes between those of the bits of tables and the checksum; tables are lists of rows, lists of numbers."""
-    models, out = Models(), Writer()
-    for row, known, steps, keep in each_row(tables, models):
+def sizes_of(mean, places):
+    return [model_of(mean + more) for more in places.more()]
+
+
+def encode(tables, known=()):
+    """The bytes between those of the bits of tables and the checksum; tables are lists of rows, lists of numbers.
+
+    What is known of tables is a list of weights and one of tasks for each.
+    """
+    models, out, table = Models(), Writer(), None
+    for t, row, wanted, keep in each_row(tables, known):
+        if t != table:
+            table, places, apart = t, Places(len(row)), differ(tables[t])
+            out.bits(int(apart), int(len(tables[t]) > 1))
         way = way_of(row)
-        total = size_class(sum(number**2 for number in row) * (1 if way else 4))
-        keep(total)
+        size = log(sum(number**2 for number in row) * (1 if way else 4))
+        keep(size)
         out.symbol(models.ways, way)
-        step = total - known
+        step = (size - wanted + 8) // 16
         turns = -2 * step - 1 if step < 0 else 2 * step
-        out.symbol(steps, min(turns, ESCAPE))
+        out.symbol(models.sizes, min(turns, ESCAPE))
+        told = wanted + 16 * step
         if turns >= ESCAPE:
-            out.bits(total, 7)
-        place, low = model_of(total, len(row))
+            out.bits(size // 16, 7)
+            told = size // 16 * 16
+        sizes = sizes_of(told - log(len(row)), places)
+        if apart:
+            places.add(row)
         state = 0
-        for number in row if way < 2 else [-number for number in row]:
+        for number, (place, low) in zip(row if way < 2 else [-number for number in row], sizes, strict=True):
             size = abs(number) // 2 if way else abs(number)
             high = size >> low
             out.symbol(models.numbers[place][state & 1], min(high, ESCAPE))
@@ -186,16 +247,17 @@ def encode(tables):
     return out.end()
 
 
-def decode(data, shapes):
+def decode(data, shapes, known=()):
     models, reader, tables = Models(), Reader(data), [[[0] * length for _ in range(rows)] for rows, length in shapes]
-    for row, known, steps, keep in each_row(tables, models):
-        way, turns = reader.symbol(models.ways), reader.symbol(steps)
+    table = None
+    for t, row, wanted, keep in each_row(tables, known):
+        if t != table:
+            table, places, apart = t, Places(len(row)), len(tables[t]) > 1 and reader.bits(1)
+        way, turns = reader.symbol(models.ways), reader.symbol(models.sizes)
         step = -(turns + 1) // 2 if turns % 2 else turns // 2
-        total = reader.bits(7) if turns == ESCAPE else max(known + step, 0)
-        keep(total)
-        place, low = model_of(total, len(row))
+        told = 16 * reader.bits(7) if turns == ESCAPE else wanted + 16 * step
         state = 0
-        for i in range(len(row)):
+        for i, (place, low) in enumerate(sizes_of(told - log(len(row)), places)):
             odd = state & 1
             high = reader.symbol(models.numbers[place][odd])
             if high == ESCAPE:
@@ -207,6 +269,9 @@ def decode(data, shapes):
             number = -size if size and reader.bits(1) else size
             row[i] = -number if way == 2 else number
             state = next_state(state, number // 2) if way else 0
+        keep(log(sum(number**2 for number in row) * (1 if way else 4)))
+        if apart:
+            places.add(row)
     return tables
 
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraspan import _native
-from loraspan.collection.coding import LARGEST, MOST, ROUNDED, decode, encode, trellis
+from loraspan.collection.coding import LARGEST, MOST, ROUNDED, Known, decode, encode, trellis
 from loraspan.errors import FormatError
 
 ISAS = [name for name, built, supported in _native.INSTRUCTION_SETS if built and supported]
@@ -35,35 +35,55 @@ def tables(draw):
         most = ROUNDED[8 * dtype.itemsize]
         signs = rng.choice([-1, 1], (rows, 1))[paths]
         table[paths] = signs * rounded(table[paths].clip(-most, most) * rng.random((rows, 1))[paths])
+        # places that differ from row to row as they do in no other
+        table[:, rng.random(length) < draw(st.sampled_from([0, 0, 0.9]))] //= 50
         made.append(table)
     return made
+
+
+@st.composite
+def known_of(draw, made):
+    """Weights that tell the lengths of rows, or nothing; tasks have some rows each."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    if not draw(st.booleans()):
+        return []
+    noise, steps = draw(st.sampled_from([0, 0.1, 80])), rng.lognormal(0, 2, 10)
+    found = []
+    for table in made:
+        tasks = np.sort(rng.integers(0, 10, len(table))).astype(np.int32)
+        lengths = np.linalg.norm(table.astype(float), axis=1) * steps[tasks] * rng.lognormal(0, noise, len(table))
+        found.append(Known(lengths.clip(0, 1e38).astype(np.float32), tasks))
+    return found
 
 
 def rounded(rows, **isa):
     return trellis(torch.from_numpy(rows), **isa).numpy()
 
 
-@given(made=tables())
+@given(data=st.data(), made=tables())
 @settings(deadline=None, max_examples=150)
-def test_what_goes_in_comes_out(made):
-    stream = encode(made)
-    for table, back in zip(made, decode(stream, [table.shape for table in made]), strict=True):
+def test_what_goes_in_comes_out(data, made):
+    known = data.draw(known_of(made))
+    stream = encode(made, known)
+    for table, back in zip(made, decode(stream, [table.shape for table in made], known), strict=True):
         assert back.dtype == table.dtype
         np.testing.assert_array_equal(back, table)
     assert sum(len(table) * max(table.shape[1], 1) for table in made) <= MOST * len(stream)
 
 
-@given(made=tables())
+@given(data=st.data(), made=tables())
 @settings(deadline=None, max_examples=60)
-def test_a_stream_is_what_it_is_said_to_be(made):
+def test_a_stream_is_what_it_is_said_to_be(data, made):
     """Of the same bytes as one that is written a number at a time, from every instruction set; both read both."""
-    plain = plain_coding.encode([table.tolist() for table in made])
+    known = data.draw(known_of(made))
+    said = [(weights.tolist(), tasks.tolist()) for weights, tasks in known]
+    plain = plain_coding.encode([table.tolist() for table in made], said)
     shapes = [table.shape for table in made]
-    assert plain_coding.decode(plain, shapes) == [table.tolist() for table in made]
+    assert plain_coding.decode(plain, shapes, said) == [table.tolist() for table in made]
     for isa in ISAS:
-        stream = encode(made, isa)
+        stream = encode(made, known, isa)
         assert stream[len(made) : -4] == plain
-        for table, back in zip(made, decode(stream, shapes, isa), strict=True):
+        for table, back in zip(made, decode(stream, shapes, known, isa), strict=True):
             np.testing.assert_array_equal(back, table)
 
 
@@ -147,13 +167,14 @@ def test_a_spoilt_stream_is_refused(made, data):
 @settings(deadline=None, max_examples=300)
 def test_a_stream_of_other_hands_is_numbers_or_refused(made, data):
     """With the right checksum: nothing is read or written where it should not be, whatever the bytes are."""
-    stream = bytearray(encode(made))[:-4]
+    known = data.draw(known_of(made))
+    stream = bytearray(encode(made, known))[:-4]
     for _ in range(data.draw(st.integers(1, 4))):
         at = data.draw(st.integers(len(made), max(len(stream) - 1, len(made))))
         stream[at : at + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
     for isa in ISAS:
         try:
-            found = decode(signed(bytes(stream)), [table.shape for table in made], isa)
+            found = decode(signed(bytes(stream)), [table.shape for table in made], known, isa)
         except FormatError:
             continue
         assert all((np.abs(each.astype(int)) <= LARGEST[8 * each.itemsize]).all() for each in found)

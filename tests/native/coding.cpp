@@ -18,7 +18,9 @@ constexpr std::int64_t kLengths[] = {1, 2, 17, 64, 1031}, kHeights[] = {1, 0, 3,
 // Numbers of a table in memory of their own.
 struct Numbers {
   Numbers(std::int64_t rows, std::int64_t length, std::int64_t bits)
-      : table{nullptr, rows, length, bits}, bytes(rows * length * bits / 8), data(new std::uint8_t[bytes]()) {
+      : table{nullptr, rows, length, bits, nullptr, nullptr},
+        bytes(rows * length * bits / 8),
+        data(new std::uint8_t[bytes]()) {
     table.numbers = data.get();
   }
 
@@ -30,6 +32,22 @@ struct Numbers {
   CodedTable table;
   std::size_t bytes;
   std::unique_ptr<std::uint8_t[]> data;
+};
+
+// Bits of any weights, and of every other row the task of the row before.
+struct Beside {
+  Beside(std::int64_t rows, Random& random) {
+    for (std::int64_t i = 0; i < rows; ++i) {
+      const auto bits = static_cast<std::uint32_t>(random.next());
+      std::memcpy(&weights.emplace_back(), &bits, sizeof bits);
+      tasks.push_back(static_cast<std::int32_t>(i % 2 ? tasks.back() : random.next() % 5));
+    }
+  }
+
+  void put(CodedTable& table) const { table.weights = weights.data(), table.tasks = tasks.data(); }
+
+  std::vector<float> weights;
+  std::vector<std::int32_t> tasks;
 };
 
 // Rows of a size of their own, the odd ones on paths through the trellis or on their negatives.
@@ -67,7 +85,8 @@ void check_path(const Kernels& kernels, std::int64_t length, Random& random) {
   }
 }
 
-void check_stream(const Kernels& kernels, const std::vector<Numbers>& tables, Random& random) {
+void check_stream(const Kernels& kernels, const std::vector<Numbers>& tables, bool known, Random& random) {
+  std::vector<Beside> beside;
   std::vector<CodedTable> jobs, back_jobs;
   std::vector<Numbers> back;
   std::int64_t room = kBytesPerStream;
@@ -75,6 +94,8 @@ void check_stream(const Kernels& kernels, const std::vector<Numbers>& tables, Ra
     jobs.push_back(each.table);
     back.emplace_back(each.table.rows, each.table.length, each.table.bits);
     back_jobs.push_back(back.back().table);
+    beside.emplace_back(each.table.rows, random);
+    if (known) beside.back().put(jobs.back()), beside.back().put(back_jobs.back());
     room += kBytesPerRow * each.table.rows + kBytesPerNumber * each.table.rows * each.table.length;
   }
   const auto count = static_cast<std::int64_t>(jobs.size());
@@ -105,10 +126,10 @@ void test_coding(const Kernels& kernels) {
         tables.push_back(drawn(kernels, height, length, bits, random));
         tables.push_back(drawn(kernels, height, length + 3, 8, random));
         tables.push_back(drawn(kernels, height + 1, 1, 16, random));
-        check_stream(kernels, tables, random);
+        for (const bool known : {false, true}) check_stream(kernels, tables, known, random);
       }
   }
-  check_stream(kernels, {}, random);
+  check_stream(kernels, {}, false, random);
 }
 
 }  // namespace

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import weakref
 import zlib
+from dataclasses import replace
 
 import planted
 import pytest
@@ -13,6 +14,8 @@ import torch
 import loraspan
 from loraspan import store
 from loraspan.collection import coding
+from loraspan.collection.beside import Beside
+from loraspan.collection.coded import column_tensors
 from loraspan.errors import FormatError
 from loraspan.store.format import DamagedError
 from store.damage import counts_behind, only, records, refused
@@ -159,7 +162,14 @@ def test_a_reader_of_another_order_finds_the_same(path):
 
 def test_other_numbers_are_other_adapters(path):
     """What the fuzzer may do: a stream of other numbers opens, and is no longer what was stored."""
-    before = loraspan.open(path).reconstruct("task 0")
+    space = loraspan.open(path)
+    before = space.reconstruct("task 0")
+    (columns,) = (segment.columns for segment in space.collection.segments)
+    known = [
+        Beside.of(columns[slot]).known()[field]
+        for slot in sorted(columns)
+        for field in ("left_private", "right_private")
+    ]
 
     def change(tensors):
         shapes = [
@@ -167,15 +177,29 @@ def test_other_numbers_are_other_adapters(path):
             for slot in sorted(("layers.0.q_proj", Q))
             for length in (40, 56)
         ]
-        tables = coding.decode(tensors[f"coded.{Q}"].numpy().tobytes(), shapes)
+        tables = coding.decode(tensors[f"coded.{Q}"].numpy().tobytes(), shapes, known)
         tables[0][:] = -tables[0]
-        tensors[f"coded.{Q}"] = torch.frombuffer(bytearray(coding.encode(tables)), dtype=torch.uint8)
+        tensors[f"coded.{Q}"] = torch.frombuffer(bytearray(coding.encode(tables, known)), dtype=torch.uint8)
 
     edit_tensors(path, "tasks", change)
     after = loraspan.open(path).reconstruct("task 0")
     assert torch.equal(after.slots["layers.0.q_proj"].up, -before.slots["layers.0.q_proj"].up) or torch.equal(
         after.slots["layers.0.q_proj"].down, -before.slots["layers.0.q_proj"].down
     )
+
+
+def test_a_stream_is_written_as_it_was_unless_its_weights_have_changed(path):
+    """They tell how long its rows are."""
+    (segment,) = loraspan.open(path).collection.segments
+    was = dict(column_tensors(segment.columns))[f"coded.{Q}"]
+    assert was.data_ptr() == segment.columns[Q].left_private.stream.data.data_ptr()
+    changed = {slot: replace(of, weights=1.3 * of.weights.flip(0)) for slot, of in segment.columns.items()}
+    stream = dict(column_tensors(changed))[f"coded.{Q}"]
+    assert not torch.equal(stream, was)
+    ends = [(changed[slot], field) for slot in sorted(changed) for field in ("left_private", "right_private")]
+    known = [Beside.of(columns).known()[field] for columns, field in ends]
+    tables = coding.decode(stream.numpy().tobytes(), [getattr(*end).shape for end in ends], known)
+    assert all((getattr(*end).numbers.numpy() == table).all() for end, table in zip(ends, tables, strict=True))
 
 
 def test_segments_are_verified_one_at_a_time(path, monkeypatch):
@@ -187,12 +211,12 @@ def test_segments_are_verified_one_at_a_time(path, monkeypatch):
     unpacked, alive = [], []
     decode = coding.decode
 
-    def watched(stream, shapes):
+    def watched(stream, shapes, *known):
         if 40 not in shapes[0]:
             # weights, for which opening waits
             return decode(stream, shapes)
         alive.append(sum(table() is not None for table in unpacked))
-        tables = decode(stream, shapes)
+        tables = decode(stream, shapes, *known)
         unpacked.extend(map(weakref.ref, tables))
         return tables
 

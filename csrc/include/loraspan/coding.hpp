@@ -11,6 +11,9 @@ struct CodedTable {
   std::int64_t rows;
   std::int64_t length;
   std::int64_t bits;
+  // What is known before: of every row the weight of its column and the task that has it, or null.
+  const float* weights;
+  const std::int32_t* tasks;
 };
 
 // Bytes that a stream takes at the most: for each number, each row, and beside.

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from loraspan._default_device import cpu_by_default
 from loraspan.collection import coding, weights
+from loraspan.collection.beside import Beside, same
+from loraspan.collection.coding import Known
 from loraspan.collection.columns import Columns
 from loraspan.collection.rows import CODED, Rows, row_bytes, tensors_of
 from loraspan.collection.steps import packed_numbers, scales_of
@@ -40,19 +42,21 @@ def column_tensors(columns: Mapping[str, Columns]) -> list[tuple[str, Tensor]]:
     """
     named: list[tuple[str, Tensor]] = []
     tables: dict[str, dict[str, Packed]] = {}
+    known = {}
     falls = {}
     for slot, table in columns.items():
         coded = _coded_of({field: getattr(table, field) for field in CODED_FIELDS})
         elsewhere = {*coded}
         if coded:
             tables[slot] = coded
+            known[slot] = Beside.of(table).known()
             if (found := weights.falls_of(table)) is not None:
                 falls[slot] = found
                 elsewhere.add(WEIGHTS)
         for field, rows in table.tensors().items():
             if field not in elsewhere:
                 named += tensors_of(field, slot, rows)
-    named += _streams(tables)
+    named += _streams(tables, known)
     if falls:
         named.append((WEIGHTS, _bytes(weights.encode([falls[slot] for slot in sorted(falls)]))))
     return named
@@ -72,28 +76,36 @@ def basis_tensors(bases: Mapping[str, tuple[Rows, Rows]]) -> list[tuple[str, Ten
         for side, rows in zip(BASES, pair, strict=True):
             if side not in coded:
                 named += tensors_of(side, slot, rows)
-    return named + _streams(tables)
+    return named + _streams(tables, {})
 
 
 def _coded_of(rows: Mapping[str, Rows]) -> dict[str, Packed]:
     return {field: each for field, each in rows.items() if isinstance(each, Packed) and _is_coded(each)}
 
 
-def _streams(tables: Mapping[str, Mapping[str, Packed]]) -> list[tuple[str, Tensor]]:
+def _streams(
+    tables: Mapping[str, Mapping[str, Packed]], known: Mapping[str, Mapping[str, Known]]
+) -> list[tuple[str, Tensor]]:
     # by name: a reader may know the slots in another order
     shapes = {slot: {field: rows.shape for field, rows in tables[slot].items()} for slot in sorted(tables)}
     return [
-        (f"{CODED_KIND}{slots[-1]}", _stream_of([rows for slot in slots for rows in tables[slot].values()]))
+        (
+            f"{CODED_KIND}{slots[-1]}",
+            _stream_of(
+                [rows for slot in slots for rows in tables[slot].values()],
+                [known[slot][field] for slot in slots if slot in known for field in tables[slot]],
+            ),
+        )
         for slots in groups(shapes)
     ]
 
 
-def _stream_of(tables: Sequence[Packed]) -> Tensor:
+def _stream_of(tables: Sequence[Packed], known: list[Known]) -> Tensor:
     """Give the stream of some tables: that of a file as it is, where it holds these and no others."""
     first = tables[0]
-    if isinstance(first, Coded) and first.stream.holds(tables):
+    if isinstance(first, Coded) and first.stream.holds(tables, known):
         return first.stream.data
-    return _bytes(coding.encode([rows.numbers.numpy() for rows in tables]))
+    return _bytes(coding.encode([rows.numbers.numpy() for rows in tables], known))
 
 
 def _bytes(stream: bytes) -> Tensor:
@@ -121,10 +133,17 @@ class Stream:
         data: of the file, a view.
         shapes: of what it holds.
         refuse: makes an error of what is wrong with it.
+        known: gives what is known of them, when they are unpacked.
     """
 
-    def __init__(self, data: Tensor, shapes: Sequence[tuple[int, int]], refuse: Callable[[str], Exception]) -> None:
-        self.data, self._shapes, self._refuse = data, shapes, refuse
+    def __init__(
+        self,
+        data: Tensor,
+        shapes: Sequence[tuple[int, int]],
+        refuse: Callable[[str], Exception],
+        known: Callable[[], list[Known]],
+    ) -> None:
+        self.data, self._shapes, self._refuse, self._known = data, shapes, refuse, known
 
     @cached_property
     def bits(self) -> list[int]:
@@ -147,15 +166,15 @@ class Stream:
             FormatError: if the stream is not one of such rows.
         """
         try:
-            tables = coding.decode(self.data.numpy().tobytes(), self._shapes)
+            tables = coding.decode(self.data.numpy().tobytes(), self._shapes, self._known())
         except FormatError as error:
             raise self._refuse(str(error)) from None
         return [packed_numbers(torch.from_numpy(table)) for table in tables]
 
-    def holds(self, tables: Sequence[Packed]) -> bool:
-        """Say whether these are its tables, all of them in their order."""
+    def holds(self, tables: Sequence[Packed], known: list[Known]) -> bool:
+        """Say whether these are its tables, all of them in their order, of which the same is known."""
         own = [isinstance(rows, Coded) and rows.stream is self and rows.place == i for i, rows in enumerate(tables)]
-        return all(own) and len(own) == len(self._shapes)
+        return all(own) and len(own) == len(self._shapes) and same(known, self._known())
 
     @property
     def bytes_per_number(self) -> float:
@@ -213,6 +232,7 @@ def coded_bytes(columns: Columns) -> NDArray[np.int64]:
     at a time.
     """
     saved = np.zeros(len(columns.tasks))
+    known = Beside.of(columns).known()
     ss, sp, ps, pp = columns.counts.T
     rows_of = dict(zip(CODED_FIELDS, (ss + sp, ps + pp, np.where(columns.dense, 0, ss) + ps, sp + pp), strict=True))
     for field in CODED_FIELDS:
@@ -220,7 +240,9 @@ def coded_bytes(columns: Columns) -> NDArray[np.int64]:
         if not _is_coded(rows):
             continue
         each = (
-            rows.file_bytes if isinstance(rows, Coded) else len(coding.encode([rows.numbers.numpy()])) / len(rows.codes)
+            rows.file_bytes
+            if isinstance(rows, Coded)
+            else len(coding.encode([rows.numbers.numpy()], [known[field]])) / len(rows.codes)
         )
         saved += (row_bytes(rows.length, CODED) - each) * rows_of[field]
     if saved.any() and (falls := weights.falls_of(columns)) is not None:

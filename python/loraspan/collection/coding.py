@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,11 +29,24 @@ _CHECKSUM = 4
 ROUNDED = {bits: largest - 2.0 for bits, largest in LARGEST.items()}
 
 
-def encode(tables: Sequence[Codes], isa: str = _native.BEST) -> bytes:
+class Known(NamedTuple):
+    """What is known of the rows of a table before they are read; it tells about how long they are.
+
+    Attributes:
+        weights: ``[R]`` float32: of their columns.
+        tasks: ``[R]`` int32, not negative: whose columns have one step in a slot.
+    """
+
+    weights: NDArray[np.float32]
+    tasks: NDArray[np.int32]
+
+
+def encode(tables: Sequence[Codes], known: Sequence[Known] = (), isa: str = _native.BEST) -> bytes:
     """Give tables ``[R, L]`` of int8 from -127 to 127, or of int16 from -32512 to 32512, as one stream.
 
-    It is a byte for each table, its bits; what ``csrc/cpu/coding.inl`` makes of the rows, of which those that
-    :func:`trellis` gave take fewer bits; and the CRC-32 of all before, least significant byte first.
+    It is a byte for each table, its bits; what ``csrc/cpu/coding.inl`` makes of the rows, beside what is ``known`` of
+    all, if anything (those that :func:`trellis` gave take fewer bits); and the CRC-32 of all before, least significant
+    byte first.
 
     Example:
         >>> import numpy as np
@@ -44,13 +57,18 @@ def encode(tables: Sequence[Codes], isa: str = _native.BEST) -> bytes:
     tables = [np.ascontiguousarray(table) for table in tables]
     room = sum(_NUMBER * table.size + _ROW * len(table) for table in tables) + _BESIDE
     out = np.empty(room, dtype=np.uint8)
-    size = _core.encode(_fields(tables), out.ctypes.data, room, isa)
+    size = _core.encode(_fields(tables, known), out.ctypes.data, room, isa)
     stream = bytes(8 * table.itemsize for table in tables) + out[:size].tobytes()
     return stream + zlib.crc32(stream).to_bytes(_CHECKSUM, "little")
 
 
-def decode(stream: bytes, shapes: Sequence[tuple[int, int]], isa: str = _native.BEST) -> list[Codes]:
-    """Give the tables of :func:`encode`.
+def decode(
+    stream: bytes,
+    shapes: Sequence[tuple[int, int]],
+    known: Sequence[Known] = (),
+    isa: str = _native.BEST,
+) -> list[Codes]:
+    """Give the tables of :func:`encode`, of which as much has to be ``known``.
 
     Raises:
         FormatError: if the stream is not one of tables of these shapes.
@@ -63,7 +81,7 @@ def decode(stream: bytes, shapes: Sequence[tuple[int, int]], isa: str = _native.
         raise FormatError("needs to end with the checksum of its bytes")
     tables: list[Codes] = [np.empty(shape, dtype=_DTYPES[each]) for shape, each in zip(shapes, bits, strict=True)]
     data = np.frombuffer(body, dtype=np.uint8)[len(shapes) :]
-    if not _core.decode(_fields(tables), data.ctypes.data, len(data), isa):
+    if not _core.decode(_fields(tables, known), data.ctypes.data, len(data), isa):
         raise FormatError("needs to end where its rows do, with numbers up to 127, or 32512 in tables of 16 bits")
     return tables
 
@@ -92,5 +110,8 @@ def trellis(rows: Tensor, isa: str = _native.BEST) -> Tensor:
     return numbers
 
 
-def _fields(tables: Sequence[Codes]) -> NDArray[np.int64]:
-    return _native.table([(table.ctypes.data, *table.shape, 8 * table.itemsize) for table in tables], 4)
+def _fields(tables: Sequence[Codes], known: Sequence[Known]) -> NDArray[np.int64]:
+    of_rows = [(k.weights.ctypes.data, k.tasks.ctypes.data) for k in known] or [(0, 0)] * len(tables)
+    return _native.table(
+        [(t.ctypes.data, *t.shape, 8 * t.itemsize, *own) for t, own in zip(tables, of_rows, strict=True)], 6
+    )

@@ -15,7 +15,7 @@ from loraspan.ops import gram, reconstruct
 
 # How often an end is solved for, and from how many columns on for the lengths of their ends. What rounding an end loses
 # in the span of the columns, a share of columns to length, the other can undo.
-_TURNS, _WORTH = 3, 1 / 16
+_TURNS, _WORTH = 7, 1 / 16
 # Entries of ends that are worked on at once.
 _AT_ONCE = 1 << 20
 

@@ -21,8 +21,8 @@ from loraspan.ops.packed_reference import BLOCK
 
 # Numbers that are rounded, or squared, in one go.
 _AT_ONCE = 1 << 18
-# Bits beside those of the numbers: of a column (its weight) and of a row (its size, about).
-_COLUMN_BITS, _ROW_BITS = 5, 3
+# Bits beside those of the numbers: of a column (its weight) and of a row (what that does not tell of its size).
+_COLUMN_BITS, _ROW_BITS = 5, 0.5
 # What models that learn take above the entropy, about.
 _LEARNING = 1.01
 # Steps for which costs are known before one is looked for: so many an octave (few for the many forms that are counted,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -10,8 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from loraspan.collection.beside import Beside
 from loraspan.collection.coded import CODED_KIND, WEIGHTS, Coded, Stream, groups
-from loraspan.collection.coding import MOST
+from loraspan.collection.coding import MOST, Known
 from loraspan.collection.weights import decode
 from loraspan.errors import FormatError
 from loraspan.store.format import DamagedError
@@ -19,7 +20,10 @@ from loraspan.store.mapped import TensorFile
 
 
 def coded_rows(
-    file: TensorFile, shapes: Mapping[str, Mapping[str, tuple[int, ...]]], fields: Sequence[str]
+    file: TensorFile,
+    shapes: Mapping[str, Mapping[str, tuple[int, ...]]],
+    fields: Sequence[str],
+    beside: Mapping[str, Beside],
 ) -> dict[str, dict[str, Coded]]:
     """Give the rows that streams of a file hold, by slot and field; none is unpacked yet.
 
@@ -27,6 +31,7 @@ def coded_rows(
         file: of a segment, or of the bases.
         shapes: by slot and field: how many rows there have to be, of what length.
         fields: that may be coded, in the order of a stream.
+        beside: what there is beside the rows of a slot, by the time when one is unpacked.
 
     Raises:
         FormatError: if the streams are not those that such slots have, or too short for what they are to hold.
@@ -47,7 +52,7 @@ def coded_rows(
     for slots in groups(wanted):
         name = f"{CODED_KIND}{slots[-1]}"
         keys = [(slot, field) for slot in slots for field in wanted[slot]]
-        stream = _stream(file, name, [wanted[slot][field] for slot, field in keys])
+        stream = _stream(file, name, [wanted[slot][field] for slot, field in keys], partial(_known, beside, keys))
         streams.discard(name)
         for place, (slot, field) in enumerate(keys):
             found.setdefault(slot, {})[field] = Coded(stream, place, wanted[slot][field])
@@ -79,7 +84,11 @@ def coded_weights(file: TensorFile, counts: Mapping[str, NDArray[np.int64]]) -> 
     raise DamagedError(file.name, f"tensor {WEIGHTS!r}", problem)
 
 
-def _stream(file: TensorFile, name: str, shapes: list[tuple[int, int]]) -> Stream:
+def _known(beside: Mapping[str, Beside], keys: Sequence[tuple[str, str]]) -> list[Known]:
+    return [beside[slot].known()[field] for slot, field in keys if slot in beside]
+
+
+def _stream(file: TensorFile, name: str, shapes: list[tuple[int, int]], known: Callable[[], list[Known]]) -> Stream:
     data = file.tensor(name, torch.uint8)
     numbers = sum(rows * length for rows, length in shapes)
     if data is None or data.ndim != 1 or numbers > MOST * data.numel():
@@ -91,4 +100,4 @@ def _stream(file: TensorFile, name: str, shapes: list[tuple[int, int]]) -> Strea
         )
 
     # nothing local: what was opened can be pickled
-    return Stream(data, shapes, partial(DamagedError, file.name, f"tensor {name!r}"))
+    return Stream(data, shapes, partial(DamagedError, file.name, f"tensor {name!r}"), known)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from loraspan.collection import coded
+from loraspan.collection.beside import Beside
 from loraspan.collection.coded import BASES, CODED_FIELDS, WEIGHTS
 from loraspan.collection.collection import Collection, Segment, SlotSpace, Task
 from loraspan.collection.columns import FIELDS, Columns
@@ -28,6 +29,8 @@ from loraspan.store.sizes import bare_problem
 
 # what a slot may have in the file of a segment, beside whole numbers
 _KINDS = (*FIELDS, *(f"{field}_scales" for field in FIELDS[1:]), "coded")
+# who says how many rows the tensors of a slot have
+_ASKED = "the counts ask for"
 # bits of packed rows, by the dtype of their codes
 _PACKED = {torch.int8: 8, torch.int16: 16, torch.uint8: 4}
 
@@ -67,7 +70,7 @@ def read_basis(file: TensorFile, manifest: Manifest) -> dict[str, tuple[Rows, Ro
     kinds = (*BASES, *(f"{side}_scales" for side in BASES), "coded")
     file.refuse_strangers({f"{kind}.{slot.name}" for slot in manifest.slots for kind in kinds})
     shapes = {slot.name: {"u": (slot.k_out, slot.n), "v": (slot.k_in, slot.d)} for slot in manifest.slots}
-    found = coded_rows(file, shapes, BASES)
+    found = coded_rows(file, shapes, BASES, {})
 
     def side(name: str, side: str) -> Rows:
         if (known := found.get(name, {}).get(side)) is not None:
@@ -133,22 +136,24 @@ def problem_of(columns: Columns, slot: SlotShape, dtype: torch.dtype, tasks: int
 
 
 def _columns_of(file: TensorFile, indices: Mapping[str, Index], dtype: torch.dtype) -> dict[str, Columns]:
-    ends = coded_rows(file, {name: index.shapes for name, index in indices.items()}, CODED_FIELDS)
+    beside: dict[str, Beside] = {}
+    ends = coded_rows(file, {name: own.shapes for name, own in indices.items()}, CODED_FIELDS, beside)
     weights = coded_weights(file, {name: indices[name].counts for name in ends})
-    found: dict[str, dict[str, Rows]] = {name: {**of_slot} for name, of_slot in ends.items()}
-    for name, of_slot in weights.items():
-        found[name]["weights"] = of_slot
-    return {name: _columns(file, name, dtype, index, found.get(name, {})) for name, index in indices.items()}
+    for name, own in indices.items():
+        if name not in weights:
+            weights[name] = _float(file, f"weights.{name}", torch.float32, own.shapes["weights"], _ASKED)
+        beside[name] = Beside(weights[name], own.rows, own.counts, own.flags)
+    return {
+        name: _columns(file, name, dtype, own, {"weights": weights[name], **ends.get(name, {})})
+        for name, own in indices.items()
+    }
 
 
-def _columns(file: TensorFile, slot: str, dtype: torch.dtype, index: Index, coded: Mapping[str, Rows]) -> Columns:
-    shapes, asked = index.shapes, "the counts ask for"
-    found = dict(coded)
-    if "weights" not in found:
-        found["weights"] = _float(file, f"weights.{slot}", torch.float32, shapes["weights"], asked)
+def _columns(file: TensorFile, slot: str, dtype: torch.dtype, index: Index, found: dict[str, Rows]) -> Columns:
+    shapes = index.shapes
     for name in FIELDS[1:]:
         if name not in found:
-            found[name] = _ends(file, name, slot, dtype, (shapes[name][0], shapes[name][1]), asked)
+            found[name] = _ends(file, name, slot, dtype, (shapes[name][0], shapes[name][1]), _ASKED)
     return Columns.made(index.rows, index.counts, index.flags, found)
 
 
