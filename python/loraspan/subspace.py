@@ -16,7 +16,7 @@ from loraspan.adapters import check_together, read_all
 from loraspan.adapters.base import Adapter
 from loraspan.collection.changes import Change
 from loraspan.collection.fit import Goal, fit_with_plans
-from loraspan.collection.layout import collection_bytes, parse_bytes
+from loraspan.collection.layout import parse_bytes
 from loraspan.collection.project import Projection
 from loraspan.collection.rows import width_named
 from loraspan.collection.summary import Report, summarized
@@ -192,9 +192,8 @@ def _at_once(
         if not adapters:
             raise nobody_left(aside) from None
         collection, plans = fit_with_plans(adapters, goal, progress, place)
-    collection = summarized(collection)
-    collection = replace(collection, fitted=collection_bytes(collection))
-    return Subspace(collection, plans=plans, aside=aside)
+    collection, nbytes = summarized(collection)
+    return Subspace(replace(collection, fitted=nbytes), plans=plans, aside=aside)
 
 
 def _check_groups(goal: Goal, device: str | torch.device | None, folder: Path | None) -> Path:

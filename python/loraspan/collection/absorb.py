@@ -61,7 +61,7 @@ def absorb(
     # what a store writes of a change: the names, in a note too
     told = CHANGE_BYTES + sum(2 * len(adapter.name) + _NAME for adapter in adapters)
     nbytes = collection_bytes(added)
-    over = max_bytes is not None and collection_bytes(summarized(added)) + told > max_bytes
+    over = max_bytes is not None and summarized(added)[1] + told > max_bytes
     if not over and nbytes <= _GROWTH * (collection.fitted or collection_bytes(collection)):
         return added if collection.fitted else replace(added, fitted=collection_bytes(collection))
     # joining segments saves bytes too, and a store does that by itself: nobody has to forget anything for it
@@ -72,7 +72,7 @@ def absorb(
         except ArgumentError:
             # what is left of the budget is below rounding: the bases stay
             break
-        size = collection_bytes(summarized(fitted)) + (told if over else 0)
+        size = summarized(fitted)[1] + (told if over else 0)
         if (max_bytes is not None and over and size <= max_bytes) or (not over and size <= _GAIN * alone):
             return replace(fitted, fitted=collection_bytes(fitted))
         least = min(least, size)

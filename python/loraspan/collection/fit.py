@@ -18,7 +18,6 @@ from loraspan.collection.bases import make_basis, shared_cores
 from loraspan.collection.collection import Collection, Segment, SlotSpace, Task
 from loraspan.collection.core_space import energy_by_rank, refine_products
 from loraspan.collection.factors import SlotFactors, read_factors
-from loraspan.collection.layout import collection_bytes
 from loraspan.collection.plans import CANDIDATES, Options, Outcome, PlanLine, fit_smallest
 from loraspan.collection.plans_in_bytes import fit_bytes
 from loraspan.collection.ranges import Range, find_range
@@ -163,7 +162,7 @@ def _fit_slots(
     assert goal.max_bytes is not None
 
     def measure(fitted: list[Fitted], widths: Widths) -> int:
-        return collection_bytes(summarized(collect(adapters, slots, squares, fitted, widths)))
+        return summarized(collect(adapters, slots, squares, fitted, widths))[1]
 
     found = fit_bytes(slots, squares, goal.max_bytes, measure, options)
     if isinstance(found, int):

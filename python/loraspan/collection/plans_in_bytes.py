@@ -20,7 +20,7 @@ from loraspan.collection.within import Fitted, Fitters
 # too many bytes again are given up until something fits. Then builds between one that fits and one that does not, at
 # bytes to aim at, until a share of them is used.
 _LEAST, _MOST, _HALVINGS, _BUILDS, _CLOSE, _OVER = 1e-6, 0.999, 11, 7, 0.99, 2
-_BETWEEN, _AIM, _USED = 3, 0.997, 0.995
+_BETWEEN, _AIM, _USED = 4, 0.999, 0.998
 
 
 def fit_bytes(

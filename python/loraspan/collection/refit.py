@@ -95,7 +95,7 @@ def refit(
     if rank is None and max_bytes is None:
         joined = _joined(collection)
         return made if collection_bytes(made) <= collection_bytes(joined) else joined
-    if max_bytes is not None and (size := collection_bytes(summarized(made)) + CHANGE_BYTES) > max_bytes:
+    if max_bytes is not None and (size := summarized(made)[1] + CHANGE_BYTES) > max_bytes:
         raise ArgumentError(
             f"refit: max_bytes={max_bytes:,} cannot be met with rank={rank} and max_forgetting={max_forgetting}: the "
             f"collection would take {size:,} bytes; nothing was changed: allow more of one"
@@ -137,7 +137,7 @@ def _within_bytes(
     collection: Collection, slots: Sequence[SlotFactors], squares: Tensor, limit: int, options: Options
 ) -> _Fitted:
     def measure(fitted: _Fitted, _: Widths) -> int:
-        return collection_bytes(summarized(_collection(collection, slots, fitted, squares))) + CHANGE_BYTES
+        return summarized(_collection(collection, slots, fitted, squares))[1] + CHANGE_BYTES
 
     found = fit_bytes(slots, squares, limit, measure, options)
     if isinstance(found, int):

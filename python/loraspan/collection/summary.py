@@ -151,12 +151,14 @@ def summarize(collection: Collection, nbytes: int) -> str:
     )
 
 
-def summarized(collection: Collection) -> Collection:
-    """Give it with a summary of its own, which counts its own bytes too."""
+def summarized(collection: Collection) -> tuple[Collection, int]:
+    """Give it with a summary of its own, which counts its own bytes too, and the bytes that it takes then."""
     nbytes = collection_bytes(collection)
-    told = replace(collection, summary=summarize(collection, nbytes))
     # a manifest has it, and nothing else takes longer for it
-    return replace(told, summary=summarize(told, nbytes + manifest_bytes(told) - manifest_bytes(collection)))
+    rest = nbytes - manifest_bytes(collection)
+    told = replace(collection, summary=summarize(collection, nbytes))
+    told = replace(told, summary=summarize(told, rest + manifest_bytes(told)))
+    return told, rest + manifest_bytes(told)
 
 
 def _sharing(collection: Collection, held: float, private: int, forms: Mapping[str, int]) -> str:

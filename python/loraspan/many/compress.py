@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from loraspan.adapters.sources import Sources
 from loraspan.collection.fit import Goal
-from loraspan.collection.layout import collection_bytes, parse_bytes
+from loraspan.collection.layout import parse_bytes
 from loraspan.collection.summary import summarized
 from loraspan.errors import ArgumentError, LoraspanError, StoreError
 from loraspan.many.aside import Aside, find_each
@@ -105,8 +105,8 @@ def compress_in_groups(
             if ledger.is_barren():
                 ledger.drop()
             raise
-        collection = summarized(collection)
-        collection = replace(collection, fitted=collection_bytes(collection))
+        collection, nbytes = summarized(collection)
+        collection = replace(collection, fitted=nbytes)
         room = size - standing_bytes(len(census.members))
         generation = publish(ledger, collection, folder, overwrite, room)
         aside = (*census.aside, *more)
