@@ -24,6 +24,7 @@ from loraspan.adapters import peft, read_all
 from loraspan.cli import main
 from loraspan.linalg import IncrementalSVD
 from loraspan.ops.gram import gram_blocks
+from loraspan.ops.product import product
 from matrices import normal
 from oracles import F32, F64
 
@@ -117,6 +118,9 @@ def operators(_):
             ops.combine(ops.RowBlocks([], 5), W[:0], backend=b),
             ops.sketch(X, 5, backend=b),
             ops.sketch_many([(X, 5), (TALL, 3)], precision="f64", backend=b),
+            ops.sparse_sketch(X, 8, backend=b),
+            ops.sparse_sketch(ops.RowBlocks([], 5), 8, backend=b),
+            product(TALL[0], TALL[1].T, backend=b),
             ops.power(X, W, backend=b),
             ops.power_many([(X, W), (TALL, made(6, 49, 2))], precision="f64", backend=b),
         ]

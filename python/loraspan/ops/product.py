@@ -66,7 +66,7 @@ def _cpu(a: Tensor, b: Tensor, *, isa: str) -> Tensor:
     a, b = a.detach(), b.detach()
     if b.stride(-1) != 1:
         b = b.contiguous()
-    out = torch.empty(*a.shape[:-1], b.shape[-1], dtype=torch.float64)
+    out = a.new_empty(*a.shape[:-1], b.shape[-1])
     steps = [x.stride(0) if x.ndim == 3 else 0 for x in (a, b)]
     sizes = [a.shape[0] if a.ndim == 3 else 1, *out.shape[-2:], a.shape[-1]]
     at_a, at_b = [a.data_ptr(), steps[0], *a.stride()[-2:]], [b.data_ptr(), steps[1], b.stride(-2)]
