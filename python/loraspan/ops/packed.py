@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -205,17 +205,21 @@ def fields_of(matrix: Tensor | Packed | None) -> tuple[int, int, int, int]:
     return matrix.fields if isinstance(matrix, Packed) else _native.matrix_fields(matrix)
 
 
-def read(matrix: Tensor | Packed) -> tuple[int, int, torch.device, tuple[int, int, int, int]]:
-    """Give :func:`shape_of` a matrix, where it is, and :func:`fields_of` it.
+class Seen(NamedTuple):
+    """:func:`shape_of` a matrix, where it is, and :func:`fields_of` it, zeros where that is not in CPU memory."""
 
-    Raises:
-        ValueError: if a tensor is no matrix.
-        KeyError: if it has a dtype that the compiled core does not read.
-    """
-    if isinstance(matrix, Packed):
-        return *shape_of(matrix), matrix.device, matrix.fields
-    rows, columns = matrix.shape
-    return rows, columns, matrix.device, _native.matrix_fields(matrix)
+    rows: int
+    columns: int
+    device: torch.device
+    fields: tuple[int, int, int, int]
+
+
+def seen(matrix: Tensor | Packed) -> Seen | None:
+    """Ask a matrix for all that; None if a tensor is none, or of a dtype that the compiled core does not read."""
+    if isinstance(matrix, Tensor) and (matrix.ndim != 2 or matrix.dtype not in _native.DTYPE_CODES):
+        return None
+    device = matrix.device
+    return Seen(*shape_of(matrix), device, fields_of(matrix if device.type == "cpu" else None))
 
 
 def unpacked(matrix: Tensor | Packed) -> Tensor:

@@ -15,7 +15,7 @@ from loraspan import _core, _device, _native
 from loraspan._dispatch import Backend, choose
 from loraspan.errors import ShapeError
 from loraspan.ops.library import register
-from loraspan.ops.packed import Packed, read, refuses_packed, shape_of, unpacked
+from loraspan.ops.packed import Packed, fields_of, refuses_packed, seen, shape_of, unpacked
 from loraspan.ops.rounding import narrow
 
 
@@ -139,17 +139,17 @@ class _Checked(list[Piece]):
         self.rows: list[tuple[int, ...]] = []
         self.devices: set[torch.device] = set()
         for piece in pieces:
-            basis, loadings, out, _ = piece
-            try:
-                m, k, device, of_basis = read(basis)
-                inner, p, beside, of_loadings = (k, k, device, (0, 0, 0, 0)) if loadings is None else read(loadings)
-                height, width, place, of_out = read(out)
-            except (ValueError, KeyError):
-                raise _misfit(piece) from None
-            if k != inner or m != height or p != width or not device == beside == place:
+            left, target = seen(piece.basis), seen(piece.out)
+            right = None if piece.loadings is None else seen(piece.loadings)
+            if left is None or target is None or (right is None and piece.loadings is not None):
                 raise _misfit(piece)
-            self.rows.append((*of_basis, *of_loadings, *of_out, m, k, p))
-            self.devices.add(device)
+            k, width = (left.columns, left.columns) if right is None else (right.rows, right.columns)
+            places = {left.device, target.device, (right or left).device}
+            if left.columns != k or (target.rows, target.columns) != (left.rows, width) or len(places) > 1:
+                raise _misfit(piece)
+            of_loadings = fields_of(None) if right is None else right.fields
+            self.rows.append((*left.fields, *of_loadings, *target.fields, left.rows, k, width))
+            self.devices |= places
 
 
 def _misfit(piece: Piece) -> ShapeError:
