@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -205,21 +205,17 @@ def fields_of(matrix: Tensor | Packed | None) -> tuple[int, int, int, int]:
     return matrix.fields if isinstance(matrix, Packed) else _native.matrix_fields(matrix)
 
 
-class Seen(NamedTuple):
-    """:func:`shape_of` a matrix, where it is, and :func:`fields_of` it, zeros where that is not in CPU memory."""
+def seen(matrix: Tensor | Packed) -> tuple[int, int, torch.device, tuple[int, int, int, int]] | None:
+    """Give :func:`shape_of` a matrix, where it is, and :func:`fields_of` it, zeros where that is not in CPU memory.
 
-    rows: int
-    columns: int
-    device: torch.device
-    fields: tuple[int, int, int, int]
-
-
-def seen(matrix: Tensor | Packed) -> Seen | None:
-    """Ask a matrix for all that; None if a tensor is none, or of a dtype that the compiled core does not read."""
-    if isinstance(matrix, Tensor) and (matrix.ndim != 2 or matrix.dtype not in _native.DTYPE_CODES):
+    None if a tensor is no matrix, or of a dtype that the compiled core does not read.
+    """
+    if isinstance(matrix, Packed):
+        return *shape_of(matrix), matrix.device, fields_of(matrix if matrix.codes.is_cpu else None)
+    shape = matrix.shape
+    if len(shape) != 2 or matrix.dtype not in _native.DTYPE_CODES:
         return None
-    device = matrix.device
-    return Seen(*shape_of(matrix), device, fields_of(matrix if device.type == "cpu" else None))
+    return shape[0], shape[1], matrix.device, _native.matrix_fields(matrix if matrix.is_cpu else None)
 
 
 def unpacked(matrix: Tensor | Packed) -> Tensor:

@@ -15,8 +15,11 @@ from loraspan import _core, _device, _native
 from loraspan._dispatch import Backend, choose
 from loraspan.errors import ShapeError
 from loraspan.ops.library import register
-from loraspan.ops.packed import Packed, fields_of, refuses_packed, seen, shape_of, unpacked
+from loraspan.ops.packed import Packed, refuses_packed, seen, shape_of, unpacked
 from loraspan.ops.rounding import narrow
+
+# What the compiled core is told of loadings where there are none.
+_NONE = (0, 0, 0, 0)
 
 
 class Piece(NamedTuple):
@@ -139,17 +142,20 @@ class _Checked(list[Piece]):
         self.rows: list[tuple[int, ...]] = []
         self.devices: set[torch.device] = set()
         for piece in pieces:
-            left, target = seen(piece.basis), seen(piece.out)
-            right = None if piece.loadings is None else seen(piece.loadings)
-            if left is None or target is None or (right is None and piece.loadings is not None):
+            basis, loadings, out, _ = piece
+            left, target = seen(basis), seen(out)
+            right = left if loadings is None else seen(loadings)
+            if left is None or right is None or target is None:
                 raise _misfit(piece)
-            k, width = (left.columns, left.columns) if right is None else (right.rows, right.columns)
-            places = {left.device, target.device, (right or left).device}
-            if left.columns != k or (target.rows, target.columns) != (left.rows, width) or len(places) > 1:
+            m, k, device, of_basis = left
+            inner, width, beside, of_loadings = right
+            if loadings is None:
+                inner, of_loadings = k, _NONE
+            height, columns, place, of_out = target
+            if k != inner or m != height or width != columns or not device == beside == place:
                 raise _misfit(piece)
-            of_loadings = fields_of(None) if right is None else right.fields
-            self.rows.append((*left.fields, *of_loadings, *target.fields, left.rows, k, width))
-            self.devices |= places
+            self.rows.append((*of_basis, *of_loadings, *of_out, m, k, width))
+            self.devices.add(device)
 
 
 def _misfit(piece: Piece) -> ShapeError:
