@@ -19,6 +19,7 @@ from loraspan.collection.layout import collection_bytes, columns_bytes
 from loraspan.collection.prices import column_bytes
 from loraspan.collection.refit import refit
 from loraspan.collection.rows import Widths, row_bytes, store_rows, values_of
+from loraspan.collection.summary import summarized
 from loraspan.errors import ArgumentError
 
 SHAPE = (96, 128)
@@ -210,3 +211,10 @@ def test_what_fits_comes_close_to_what_does_not(coarse, bend):
     assert plans_in_bytes._closer(found, other, limit, build) is found
     assert plans_in_bytes._closer(fits, None, limit, build) is fits
     assert len(asked) <= 3
+
+
+def test_a_summary_says_what_bytes_it_makes():
+    collection = fit(planted.adapters(), Goal(rank=3))
+    told, nbytes = summarized(collection)
+    assert nbytes == collection_bytes(told) > collection_bytes(collection)
+    assert f"{nbytes:,} bytes" in told.summary
