@@ -68,9 +68,11 @@ inline void store_panel(const SparseSketchJob& job, std::int64_t first, std::int
   }
 }
 
-inline void sparse_sketch_panel(const SparseSketchJob& job, const Pick* picks, std::int64_t panel) {
+// The `rows` rows from `at` on, the first of which is row `first`, kLanes<float> at most.
+inline void sparse_sketch_panel(const SparseSketchJob& job, const Pick* picks, Cursor at, std::int64_t first,
+                                std::int64_t rows) {
   constexpr int L = kLanes<float>;
-  const std::int64_t rows = row_count(job.x), columns = job.x.columns, entries = round_up(job.width, L) * L;
+  const std::int64_t columns = job.x.columns, entries = round_up(job.width, L) * L;
   const std::int64_t pack_columns = job.width / kQuarters * kPickBlocks, run = kPickTerms / kPickBlocks * pack_columns;
   float* packed = scratch<float>(Use::packed, zeros_at(pack_columns) + L);
   store(packed + zeros_at(pack_columns), Vec<float>{});
@@ -81,13 +83,13 @@ inline void sparse_sketch_panel(const SparseSketchJob& job, const Pick* picks, s
     for (std::int64_t i = 0; i < entries; ++i) sums[i] = 0;
     for (std::int64_t c = begin; c < min_of(columns, begin + run); c += pack_columns) {
       const std::int64_t n = min_of(pack_columns, columns - c);
-      pack_panels(job.x, rows, panel, panel + 1, c, n, packed, 0);
+      pack_panel(job.x, at, rows, c, n, packed);
       add_picks(packed, picks + c * kQuarters, job.width, sums);
     }
     for (std::int64_t i = 0; i < entries; ++i) totals[i] += static_cast<double>(sums[i]);
   }
   for (std::int64_t i = 0; i < entries; ++i) sums[i] = static_cast<float>(totals[i]);
-  store_panel(job, panel * L, min_of(L, rows - panel * L), sums);
+  store_panel(job, first, rows, sums);
 }
 
 void sparse_sketch(const SparseSketchJob* jobs, std::int64_t count, int threads) {
@@ -95,8 +97,14 @@ void sparse_sketch(const SparseSketchJob* jobs, std::int64_t count, int threads)
     const SparseSketchJob& job = jobs[i];
     Pick* picks = scratch<Pick>(Use::plan, round_up(job.x.columns, job.width / kQuarters * kPickBlocks) * kQuarters);
     draw_picks(job, picks);
-    parallel_for((row_count(job.x) + kLanes<float> - 1) / kLanes<float>, threads,
-                 [&](std::int64_t panel) { sparse_sketch_panel(job, picks, panel); });
+    constexpr std::int64_t L = kLanes<float>;
+    const std::int64_t rows = row_count(job.x), panels = (rows + L - 1) / L, tasks = min_of(panels, 4 * threads);
+    parallel_for(tasks, threads, [&](std::int64_t task) {
+      const std::int64_t first = panels * task / tasks * L, last = min_of(rows, panels * (task + 1) / tasks * L);
+      Cursor at = find_row(job.x, first);
+      for (std::int64_t row = first; row < last; row += L, at = skip_rows(job.x, at, L))
+        sparse_sketch_panel(job, picks, at, row, min_of(L, last - row));
+    });
   }
 }
 

@@ -84,7 +84,8 @@ def _find_range(stack: Stack, width: int, precision: str, seed: int, form: bool)
     rows = stack.x.shape[0]
     if (rows + 1) / 2 <= 5 * width * _SKETCH_COST and stack.vectors.total > rows:
         return _by_rows(stack, width, precision)
-    # multiply-adds per column of X: half a Gram, or the sketch and two power steps of twice its work
+    # multiply-adds per column of X: half a Gram, or a dense sketch and two power steps of twice its work. A wide sketch
+    # takes less, and rows that are not many more than this stay with what is exact
     if (rows + 1) / 2 > 5 * width * _SKETCH_COST:
         return _by_sketch(stack, width, precision, seed, form)
     values, vectors, image = _by_gram(stack, width, precision)
