@@ -205,17 +205,25 @@ def fields_of(matrix: Tensor | Packed | None) -> tuple[int, int, int, int]:
     return matrix.fields if isinstance(matrix, Packed) else _native.matrix_fields(matrix)
 
 
-def seen(matrix: Tensor | Packed) -> tuple[int, int, torch.device, tuple[int, int, int, int]] | None:
-    """Give :func:`shape_of` a matrix, where it is, and :func:`fields_of` it, zeros where that is not in CPU memory.
+# what the compiled core is told where there is no matrix
+NOWHERE = (0, 0, 0, 0)
 
-    None if a tensor is no matrix, or of a dtype that the compiled core does not read.
+
+def seen(matrix: Tensor | Packed) -> tuple[int, int, torch.device | None, tuple[int, int, int, int]] | None:
+    """Give :func:`shape_of` a matrix and :func:`fields_of` it, between them None; or where it is, if not on the CPU.
+
+    What is elsewhere has fields of zeros. None if a tensor is no matrix, or of a dtype that the compiled core does not
+    read.
     """
     if isinstance(matrix, Packed):
-        return *shape_of(matrix), matrix.device, fields_of(matrix if matrix.codes.is_cpu else None)
-    shape = matrix.shape
-    if len(shape) != 2 or matrix.dtype not in _native.DTYPE_CODES:
+        rows, columns = shape_of(matrix)
+        return (rows, columns, None, matrix.fields) if matrix.codes.is_cpu else (rows, columns, matrix.device, NOWHERE)
+    if matrix.ndim != 2 or matrix.dtype not in _native.DTYPE_CODES:
         return None
-    return shape[0], shape[1], matrix.device, _native.matrix_fields(matrix if matrix.is_cpu else None)
+    rows, columns = matrix.shape
+    if matrix.is_cpu:
+        return rows, columns, None, _native.matrix_fields(matrix)
+    return rows, columns, matrix.device, NOWHERE
 
 
 def unpacked(matrix: Tensor | Packed) -> Tensor:

@@ -15,11 +15,8 @@ from loraspan import _core, _device, _native
 from loraspan._dispatch import Backend, choose
 from loraspan.errors import ShapeError
 from loraspan.ops.library import register
-from loraspan.ops.packed import Packed, refuses_packed, seen, shape_of, unpacked
+from loraspan.ops.packed import NOWHERE, Packed, refuses_packed, seen, shape_of, unpacked
 from loraspan.ops.rounding import narrow
-
-# What the compiled core is told of loadings where there are none.
-_NONE = (0, 0, 0, 0)
 
 
 class Piece(NamedTuple):
@@ -132,7 +129,7 @@ def reconstruct_many(pieces: Sequence[Piece], *, backend: str | None = None) -> 
 
 
 class _Checked(list[Piece]):
-    """Pieces that fit, with what the compiled core reads of each, and the devices they are on.
+    """Pieces that fit, with what the compiled core reads of each, and a device that some are on, if not the CPU.
 
     Tensors are asked but once: those of many tasks lie far apart in memory, where asking is a wait.
     """
@@ -140,7 +137,7 @@ class _Checked(list[Piece]):
     def __init__(self, pieces: Sequence[Piece]) -> None:
         super().__init__(pieces)
         self.rows: list[tuple[int, ...]] = []
-        self.devices: set[torch.device] = set()
+        self.device: torch.device | None = None
         for piece in pieces:
             basis, loadings, out, _ = piece
             left, target = seen(basis), seen(out)
@@ -150,12 +147,12 @@ class _Checked(list[Piece]):
             m, k, device, of_basis = left
             inner, width, beside, of_loadings = right
             if loadings is None:
-                inner, of_loadings = k, _NONE
+                inner, of_loadings = k, NOWHERE
             height, columns, place, of_out = target
             if k != inner or m != height or width != columns or not device == beside == place:
                 raise _misfit(piece)
             self.rows.append((*of_basis, *of_loadings, *of_out, m, k, width))
-            self.devices.add(device)
+            self.device = device or self.device
 
 
 def _misfit(piece: Piece) -> ShapeError:
@@ -212,10 +209,10 @@ def reference(pieces: Sequence[Piece]) -> None:
 
 
 def _refuses(pieces: Sequence[Piece]) -> str | None:
-    for device in pieces.devices if isinstance(pieces, _Checked) else {pieces[0].out.device}:
-        if device.type != "cpu":
-            return f"it writes CPU memory, and a piece is on {device}"
-    return None
+    device = pieces.device if isinstance(pieces, _Checked) else pieces[0].out.device
+    if device is None or device.type == "cpu":
+        return None
+    return f"it writes CPU memory, and a piece is on {device}"
 
 
 def _refuses_packed(otherwise: Callable[..., str | None], pieces: Sequence[Piece]) -> str | None:
