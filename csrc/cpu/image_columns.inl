@@ -19,29 +19,40 @@ inline void pack_weight_vectors(const Image& s, T* out) {
     }
 }
 
-// Adds the products of kTileRows columns of a panel with `rows` rows of W to as many rows of X^T W, in N vectors.
+// Columns that are packed at a time: with the part of W that they are multiplied by, they stay in the first cache.
+constexpr std::int64_t kPanelColumns = 32;
+template <typename T>
+constexpr std::int64_t kPanelStride = (kPanelColumns + 1) * kLanes<T>;
+
+// Adds the products of kTileRows columns of `rows` rows, packed as panels, to as many rows of X^T W, in N vectors.
+// From `column` on, what is packed next is brought near.
 template <typename T, int N>
-__attribute__((noinline)) void columns_tile(const T* panel, std::int64_t rows, const T* weights, std::int64_t stride,
-                                            Run<T> basis) {
+__attribute__((noinline)) void columns_tile(const T* panels, std::int64_t rows, const ComingPanel* coming,
+                                            std::int64_t column, const T* weights, std::int64_t stride, T* basis) {
   constexpr int L = kLanes<T>, M = kTileRows;
-  Vec<T> sums[M][N];
-  LORASPAN_UNROLL
-  for (int c = 0; c < M; ++c) LORASPAN_UNROLL
-  for (int v = 0; v < N; ++v) sums[c][v] = basis.begin(v * kBasisStride<T> + c * L);
-  for (std::int64_t i = 0; i < rows; ++i) {
-    Vec<T> row[N];
-    LORASPAN_UNROLL
-    for (int v = 0; v < N; ++v) row[v] = load(weights + v * stride + i * L);
-    LORASPAN_UNROLL
-    for (int c = 0; c < M; ++c) {
-      const Vec<T> x = broadcast(panel[c * L + i]);
+  Vec<T> sums[M][N] = {};
+  for (std::int64_t start = 0; start < rows; start += L, panels += kPanelStride<T>) {
+    const std::int64_t end = min_of(rows, start + L);
+    const ComingPanel near = (coming++)->from(column);
+    for (std::int64_t i = start; i < end; ++i) {
+      __builtin_prefetch(reinterpret_cast<const void*>(near.from((i - start) * M / L).start));
+      Vec<T> row[N];
       LORASPAN_UNROLL
-      for (int v = 0; v < N; ++v) sums[c][v] = x * row[v] + sums[c][v];
+      for (int v = 0; v < N; ++v) row[v] = load(weights + v * stride + i * L);
+      LORASPAN_UNROLL
+      for (int c = 0; c < M; ++c) {
+        const Vec<T> x = broadcast(panels[c * L + i - start]);
+        LORASPAN_UNROLL
+        for (int v = 0; v < N; ++v) sums[c][v] = x * row[v] + sums[c][v];
+      }
     }
   }
   LORASPAN_UNROLL
   for (int c = 0; c < M; ++c) LORASPAN_UNROLL
-  for (int v = 0; v < N; ++v) basis.end(v * kBasisStride<T> + c * L, sums[c][v]);
+  for (int v = 0; v < N; ++v) {
+    T* whole = basis + v * kBasisStride<T> + c * L;
+    store(whole, load(static_cast<const T*>(whole)) + sums[c][v]);
+  }
 }
 
 // Rows [c0, c0 + n) of X^T W: vector v of row c at basis[v * kBasisStride + c * L]. What lies behind row n
@@ -49,27 +60,28 @@ __attribute__((noinline)) void columns_tile(const T* panel, std::int64_t rows, c
 template <typename T>
 inline void form_columns(const Image& s, const T* weights, std::int64_t c0, std::int64_t n, T* basis) {
   constexpr std::int64_t L = kLanes<T>;
-  T* panels = scratch<T>(Use::packed, kSumColumns * kPanelRows);
+  T* panels = scratch<T>(Use::packed, kImageRows / L * kPanelStride<T>);
   const std::int64_t entries = s.width / L * kBasisStride<T>;
-  const Run<T> sums = {scratch<T>(Use::part, entries), basis, true, true};
   for (std::int64_t i = 0; i < entries; ++i) basis[i] = 0;
   Cursor at = find_row(s.x, 0);
-  for (std::int64_t i = 0; i < s.rows; i += kPanelRows, at = skip_rows(s.x, at, kPanelRows)) {
-    const std::int64_t rows = min_of(kPanelRows, s.rows - i);
-    for (std::int64_t c = 0; c < n; c += kSumColumns) {
-      const std::int64_t some = min_of(kSumColumns, n - c);
-      pack_group(s.x, at, rows, c0 + c, some, panels);
-      for (std::int64_t p = 0; p < rows; p += L) {
-        T* panel = panels + p * kSumColumns;
-        const std::int64_t height = min_of(L, rows - p);
-        const Run<T> run = sums.of(i + p, height, s.rows);
+  for (std::int64_t i = 0; i < s.rows; i += kImageRows, at = skip_rows(s.x, at, kImageRows)) {
+    const std::int64_t rows = min_of(kImageRows, s.rows - i);
+    for (std::int64_t c = 0; c < n; c += kPanelColumns) {
+      const std::int64_t some = min_of(kPanelColumns, n - c);
+      ComingPanel coming[kImageRows / L];
+      Cursor from = at;
+      for (std::int64_t p = 0; p < rows; p += L, from = skip_rows(s.x, from, L)) {
+        T* panel = panels + p / L * kPanelStride<T>;
+        copy_panel(s.x, from, rows - p, c0 + c, some, panel);
         for (std::int64_t q = some * L; q < round_up(some, kTileRows) * L; ++q) panel[q] = 0;
-        for (std::int64_t q = 0; q < some; q += kTileRows)
-          for_vectors(s.width / L, [&](std::int64_t first, auto vectors) {
-            columns_tile<T, decltype(vectors)::value>(panel + q * L, height, weights + (first * s.rows + i + p) * L,
-                                                      s.rows * L, run.from(first * kBasisStride<T> + (c + q) * L));
-          });
+        coming[p / L] = coming_panel(s.x, from);
       }
+      for_vectors(s.width / L, [&](std::int64_t first, auto vectors) {
+        for (std::int64_t q = 0; q < some; q += kTileRows)
+          columns_tile<T, decltype(vectors)::value>(panels + q * L, rows, coming, c0 + c + q + kPanelColumns,
+                                                    weights + (first * s.rows + i) * L, s.rows * L,
+                                                    basis + first * kBasisStride<T> + (c + q) * L);
+      });
     }
   }
 }

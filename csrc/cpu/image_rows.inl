@@ -1,5 +1,5 @@
-// Columns of W^T X for rows of X that lie along memory: they are multiplied by entries of W as they are loaded, and
-// where they can be loaded as vectors nothing is packed.
+// Columns of W^T X for rows of X that lie along memory: a block of them is packed, and while it is multiplied by all of
+// W the next is brought near.
 namespace loraspan {
 namespace LORASPAN_ISA {
 
@@ -18,24 +18,66 @@ inline void pack_weight_groups(const Image& s, T* out) {
     }
 }
 
-// Adds the products of `rows` rows of X to kTileRows rows of W^T X, in N vectors of columns. Vector q of row i begins
-// at x + i * row_step + q * vector_step; `ahead` entries on lies what is wanted next.
-template <typename T, int N, typename S>
-__attribute__((noinline)) void image_tile(const S* x, std::int64_t row_step, std::int64_t vector_step,
-                                          std::int64_t ahead, std::int64_t rows, const T* weights, Run<T> image) {
+// The block that is packed next, in lines of memory: 2^shift of each row. Addresses are numbers because they may lie
+// past what they were made from; nothing reads there.
+struct ComingBlock {
+  std::uintptr_t rows[kImageRows];
+  int shift;
+
+  std::int64_t lines() const { return kImageRows << shift; }
+  const void* line(std::int64_t i) const {
+    return reinterpret_cast<const void*>(rows[i >> shift] +
+                                         static_cast<std::uintptr_t>((i & ((std::int64_t{1} << shift) - 1)) * 64));
+  }
+};
+
+// Columns from c0 on of `rows` rows of X, from `at` on. Where a row begins within a line, that line is the end of what
+// was packed before.
+inline void locate_block(const Rows& x, Cursor at, std::int64_t rows, std::int64_t c0, ComingBlock* coming) {
+  coming->shift = 0;
+  while ((std::int64_t{64} << coming->shift) < kBlockColumns * entry_bytes(x.blocks[at.block].dtype)) ++coming->shift;
+  for (std::int64_t row = 0; row < rows; at = {at.block + 1, 0}) {
+    const Block& b = x.blocks[at.block];
+    for (; at.row < b.rows && row < rows; ++at.row)
+      coming->rows[row++] =
+          reinterpret_cast<std::uintptr_t>(b.data) + 63 +
+          static_cast<std::uintptr_t>((at.row * b.row_stride + c0 * b.col_stride) * entry_bytes(b.dtype));
+  }
+  for (std::int64_t i = rows; i < kImageRows; ++i) coming->rows[i] = coming->rows[i % rows];
+}
+
+// Columns [c0, c0 + n) of `rows` rows of X, from `at` on, as strips.
+template <typename T>
+inline void copy_block(const Rows& x, Cursor at, std::int64_t rows, std::int64_t c0, std::int64_t n, T* strips) {
+  constexpr std::int64_t L = kLanes<T>;
+  for (std::int64_t done = 0, count; done < rows; done += count, at = {at.block + 1, 0}) {
+    const Block& b = x.blocks[at.block];
+    count = min_of(rows - done, b.rows - at.row);
+    T* out = strips + done * L;
+    if (b.col_stride == 1 && n % L == 0 && count > 0)
+      with_type(b.data, b.dtype, [&](auto* data) {
+        for (std::int64_t i = 0; i < count; ++i, out += L) {
+          auto* p = data + (at.row + i) * b.row_stride + c0;
+          for (std::int64_t q = 0; q < n / L; ++q) store(out + q * kStripStride<T>, load_as<T>(p + q * L));
+        }
+      });
+    else
+      pack_strips({&b, 1, x.columns}, at.row, count, c0, n, out, kStripStride<T>);
+  }
+}
+
+// Adds the products of `rows` packed rows of X to kTileRows rows of W^T X, in N vectors of columns, while lines
+// [first, first + count) are brought near.
+template <typename T, int N>
+__attribute__((noinline)) void image_tile(const T* strips, std::int64_t rows, const T* weights,
+                                          const ComingBlock& coming, std::int64_t first, std::int64_t count, T* image) {
   constexpr int L = kLanes<T>, M = kTileRows;
-  Vec<T> sums[M][N];
-  LORASPAN_UNROLL
-  for (int r = 0; r < M; ++r) LORASPAN_UNROLL
-  for (int q = 0; q < N; ++q) sums[r][q] = image.begin(r * kImageStride<T> + q * L);
+  Vec<T> sums[M][N] = {};
   for (std::int64_t i = 0; i < rows; ++i) {
-    const S* row = x + i * row_step;
+    __builtin_prefetch(coming.line(first + i * count / kImageRows), 0, 2);
     Vec<T> columns[N];
     LORASPAN_UNROLL
-    for (int q = 0; q < N; ++q) {
-      columns[q] = load_as<T>(row + q * vector_step);
-      __builtin_prefetch(row + q * vector_step + ahead);
-    }
+    for (int q = 0; q < N; ++q) columns[q] = load(strips + q * kStripStride<T> + i * L);
     LORASPAN_UNROLL
     for (int r = 0; r < M; ++r) {
       const Vec<T> w = broadcast(weights[i * M + r]);
@@ -45,48 +87,49 @@ __attribute__((noinline)) void image_tile(const S* x, std::int64_t row_step, std
   }
   LORASPAN_UNROLL
   for (int r = 0; r < M; ++r) LORASPAN_UNROLL
-  for (int q = 0; q < N; ++q) image.end(r * kImageStride<T> + q * L, sums[r][q]);
+  for (int q = 0; q < N; ++q) {
+    T* whole = image + r * kImageStride<T> + q * L;
+    store(whole, load(static_cast<const T*>(whole)) + sums[r][q]);
+  }
 }
 
-// Rows [i0, i0 + rows) of X, which begin at x, in `vectors` vectors of columns.
-template <typename T, typename S>
-inline void image_rows(const Image& s, const S* x, std::int64_t row_step, std::int64_t vector_step, std::int64_t i0,
-                       std::int64_t rows, std::int64_t vectors, const T* weights, Run<T> image) {
-  constexpr int L = kLanes<T>;
+// Adds rows [i, i + rows), packed as `vectors` strips, to these columns of W^T X.
+template <typename T>
+inline void add_block(const Image& s, const T* strips, std::int64_t vectors, std::int64_t i, std::int64_t rows,
+                      const T* weights, const ComingBlock& coming, T* image) {
+  // in vectors of all groups
+  const std::int64_t all = vectors * s.groups;
+  std::int64_t done = 0;
   for_vectors(vectors, [&](std::int64_t first, auto size) {
     constexpr int N = decltype(size)::value;
-    // the tile after this one, of the same rows
-    const std::int64_t ahead = vector_step == L ? N * L : 0;
-    for (std::int64_t g = 0; g < s.groups; ++g)
-      image_tile<T, N>(x + first * vector_step, row_step, vector_step, ahead, rows,
-                       weights + (g * s.rows + i0) * kTileRows,
-                       image.from(g * kTileRows * kImageStride<T> + first * L));
+    for (std::int64_t g = 0; g < s.groups; ++g, done += N) {
+      const std::int64_t from = coming.lines() * done / all, to = coming.lines() * (done + N) / all;
+      image_tile<T, N>(strips + first * kStripStride<T>, rows, weights + (g * s.rows + i) * kTileRows, coming, from,
+                       to - from, image + g * kTileRows * kImageStride<T> + first * kLanes<T>);
+    }
   });
 }
 
 // Columns [c0, c0 + n) of W^T X: row j at image + j * kImageStride.
 template <typename T>
 inline void form_image(const Image& s, const T* weights, std::int64_t c0, std::int64_t n, T* image) {
-  constexpr int L = kLanes<T>;
-  constexpr std::int64_t kStride = kStreams * L + L;
-  T* strips = scratch<T>(Use::rows, kImageColumns / L * kStride);
+  constexpr std::int64_t L = kLanes<T>;
+  T* strips = scratch<T>(Use::rows, kBlockColumns / L * kStripStride<T>);
   const std::int64_t entries = s.groups * kTileRows * kImageStride<T>;
-  const Run<T> sums = {scratch<T>(Use::part, entries), image, true, true};
   for (std::int64_t i = 0; i < entries; ++i) image[i] = 0;
-  std::int64_t at = 0;
-  for (std::int64_t block = 0; block < s.x.count; ++block) {
-    const Block& b = s.x.blocks[block];
-    for (std::int64_t i = 0, rows; i < b.rows; i += rows, at += rows) {
-      rows = min_of(kStreams - at % kStreams, b.rows - i);
-      const Run<T> run = sums.of(at, rows, s.rows);
-      if (b.col_stride == 1 && n % L == 0) {
-        with_type(b.data, b.dtype, [&](auto* p) {
-          image_rows<T>(s, p + i * b.row_stride + c0, b.row_stride, L, at, rows, n / L, weights, run);
-        });
-      } else {
-        pack_strips(s.x, at, rows, c0, n, strips, kStride);
-        image_rows<T>(s, static_cast<const T*>(strips), L, kStride, at, rows, (n + L - 1) / L, weights, run);
-      }
+  ComingBlock coming;
+  Cursor at = find_row(s.x, 0), after;
+  for (std::int64_t i = 0; i < s.rows; i += kImageRows, at = after) {
+    const std::int64_t rows = min_of(kImageRows, s.rows - i), left = min_of(kImageRows, s.rows - i - rows);
+    after = skip_rows(s.x, at, rows);
+    for (std::int64_t c = 0; c < n; c += kBlockColumns) {
+      const std::int64_t some = min_of(kBlockColumns, n - c), next = c + kBlockColumns;
+      copy_block(s.x, at, rows, c0 + c, some, strips);
+      if (next < n || left == 0)
+        locate_block(s.x, at, rows, c0 + next, &coming);
+      else
+        locate_block(s.x, after, left, c0, &coming);
+      add_block(s, strips, (some + L - 1) / L, i, rows, weights, coming, image + c);
     }
   }
 }

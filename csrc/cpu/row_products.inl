@@ -7,26 +7,66 @@ constexpr std::int64_t kSumColumns = 128;
 // Rows that are packed, and multiplied, together.
 constexpr std::int64_t kPanelRows = 16;
 
+// A panel of a column-major block as memory: where column 0 of its first row is, and how far the next column is, in
+// bytes. Addresses are numbers because they may lie past what they were made from; nothing reads there.
+struct ComingPanel {
+  std::uintptr_t start, step;
+
+  ComingPanel from(std::int64_t column) const { return {start + static_cast<std::uintptr_t>(column) * step, step}; }
+};
+
+inline ComingPanel coming_panel(const Rows& x, Cursor at) {
+  if (at.block >= x.count) return {0, 0};
+  const Block& b = x.blocks[at.block];
+  const std::int64_t bytes = entry_bytes(b.dtype);
+  return {reinterpret_cast<std::uintptr_t>(b.data) + static_cast<std::uintptr_t>(at.row * b.row_stride * bytes),
+          static_cast<std::uintptr_t>(b.col_stride * bytes)};
+}
+
+// pack_panel for those who bring near what they pack next: rows of one column-major block are copied and no more.
+template <typename T>
+inline void copy_panel(const Rows& x, Cursor at, std::int64_t rows, std::int64_t c0, std::int64_t n, T* panel) {
+  constexpr std::int64_t L = kLanes<T>;
+  if (rows < L || !is_column_major(x.blocks[at.block]) || x.blocks[at.block].rows - at.row < L)
+    return pack_panel(x, at, max_of(0, min_of(rows, L)), c0, n, panel);
+  const Block& b = x.blocks[at.block];
+  with_type(b.data, b.dtype, [&](auto* data) {
+    auto* p = data + at.row + c0 * b.col_stride;
+    for (std::int64_t c = 0; c < n; ++c) store(panel + c * L, load_as<T>(p + c * b.col_stride));
+  });
+}
+
+// Brings near, while kRows rows from row i of a panel on are multiplied in columns [k, k + L), their share of the next.
+template <int kRows, int L>
+inline __attribute__((always_inline)) void bring(Ahead ahead, std::int64_t i, std::int64_t k) {
+  prefetch_line<kRows>({ahead.rows + i, ahead.bytes}, k / L);
+}
+
+template <int kRows, int L>
+inline __attribute__((always_inline)) void bring(ComingPanel panel, std::int64_t i, std::int64_t k) {
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) __builtin_prefetch(reinterpret_cast<const void*>(panel.from(k + i % L + r).start));
+}
+
 // Adds the products of a panel of rows, packed as strips (kAcross) or as panels `stride` apart, with n rows of b to its
-// sums. Vector v of row k of b is at b + v * b_stride + k * L.
-template <bool kAcross, typename T>
+// sums. Vector v of row k of b is at b + v * b_stride + k * L. `coming` is what is packed next.
+template <bool kAcross, typename T, typename Coming>
 inline void multiply_panel(const T* packed, std::int64_t stride, const T* b, std::int64_t b_stride, std::int64_t n,
-                           double* sums, std::int64_t row_sums, Ahead ahead) {
+                           double* sums, std::int64_t row_sums, Coming coming) {
   constexpr int L = kLanes<T>;
   for_vectors(row_sums / L, [&](std::int64_t first, auto vectors) {
     constexpr int kVectors = decltype(vectors)::value, kRows = kRowsBeside<kVectors>;
     const T* columns = b + first * b_stride;
     for (std::int64_t i = 0; i < kPanelRows; i += kRows) {
-      const Ahead near = {ahead.rows && first == 0 ? ahead.rows + i : nullptr, ahead.bytes};
       Vec<T> sum[kRows][kVectors] = {};
-      if constexpr (kAcross) {
-        for (std::int64_t k = 0; k < n; k += L) {
-          prefetch_line<kRows>(near, k / L);
-          sum_across<T, kRows, kVectors>(packed + k / L * stride + i * L, stride, columns + k * L, b_stride,
-                                         min_of(n - k, L), sum);
-        }
-      } else {
-        sum_along<T, kRows, kVectors>(packed + i / L * stride + i % L, stride, columns, b_stride, n, sum);
+      for (std::int64_t k = 0; k < n; k += L) {
+        if (first == 0) bring<kRows, L>(coming, i, k);
+        const std::int64_t some = min_of(n - k, L);
+        if constexpr (kAcross)
+          sum_across<T, kRows, kVectors>(packed + k / L * stride + i * L, stride, columns + k * L, b_stride, some, sum);
+        else
+          sum_along<T, kRows, kVectors>(packed + i / L * stride + i % L + k * L, stride, columns + k * L, b_stride,
+                                        some, sum);
       }
       double* y = sums + i * row_sums + first * L;
 #pragma GCC unroll 16
@@ -97,15 +137,19 @@ void add_products(const Rows& x, std::int64_t first_row, std::int64_t last_row, 
     for (std::int64_t c = first; c < last; c += kSumColumns) {
       const std::int64_t n = min_of(last - c, kSumColumns);
       const std::int64_t height = min_of(last_row - i, kPanelRows);
+      const bool wraps = c + kSumColumns >= last;
       if (is_column_major(rest.blocks[0])) {
-        // columns lie one after the other: nothing to transpose, and the hardware fetches ahead
-        pack_group(x, at, height, c, n, packed);
+        // columns lie one after the other: nothing to transpose
+        Cursor from = at;
+        for (std::int64_t p = 0; p < kPanelRows; p += L, from = skip_rows(x, from, L))
+          copy_panel(x, from, height - p, c, n, packed + p * kSumColumns);
+        const ComingPanel coming =
+            wraps ? coming_panel(x, after).from(first) : coming_panel(x, at).from(c + kSumColumns);
         multiply_panel<false>(packed, kSumColumns * L, b + (c - first) * L, b_stride, n, sums + i * row_sums, row_sums,
-                              Ahead{nullptr, 0});
+                              coming);
         continue;
       }
       pack_strips(rest, at.row, height, c, n, packed, kPanelRows * L);
-      const bool wraps = c + kSumColumns >= last;
       const PanelMemory<kPanelRows>& memory = wraps ? next : here;
       const std::uintptr_t column = static_cast<std::uintptr_t>(wraps ? first : c + kSumColumns);
       std::uintptr_t rows[kPanelRows];
