@@ -48,6 +48,7 @@
 #include "sign_sums.inl"
 #include "sketch.inl"
 #include "sparse_sketch.inl"
+#include "reconstruct_lone.inl"
 #include "reconstruct.inl"
 #include "thin_tile.inl"
 #include "shared_lora_rows.inl"

@@ -8,6 +8,7 @@ struct Group {
   std::int64_t first_task;
   std::int64_t block_rows;
   bool wide;
+  bool lone;
 };
 
 // float64 sums where a matrix is float64, or where the scale is no ordinary float32.
@@ -79,6 +80,16 @@ inline void column_panel(const Matrix& a, std::int64_t columns, std::int64_t p, 
   pack_panels<T>({&turned, 1, c0 + n}, columns, p, p + 1, c0, n, panel, 0);
 }
 
+// The columns of loadings as panels.
+template <typename T>
+T* loading_panels(const ReconstructJob& job, std::int64_t panel) {
+  constexpr std::int64_t L = kLanes<T>;
+  T* panels = scratch<T>(Use::weights, (round_up(job.p, kPlaceColumns) + L - 1) / L * panel);
+  for (std::int64_t p = 0; p < (job.p + L - 1) / L; ++p)
+    column_panel(job.loadings, job.p, p, 0, job.k, panels + p * panel);
+  return panels;
+}
+
 // `loadings` [columns, k] packed as panels, times the rows of a basis block, packed as panels too, straight to out.
 template <typename T>
 void place_products(const ReconstructJob& job, const T* basis, std::int64_t panel, std::int64_t first_row,
@@ -110,6 +121,11 @@ void reconstruct_block(const ReconstructJob* jobs, const std::int64_t* order, co
   const ReconstructJob& any = jobs[order[group.first]];
   const std::int64_t rows = min_of(any.m - first_row, group.block_rows), k = any.k, panel = (k + 1) * L;
   const std::int64_t panels = (rows + L - 1) / L;
+  if (group.lone) {
+    reconstruct_lone<T>(any, loading_panels<T>(any, panel), panel, first_row, rows, streams);
+    if (streams) stream_fence();
+    return;
+  }
   T* basis = scratch<T>(Use::basis, panels * panel);
   row_panels(any.basis, k, first_row, rows, basis, panel);
   for (std::int64_t i = 0; i < group.count; ++i) {
@@ -120,16 +136,13 @@ void reconstruct_block(const ReconstructJob* jobs, const std::int64_t* order, co
               static_cast<T>(job.scale), job.out, first_row, c);
       continue;
     }
-    const std::int64_t column_panels = (round_up(job.p, kPlaceColumns) + L - 1) / L;
-    T* loadings = scratch<T>(Use::weights, column_panels * panel);
-    for (std::int64_t p = 0; p < (job.p + L - 1) / L; ++p)
-      column_panel(job.loadings, job.p, p, 0, k, loadings + p * panel);
-    place_products(job, basis, panel, first_row, rows, loadings, streams);
+    place_products(job, basis, panel, first_row, rows, loading_panels<T>(job, panel), streams);
   }
   if (streams) stream_fence();
 }
 
-// Groups of jobs and blocks of rows, of at most 192 KiB of basis and so few rows that every thread has four tasks.
+// Groups of jobs and blocks of rows, of at most 192 KiB of basis and so few rows that every thread has four tasks. A
+// lone job keeps no block of its basis: the longer its runs of rows, the better they are fetched ahead.
 inline std::int64_t make_groups(const ReconstructJob* jobs, const std::int64_t* order, std::int64_t count, int threads,
                                 Group* groups, std::int64_t* tasks) {
   constexpr std::int64_t kUnit = 2 * kTileVectors * kLanes<float>;
@@ -140,14 +153,15 @@ inline std::int64_t make_groups(const ReconstructJob* jobs, const std::int64_t* 
       ++groups[found - 1].count;
       continue;
     }
-    groups[found++] = {i, 1, 0, 0, needs_double(job)};
+    groups[found++] = {i, 1, 0, 0, needs_double(job), false};
     all_rows += job.m;
   }
   *tasks = 0;
   for (std::int64_t g = 0; g < found; ++g) {
     const ReconstructJob& job = jobs[order[groups[g].first]];
-    const std::int64_t fit = (std::int64_t{192} << 10) / (4 * (job.k + 1));
-    const std::int64_t rows = min_of(min_of(fit, 1024), all_rows / (4 * threads));
+    groups[g].lone = groups[g].count == 1 && is_lone(job, groups[g].wide ? kLanes<double> : kLanes<float>);
+    const std::int64_t fit = min_of(1024, (std::int64_t{192} << 10) / (4 * (job.k + 1)));
+    const std::int64_t rows = min_of(groups[g].lone ? 2048 + kUnit : fit, all_rows / (4 * threads));
     groups[g].block_rows = max_of(kUnit, rows / kUnit * kUnit);
     groups[g].first_task = *tasks;
     *tasks += (job.m + groups[g].block_rows - 1) / groups[g].block_rows;

@@ -19,7 +19,7 @@ struct Tile {
   std::int64_t vector_step;
   std::int64_t column_step;
   std::int64_t rows;
-  std::int64_t columns;  // at most kPlaceColumns
+  std::int64_t columns;
   bool streams = false;  // past the caches
 };
 

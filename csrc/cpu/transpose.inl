@@ -34,5 +34,17 @@ inline __attribute__((always_inline)) void transpose(V (&rows)[N]) {
   transpose_steps<N / 2>(rows);
 }
 
+// The same for kLanes<T> vectors that follow each other in memory.
+template <typename T>
+inline void transpose_square(T* square) {
+  constexpr int L = kLanes<T>;
+  Vec<T> v[L];
+  LORASPAN_UNROLL
+  for (int i = 0; i < L; ++i) v[i] = load(static_cast<const T*>(square) + i * L);
+  transpose(v);
+  LORASPAN_UNROLL
+  for (int i = 0; i < L; ++i) store(square + i * L, v[i]);
+}
+
 }  // namespace LORASPAN_ISA
 }  // namespace loraspan

@@ -18,9 +18,9 @@ struct Case {
 };
 
 // [m, k, p]
-constexpr std::int64_t kSizes[][3] = {{1, 1, 1},    {0, 2, 3},     {3, 0, 2},     {3, 2, 0},
-                                      {5, 3, 7},    {16, 16, 16},  {17, 33, 1},   {65, 5, 48},
-                                      {64, 32, 17}, {129, 64, 65}, {1031, 17, 4}, {1, 64, 300}};
+constexpr std::int64_t kSizes[][3] = {{1, 1, 1},     {0, 2, 3},    {3, 0, 2},     {3, 2, 0},    {5, 3, 7},
+                                      {16, 16, 16},  {17, 33, 1},  {65, 5, 48},   {64, 32, 17}, {129, 64, 65},
+                                      {1031, 17, 4}, {1, 64, 300}, {2200, 33, 14}};
 
 std::vector<Case> make_cases(Dtype basis, Dtype loadings, int turn, Random& random) {
   const auto layout = [&](int shift) { return static_cast<Layout>((turn + shift) % kLayouts); };

@@ -218,12 +218,15 @@ def seen(matrix: Tensor | Packed) -> tuple[int, int, torch.device | None, tuple[
     if isinstance(matrix, Packed):
         rows, columns = shape_of(matrix)
         return (rows, columns, None, matrix.fields) if matrix.codes.is_cpu else (rows, columns, matrix.device, NOWHERE)
-    if matrix.ndim != 2 or matrix.dtype not in _native.DTYPE_CODES:
+    code, strides = _native.DTYPE_CODES.get(matrix.dtype), matrix.stride()
+    if code is None or len(strides) != 2:
         return None
     rows, columns = matrix.shape
-    if matrix.is_cpu:
-        return rows, columns, None, _native.matrix_fields(matrix)
-    return rows, columns, matrix.device, NOWHERE
+    if not matrix.is_cpu:
+        return rows, columns, matrix.device, NOWHERE
+    row, column = strides
+    # as _native.matrix_fields says it, which asks once more: this is done for every tensor of thousands of pieces
+    return rows, columns, None, (matrix.data_ptr() or matrix.element_size(), row, column, code)
 
 
 def unpacked(matrix: Tensor | Packed) -> Tensor:

@@ -131,16 +131,19 @@ def reconstruct_many(pieces: Sequence[Piece], *, backend: str | None = None) -> 
 class _Checked(list[Piece]):
     """Pieces that fit, with what the compiled core reads of each, and a device that some are on, if not the CPU.
 
-    Tensors are asked but once: those of many tasks lie far apart in memory, where asking is a wait.
+    Tensors are asked but once: those of many tasks lie far apart in memory, where asking is a wait. So is a basis that
+    many pieces share.
     """
 
     def __init__(self, pieces: Sequence[Piece]) -> None:
         super().__init__(pieces)
         self.rows: list[tuple[int, ...]] = []
         self.device: torch.device | None = None
-        for piece in pieces:
+        bases: dict[int, Any] = {}
+        for piece in self:
             basis, loadings, out, _ = piece
-            left, target = seen(basis), seen(out)
+            left = bases.get(id(basis)) or bases.setdefault(id(basis), seen(basis))
+            target = seen(out)
             right = left if loadings is None else seen(loadings)
             if left is None or right is None or target is None:
                 raise _misfit(piece)
