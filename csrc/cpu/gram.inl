@@ -128,7 +128,10 @@ inline void gram_narrow(const Job* jobs, std::int64_t count, int threads) {
       [&](std::int64_t job, std::int64_t first, std::int64_t last, double* sums) {
         const auto& x = jobs[job].x;
         const std::int64_t rows = row_count(x), width = gram_slab_columns(rows, x.columns);
-        dot_slabs<T>(x, rows, width, first, last, sums);
+        if (has_few_rows_in_columns<T>(x))
+          column_slabs(x, width, first, last, sums);
+        else
+          dot_slabs<T>(x, rows, width, first, last, sums);
       },
       [&](std::int64_t job, std::int64_t slabs, const double* sums, std::int64_t part, std::int64_t parts) {
         const std::int64_t rows = row_count(jobs[job].x);

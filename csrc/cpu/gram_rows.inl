@@ -170,6 +170,11 @@ inline void dot_slabs(const X& x, std::int64_t rows, std::int64_t width, std::in
   }
 }
 
+// Where a tile has its entry (r, c).
+inline std::int64_t dot_place(std::int64_t r, std::int64_t c) {
+  return c / kDotVectors * kDotVectors * kDotRows + r * kDotVectors + c % kDotVectors;
+}
+
 // Adds the tiles of all slabs, `stride` apart, in order and writes a share of the rows, and the columns that are their
 // mirror image.
 inline void finish_dots(std::int64_t rows, std::int64_t slabs, const double* tiles, std::int64_t stride,
@@ -188,8 +193,7 @@ inline void finish_dots(std::int64_t rows, std::int64_t slabs, const double* til
       for (std::int64_t r = 0; r < min_of(kDotRows, rows - i * kDotRows); ++r)
         for (std::int64_t c = 0; c < min_of(kDotRows, rows - j * kDotRows); ++c) {
           const std::int64_t row = i * kDotRows + r, column = j * kDotRows + c;
-          out[row * rows + column] = out[column * rows + row] =
-              total[c / kDotVectors * kDotVectors * kDotRows + r * kDotVectors + c % kDotVectors];
+          out[row * rows + column] = out[column * rows + row] = total[dot_place(r, c)];
         }
     }
 }

@@ -49,8 +49,9 @@ inline const std::vector<Shape>& small_shapes() {
 
 // Past a tile, a panel, a float32 sum and a slab of columns in every way, by one and by more.
 inline const std::vector<Shape>& large_shapes() {
-  static const std::vector<Shape> shapes = {{{17, 15, 1, 16}, 257}, {{48}, 128}, {{33, 64, 0, 3}, 127},
-                                            {{100, 31}, 140},       {{7}, 4227}, {{1, 2, 5}, 8193}};
+  static const std::vector<Shape> shapes = {
+      {{17, 15, 1, 16}, 257}, {{48}, 128}, {{33, 64, 0, 3}, 127}, {{100, 31}, 140}, {{7}, 4227},
+      {{1, 2, 5}, 8193},      {{8}, 130},  {{16}, 8195}};
   return shapes;
 }
 

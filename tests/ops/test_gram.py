@@ -54,6 +54,14 @@ def test_reads_any_storage(backend, kind, layout):
     check(backend, blocks(1, [3, 17, 9], 131, kind, layout))
 
 
+# columns that lie along memory, of a tile's rows or two: below, at and past a sum, and past a slab
+@pytest.mark.parametrize("kind", ["f16", "bf16", "f32", "f64"])
+@pytest.mark.parametrize("d", [1, 127, 128, 130, 8209])
+@pytest.mark.parametrize("rows", [4, 8, 12, 16, 32])
+def test_few_rows_in_columns(backend, rows, d, kind):
+    check(backend, blocks(4, [rows], d, kind, "column-major"))
+
+
 @pytest.mark.parametrize("kind", ["f16", "mixed"])
 def test_past_every_tile(backend, kind):
     check(backend, blocks(2, [130, 17], 515, kind))

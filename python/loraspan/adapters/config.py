@@ -13,6 +13,8 @@ from loraspan.adapters.strict_json import parse_object
 from loraspan.errors import FormatError, UnsupportedError
 
 MAX_CONFIG_BYTES = 4_000_000
+# room for the most would be asked for, and given back, for every file
+_USUAL_BYTES = 1 << 16
 
 _NUMBER = (int, float)
 # what each field that is understood may hold, where it is not null
@@ -91,7 +93,9 @@ def read_config(path: str) -> Config:
     """
     try:
         with open_regular(path) as file:
-            raw = file.read(MAX_CONFIG_BYTES + 1)
+            raw = file.read(_USUAL_BYTES)
+            if len(raw) == _USUAL_BYTES:
+                raw += file.read(MAX_CONFIG_BYTES + 1 - _USUAL_BYTES)
     except (OSError, ValueError) as error:
         raise FormatError(f"{path}: a PEFT adapter needs its adapter_config.json; it cannot be read: {error}") from None
     if len(raw) > MAX_CONFIG_BYTES:

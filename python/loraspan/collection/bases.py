@@ -124,7 +124,7 @@ def shared_cores(out: Basis, inn: Basis, scales: Tensor, squares: Tensor, width:
     """
     scale = scales[:, None, None]
     b = _solve(out.gram, out.products)  # [T, r, k_out]
-    a = _solve(inn.gram, inn.products) * scale  # [T, r, k_in]
+    a = _solve(inn.gram, inn.products).mul_(scale)  # [T, r, k_in]
     left, right, present = _canonical(b, a)
     k_out, k_in = b.shape[2], a.shape[2]
     columns = int(present.sum())
@@ -137,8 +137,8 @@ def shared_cores(out: Basis, inn: Basis, scales: Tensor, squares: Tensor, width:
         part, x, y = _factored(left, right, present, width)
         y_gram, y_seen = product(product(y, inn.gram), y.mT), product(y, inn.products.mT)
     # |dW|^2 + tr(C^T M_U C M_V) - 2 tr(C^T T), with C = x^T y and T = U^T dW V
-    held = (product(product(x, out.gram), x.mT) * y_gram).sum((-1, -2))
-    seen = (product(x, out.products.mT) * y_seen).sum((-1, -2)) * scales
+    held = product(product(x, out.gram), x.mT).mul_(y_gram).sum((-1, -2))
+    seen = product(x, out.products.mT).mul_(y_seen).sum((-1, -2)) * scales
     return SharedCores(part, x, y, (squares + (held - 2 * seen)).clamp(min=0))
 
 

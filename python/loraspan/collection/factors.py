@@ -176,8 +176,9 @@ def _slot_factors(
 ) -> SlotFactors:
     up, down = grams
     for name, gram in (("up", up), ("down", down)):
-        if not gram.isfinite().all():
-            finite = gram.isfinite().all(-1).all(-1)
+        # what is not finite shows in the square of its own row
+        finite = gram.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)
+        if not finite.all():
             raise NotFiniteError(
                 f"{_which(adapters[members[int((~finite).nonzero()[0])]])}: the factor {name!r} "
                 f"(lora_{'B' if name == 'up' else 'A'}) of slot {path!r} holds a NaN or an infinity; "

@@ -229,8 +229,8 @@ def fit_shared(slot: SlotFactors, squares: Tensor, goal: Goal, widths: Widths) -
     precision = "f64" if fine else "f32"
     with held([side.x for side in sides]):
         ranges, ranks = _choose_ranks(slot, sides, goal, precision)
-        left, right = (side.pad(found.xv) for side, found in zip(sides, ranges, strict=True))
-        turns = refine_products(left * (weights * slot.scales)[:, None, None], right, *ranks, goal.refine)
+        seen = [side.pad(found.xv) for side, found in zip(sides, ranges, strict=True)]
+        turns = refine_products(seen[0] * (weights * slot.scales)[:, None, None], seen[1], *ranks, goal.refine)
         made = turned_cores(slot, squares[members], sides, ranges, turns, widths)
         if made is None:
             out, inn = (

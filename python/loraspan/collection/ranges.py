@@ -49,15 +49,23 @@ class Range(NamedTuple):
 
     Attributes:
         energies: ``[l]``, descending: squared singular values of the weighted rows.
-        w: ``[R, l]``, float64: the directions as combinations of the factors.
+        combined: ``[R, l]``, float64: the directions as combinations of the factors; None where ``formed`` tells.
         xv: ``[R, l]``, float64: the factors times the directions, ``X X^T w``.
         formed: the directions themselves, where they were asked for and a float32 pass has made them.
     """
 
     energies: Tensor
-    w: Tensor
+    combined: Tensor | None
     xv: Tensor
     formed: Formed | None = None
+
+    @property
+    def w(self) -> Tensor:
+        """``combined``, made where it is not there: hardly anyone asks for it then."""
+        if self.formed is not None:
+            return product(self.formed.w, self.formed.turn)
+        assert self.combined is not None
+        return self.combined
 
 
 def find_range(stack: Stack, width: int, *, precision: str, seed: int, form: bool = False) -> Range:
@@ -134,8 +142,9 @@ def _by_sketch(stack: Stack, width: int, precision: str, seed: int, form: bool) 
     values, vectors = eigh(held)
     kept = _resolved(values, precision)
     values, turn = values[:kept], vectors[:, :kept] * values[:kept].rsqrt()
-    formed = None if v is None else Formed(w, v, image, held.diagonal().sqrt(), turn)
-    return Range(values, product(w, turn), product(image, turn), formed)
+    if v is None:
+        return Range(values, product(w, turn), product(image, turn))
+    return Range(values, None, product(image, turn), Formed(w, v, image, held.diagonal().sqrt(), turn))
 
 
 def _by_power(stack: Stack, width: int, precision: str, seed: int) -> Tensor:

@@ -38,7 +38,7 @@ from loraspan.collection.rows import Widths
 from loraspan.collection.stack import Stack
 from loraspan.ops import gram, reconstruct
 from loraspan.ops.places import fetched
-from loraspan.ops.product import product
+from loraspan.ops.product import inner, product
 
 _UNIT = 2.0**-24
 # As above: errors of Y and of one addition, the columns that float32 sums of P run over, and what either may come to.
@@ -98,18 +98,20 @@ def _turn(side: Stack, formed: Formed, turn: Tensor, squares: Tensor) -> _Turned
     wide = narrow.double()
     basis = Basis(v, side.pad(product(formed.xv, wide)), gram([v.T], precision="f64"))
     energies, turned = formed.lengths.square(), wide.square()
-    rounded = energies + _OF_BASIS**2 * (formed.w.square() * squares).sum(0)
+    rounded = energies + _OF_BASIS**2 * inner(squares, formed.w.square())
     fourth, peak = _concentration(fetched(formed.v), formed.lengths)
-    entries = _SUMMED / 2 * squares * (fourth * energies) + _SUMMED / 3 * peak * formed.xv.square()
-    products_off = side.pad((_UNIT * _OF_ADDITION) ** 2 * product(entries, turned))
-    return _Turned(basis, _UNIT**2 * (rounded @ turned), products_off)
+    unit = (_UNIT * _OF_ADDITION) ** 2
+    products_off = product(formed.xv.square(), (unit * _SUMMED / 3 * peak)[:, None] * turned)
+    products_off.addr_(squares[:, 0], unit * _SUMMED / 2 * (fourth * energies) @ turned)
+    return _Turned(basis, _UNIT**2 * (rounded @ turned)[0], side.pad(products_off))
 
 
 def _concentration(y: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """Give ``f`` and ``p`` of the columns of ``y [d, m]``: see above."""
     shares = (y * torch.where(lengths > 0, 1 / lengths, 0.0).float()).square_()
-    blocks = torch.nn.functional.pad(shares, (0, 0, 0, -len(shares) % _SUMMED)).view(-1, _SUMMED, shares.shape[1])
-    peaks = blocks.sum(1).amax(0)
+    blocks = len(shares) // _SUMMED
+    whole, rest = shares[: blocks * _SUMMED], shares[blocks * _SUMMED :]
+    peaks = torch.cat([whole.view(blocks, _SUMMED, shares.shape[1]).sum(1), rest.sum(0, keepdim=True)]).amax(0)
     return shares.square_().sum(0).double(), peaks.double()
 
 
@@ -117,16 +119,17 @@ def _carries(slot: SlotFactors, squares: Tensor, out: _Turned, inn: _Turned, sha
     """Say whether float32 is good enough for every task."""
     left, right = shared.left, shared.right
     b, a = out.basis.products, inn.basis.products
-    noisy_b, noisy_a = (side.products_off * slot.scales.square()[:, None, None] for side in (out, inn))
+    scales = slot.scales.square()
     # the derivatives of half the error by the products of either side
     by_b = product(a if right is None else product(a, right.mT), left)
     by_a = product(b, left.mT) if right is None else product(product(b, left.mT), right)
-    noise = (noisy_b * by_b.square() + noisy_a * by_a.square()).sum((1, 2))
+    noise = scales * (by_b.square_().mul_(out.products_off) + by_a.square_().mul_(inn.products_off)).sum((1, 2))
     # what a core has along each direction: its left rows are orthogonal, its right ones orthonormal
-    sizes = left.square().sum(2, keepdim=True)
-    off = left.square().sum(1) @ out.off
-    off += (sizes.squeeze(2) if right is None else (sizes * right.square()).sum(1)) @ inn.off
-    off += (noisy_b.sum(2) * a.square().sum(2) + noisy_a.sum(2) * b.square().sum(2)).sum(1)
+    along = left.square()
+    sizes = along.sum(2, keepdim=True)
+    off = along.sum(1) @ out.off
+    off += (sizes.squeeze(2) if right is None else right.square().mul_(sizes).sum(1)) @ inn.off
+    off += scales * (out.products_off.sum(2) * a.square().sum(2) + inn.products_off.sum(2) * b.square().sum(2)).sum(1)
     fine = off <= _OFF**2 * slot.squares
     # with sums over slots on both sides it is what is said above, of a task
     fine &= _DEVIATIONS * noise.sqrt() <= _ERROR_OFF * (shared.squares * squares).sqrt()

@@ -8,6 +8,7 @@ from pathlib import Path
 from loraspan import store
 from loraspan.collection.collection import Collection
 from loraspan.store.publish import UnsyncedError
+from loraspan.store.transaction import save_and_open
 
 # names of tasks that a note tells one by one
 _NAMED = 3
@@ -20,7 +21,7 @@ def save(
 ) -> tuple[store.Opened, UnsyncedError | None]:
     """Write a collection; give what is on disk then and, where that may not last, the error that is to be told."""
     try:
-        return store.open_at(folder, store.save(collection, folder, overwrite=overwrite, note=note)), None
+        return save_and_open(collection, folder, overwrite=overwrite, note=note), None
     except UnsyncedError as error:
         if error.opened is None:
             raise

@@ -54,7 +54,9 @@ class Drafts:
                     written.append(self._done(waiting.popleft()))
                 buffers, path = _buffers(kind, named()), self._draft()
                 size = sum(map(len, buffers))
-                waiting.append(_Job(kind, path, size, pool.submit(_hash, buffers), pool.submit(_write, path, buffers)))
+                # written first: the disk is at work while others are hashed
+                done = pool.submit(_write, path, buffers)
+                waiting.append(_Job(kind, path, size, pool.submit(_hash, buffers), done))
                 del buffers
             written += [self._done(job) for job in waiting]
         return written

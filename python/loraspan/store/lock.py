@@ -6,14 +6,12 @@ import contextlib
 import errno
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from filelock import BaseFileLock, FileLock, Timeout
 
 from loraspan.errors import StoreError
 from loraspan.store import files
 from loraspan.store.format import LOCK
-
-if TYPE_CHECKING:
-    from filelock import BaseFileLock
 
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 
@@ -25,8 +23,6 @@ def locked(folder: Path, timeout: float, name: str = LOCK) -> Iterator[None]:
     Raises:
         StoreError: if somebody else has held it for ``timeout`` seconds, or the file system has no locks.
     """
-    from filelock import Timeout
-
     path = folder / name
     # made here, so that its mode follows the umask and whoever may write to the folder may lock it
     with contextlib.suppress(FileExistsError):
@@ -53,8 +49,6 @@ def locked(folder: Path, timeout: float, name: str = LOCK) -> Iterator[None]:
 
 def lock_on(path: Path) -> BaseFileLock:
     """Give a lock on a file that goes with the process that holds it, or an error where there is none."""
-    from filelock import FileLock
-
     try:
         # a lock that is a file outlasts its process
         return FileLock(path, fallback_to_soft=False)

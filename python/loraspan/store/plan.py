@@ -88,7 +88,8 @@ def forecast(opened: Opened, collection: Collection) -> int:
 def all_new(collection: Collection, memory: int = MEMORY) -> Plan:
     """Write everything: a file a segment, or less where there are many, each joined within ``memory``."""
     parts = [Part((segment,), None) for segment in collection.segments]
-    return Plan(None, tuple(_joined(parts, 0, memory)), frozenset(), None)
+    names = frozenset(task.name for task in collection.tasks)
+    return Plan(None, tuple(_joined(parts, 0, memory)), names, None)
 
 
 def _joined(parts: list[Part], standing: int, memory: int) -> list[Part]:

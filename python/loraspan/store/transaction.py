@@ -68,13 +68,29 @@ def save(
         ...     [save(Collection({}), folder, overwrite=again) for again in (False, True)]
         [1, 2]
     """
+    return save_and_open(
+        collection, path, overwrite=overwrite, parent=parent, timeout=timeout, note=note, memory=memory
+    ).generation
+
+
+def save_and_open(
+    collection: Collection,
+    path: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    parent: int | None = None,
+    timeout: float = 30.0,
+    note: str = "",
+    memory: int = MEMORY,
+) -> Opened:
+    """Do what :func:`save` does, and give the new generation as :func:`commit` does."""
     folder = Path(path)
     check_note("save", note)
     check(collection)
     seen = standing(folder, overwrite)
     if parent is not None and parent != seen:
         raise StoreError(f"{folder}: at generation {seen}, not {parent}: open it again and repeat the change")
-    return _write(folder, seen, collection, all_new(collection, memory), note, timeout).generation
+    return _write(folder, seen, collection, all_new(collection, memory), note, timeout)
 
 
 @cpu_by_default
