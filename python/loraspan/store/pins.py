@@ -8,6 +8,8 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from filelock import Timeout
+
 from loraspan.errors import StoreError
 from loraspan.store import files
 from loraspan.store.format import PIN, PIN_FILE, PINS, DamagedError, manifest_name
@@ -76,8 +78,6 @@ def pin(path: str | os.PathLike[str], generation: int | None = None, *, timeout:
 
 def pinned(folder: Path, *, clean: bool) -> set[int]:
     """Give the generations that readers hold, and, with ``clean``, remove the pins of those that have ended."""
-    from filelock import Timeout
-
     held: set[int] = set()
     for entry in sorted(folder.iterdir()):
         match = PIN_FILE.fullmatch(entry.name)
