@@ -152,8 +152,9 @@ void add_products(const Rows& x, std::int64_t first_row, std::int64_t last_row, 
       pack_strips(rest, at.row, height, c, n, packed, kPanelRows * L);
       const PanelMemory<kPanelRows>& memory = wraps ? next : here;
       const std::uintptr_t column = static_cast<std::uintptr_t>(wraps ? first : c + kSumColumns);
+      // where a row begins within a line, that line is the end of what was packed before
       std::uintptr_t rows[kPanelRows];
-      for (int r = 0; r < kPanelRows; ++r) rows[r] = memory.start[r] + column * memory.step[r];
+      for (int r = 0; r < kPanelRows; ++r) rows[r] = memory.start[r] + column * memory.step[r] + 63;
       const Ahead ahead = {rows, kSumColumns * entry_bytes(rest.blocks[0].dtype)};
       multiply_panel<true>(packed, kPanelRows * L, b + (c - first) * L, b_stride, n, sums + i * row_sums, row_sums,
                            ahead);
