@@ -9,6 +9,7 @@ from peft.utils.other import get_pattern_key
 
 from adapters import folders
 from loraspan.adapters import peft
+from loraspan.adapters.config import read_config
 from loraspan.adapters.scales import Patterns, Scales
 from loraspan.errors import FormatError, UnsupportedError
 
@@ -60,6 +61,15 @@ BAD = {
     "large": (b" " * 5_000_000 + b"{}", "bytes"),
     "two-ranks": (config(r=3), "rank 3"),
 }
+
+
+@pytest.mark.parametrize("size", [(1 << 16) - 1, 1 << 16, (1 << 16) + 1, 3_000_000])
+def test_a_long_configuration_is_read_to_its_end(tmp_path, size):
+    short = folders.write(tmp_path / "short", config=config())
+    raw = json.dumps(config()).encode()
+    long = folders.write(tmp_path / "long", config=b" " * (size - len(raw)) + raw)
+    found, told = (read_config(str(folder / "adapter_config.json")).fields for folder in (long, short))
+    assert found == told
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -10,6 +10,7 @@ from loraspan import store
 from loraspan.collection.collection import Collection
 from loraspan.errors import ArgumentError, StoreError
 from loraspan.store import files
+from loraspan.store.transaction import save_and_open
 from store.crash import Crash, Disk
 from store.samples import ODD_EXTRAS, assert_same, collection, files_named, listing
 
@@ -19,6 +20,16 @@ OLD, NEW = collection(1, extras=ODD_EXTRAS), collection(2, tasks=6, dtype=torch.
 def published(folder):
     """The names of a folder that are part of one of its generations."""
     return [name for name in listing(folder) if not name.startswith(".")]
+
+
+def test_saving_gives_what_opening_does(tmp_path):
+    found = save_and_open(OLD, tmp_path / "team.span")
+    opened = store.open_at(tmp_path / "team.span")
+    assert_same(found.collection, opened.collection)
+    for field in ("folder", "generation", "basis", "segments", "names"):
+        assert getattr(found, field) == getattr(opened, field)
+    # a change goes on from it: of what stands, nothing is written again
+    assert store.commit(found, found.collection).basis == opened.basis
 
 
 def test_generations(tmp_path):
