@@ -31,7 +31,8 @@ MAY_IMPORT = {
     "triton_ops": GLUE,
     "ops": KERNELS,
     "linalg": {"ops", *LEAVES},
-    "adapters": {"errors"},
+    # files are mapped by the core
+    "adapters": {"_native", "errors"},
     "collection": {"linalg", "ops", "adapters.base", *LEAVES},
     "store": {"adapters", *BELOW_STORE},
     "serve": {"adapters", *BELOW_STORE},

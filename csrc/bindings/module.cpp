@@ -159,4 +159,5 @@ PYBIND11_MODULE(_core, m) {
       "want_huge_pages", [](std::int64_t data, std::int64_t bytes) { want_huge_pages(address<void>(data), bytes); },
       py::arg("data"), py::arg("bytes"));
   bind_small(m);
+  bind_mapping(m);
 }

@@ -65,4 +65,7 @@ Rows read_rows(const std::vector<Block>& blocks, const Field& field) {
 // What works on single matrices, rows and numbers, beside the operators over blocks.
 void bind_small(py::module_& m);
 
+// A file in memory.
+void bind_mapping(py::module_& m);
+
 }  // namespace loraspan::bindings

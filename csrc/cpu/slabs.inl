@@ -13,6 +13,8 @@ struct Slabs {
 // Memory for sums that one wave of jobs may take.
 constexpr std::int64_t kWaveBytes = std::int64_t{64} << 20;
 constexpr std::int64_t kFinishParts = 8;
+// So many sums are half of a second cache.
+constexpr std::int64_t kNearSums = std::int64_t{1} << 16;
 
 inline std::int64_t slab_columns(std::int64_t columns, std::int64_t least, std::int64_t most_slabs) {
   return round_up(max_of(least, (columns + most_slabs - 1) / most_slabs), 512);
@@ -66,12 +68,37 @@ inline Wave plan_wave(Slabs* plan, std::int64_t begin, std::int64_t count, int t
   return wave;
 }
 
+// The jobs one after another by one thread: the sums of a few slabs are added as soon as they are there, and stay near.
+template <typename Run, typename Finish>
+inline void run_alone(const Slabs* plan, std::int64_t count, const Run& run, const Finish& finish) {
+  for (std::int64_t job = 0; job < count; ++job) {
+    const std::int64_t slabs = plan[job].count, entries = plan[job].sums;
+    const std::int64_t some = min_of(slabs, max_of(1, kNearSums / max_of(entries, 1)));
+    double* sums = scratch<double>(Use::tile, some * entries);
+    if (some == slabs) {
+      run(job, 0, slabs, sums);
+      finish(job, slabs, sums, 0, 1);
+      continue;
+    }
+    double* all = scratch<double>(Use::sums, entries);
+    for (std::int64_t i = 0; i < entries; ++i) all[i] = 0;
+    for (std::int64_t first = 0, last; first < slabs; first = last) {
+      last = min_of(slabs, first + some);
+      run(job, first, last, sums);
+      for (std::int64_t slab = 0; slab < last - first; ++slab)
+        for (std::int64_t i = 0; i < entries; ++i) all[i] += sums[slab * entries + i];
+    }
+    finish(job, 1, all, 0, 1);
+  }
+}
+
 // run(job, first, last, sums) writes the sums of slabs [first, last), one after the other; finish(job, slabs, sums,
 // part, parts) adds the slabs of a job, in order, and writes its share of the results.
 template <typename Size, typename Run, typename Finish>
 inline void run_slabs(std::int64_t count, int threads, const Size& size, const Run& run, const Finish& finish) {
   Slabs* plan = scratch<Slabs>(Use::plan, count);
   for (std::int64_t job = 0; job < count; ++job) plan[job] = size(job);
+  if (threads == 1) return run_alone(plan, count, run, finish);
   Wave wave;
   for (std::int64_t begin = 0; begin < count; begin = wave.end) {
     wave = plan_wave(plan, begin, count, threads);

@@ -44,6 +44,18 @@ def in_huge_pages(result: Tensor) -> Tensor:
     return result
 
 
+def map_file(descriptor: int, size: int) -> Tensor:
+    """Give the ``size`` bytes of an open file as uint8 ``[size]``, mapped; the file may then be closed.
+
+    When its last view goes, the pages of a large file are given up by a thread of the core's own, and nobody waits for
+    it. Writing into one changes this process's copy of its pages and never the file.
+
+    Raises:
+        OSError: if there is no room for it.
+    """
+    return torch.frombuffer(_core.Mapping(descriptor, size), dtype=torch.uint8)
+
+
 def backends(run: Callable[..., T], refuses: Callable[..., str | None]) -> list[Backend[Callable[..., T]]]:
     """Give ``cpu`` (the widest instruction set here) and one backend per set by name, such as ``cpu:avx2``.
 

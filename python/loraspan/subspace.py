@@ -192,6 +192,8 @@ def _at_once(
         if not adapters:
             raise nobody_left(aside) from None
         collection, plans = fit_with_plans(adapters, goal, progress, place)
+    # their files are unmapped beside what follows
+    del adapters
     collection, nbytes = summarized(collection)
     return Subspace(replace(collection, fitted=nbytes), plans=plans, aside=aside)
 

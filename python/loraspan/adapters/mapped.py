@@ -5,15 +5,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-import stat
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from loraspan._native import map_file
 from loraspan.adapters.header import DTYPES, Header, header_bytes, parse_header
 from loraspan.adapters.regular import open_regular
-from loraspan.errors import FormatError
+from loraspan.errors import FormatError, StoreError
 
 # bytes of the largest items
 _WIDEST = 8
@@ -80,18 +79,20 @@ def file_sha256(path: str) -> str:
 
 def _map(path: str) -> Tensor:
     try:
-        status = os.stat(path)  # noqa: PTH116
+        file = open_regular(path)
+    except StoreError:
+        raise FormatError(f"{path}: needs a regular file") from None
     except (OSError, ValueError) as error:
         raise FormatError(f"{path}: cannot be opened: {error}") from None
-    if not stat.S_ISREG(status.st_mode):
-        raise FormatError(f"{path}: needs a regular file")
-    if status.st_size == 0:
-        raise FormatError(f"{path}: needs a safetensors file; it is empty")
-    try:
-        # Python's mmap keeps a descriptor open for each file: thousands of adapters would run out of them
-        return torch.from_file(path, shared=False, size=status.st_size, dtype=torch.uint8)
-    except RuntimeError as error:
-        raise FormatError(f"{path}: cannot be mapped: {str(error).splitlines()[0]}") from None
+    with file:
+        size = os.fstat(file.fileno()).st_size
+        if size == 0:
+            raise FormatError(f"{path}: needs a safetensors file; it is empty")
+        try:
+            # Python's mmap keeps a descriptor open for each file: thousands of adapters would run out of them
+            return map_file(file.fileno(), size)
+        except OSError as error:
+            raise FormatError(f"{path}: cannot be mapped: {error.strerror}") from None
 
 
 def _views(whole: Tensor, header: Header, start: int) -> dict[str, Tensor]:
