@@ -130,7 +130,8 @@ def _watch(child: subprocess.Popen[bytes]) -> tuple[dict[str, dict[str, Any]], i
     """Read the child's events until it ends, sampling its anonymous memory between "ready" and "done"."""
     events: dict[str, dict[str, Any]] = {}
     peak = 0
-    status = Path(f"/proc/{child.pid}/status")
+    # kept open: to look is to take a processor from the child
+    status = os.open(f"/proc/{child.pid}/status", os.O_RDONLY)
     assert child.stdout is not None
     while True:
         readable, _, _ = select.select([child.stdout], [], [], SAMPLE_SECONDS)
@@ -143,13 +144,13 @@ def _watch(child: subprocess.Popen[bytes]) -> tuple[dict[str, dict[str, Any]], i
                 events[event["event"]] = event
         if "ready" in events and "done" not in events:
             peak = max(peak, _anonymous(status))
+    os.close(status)
     child.wait()
     return events, peak
 
 
-def _anonymous(status: Path) -> int:
+def _anonymous(status: int) -> int:
     with contextlib.suppress(OSError):
-        for line in status.read_bytes().splitlines():
-            if line.startswith(b"RssAnon:"):
-                return 1024 * int(line.split()[1])
+        _, found, after = os.pread(status, 1 << 16, 0).partition(b"RssAnon:")
+        return 1024 * int(after.split(maxsplit=1)[0]) if found else 0
     return 0

@@ -62,6 +62,10 @@ class Unmapper {
         pages = waiting_.back();
         waiting_.pop_back();
       }
+#ifdef __linux__
+      // first without the lock of the whole address space, which others ask for to begin threads and to get memory
+      madvise(pages.data, pages.bytes, MADV_DONTNEED);
+#endif
       munmap(pages.data, pages.bytes);
     }
   }

@@ -102,7 +102,7 @@ def test_one_round_and_two_find_the_same_range(monkeypatch):
     assert not rows_weighed
     monkeypatch.setattr(ranges, "_DEFECT", -1.0)
     two = find_range(stack, WIDTH, precision="f32", seed=3)
-    assert len(rows_weighed) == 1 + ranges._STEPS
+    assert len(rows_weighed) == 1 + len(ranges._STEPS)
     # what is left of orthonormality in one round, for each
     torch.testing.assert_close(one.energies, two.energies, rtol=2e-7, atol=0)
 

@@ -20,8 +20,9 @@ from loraspan.ops.stream import held
 _FLOOR = {"f32": 1e-7, "f64": 1e-15}
 # What one multiply-add of the sketch costs against one of the Gram, measured: its tiles are narrower.
 _SKETCH_COST = 1.3
-# A wide sketch is so many times as wide as the range, and takes so many power steps.
-_WIDER, _STEPS = 8, 2
+# A wide sketch is so many times as wide as the range. Power steps take these shares of its columns: what the first
+# leaves out comes with the second.
+_WIDER, _STEPS = 8, (1 / 2, 1)
 # How far from orthonormal directions may be that only float32 passes follow on.
 _ROUNDOFF, _DEFECT = 2.0**-53, 1e-8
 
@@ -159,8 +160,9 @@ def _by_wide_sketch(stack: Stack, width: int, seed: int) -> Tensor:
     """
     y = sparse_sketch(stack.x, _WIDER * width, seed=seed)
     w = _orthonormal(stack, y.view(-1, _WIDER, width).sum(1).double(), "f32")
-    for _ in range(_STEPS):
-        w = _orthonormal(stack, power(y, w, precision="f32"), "f32")
+    for share in _STEPS:
+        some = y[:, : int(share * y.shape[1])]
+        w = _orthonormal(stack, power(some, w, precision="f32"), "f32")
     return w
 
 
