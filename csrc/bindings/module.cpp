@@ -68,12 +68,14 @@ void power(const Table& block_table, const Table& job_table, Precision precision
   kernels.power(jobs.data(), static_cast<std::int64_t>(jobs.size()), precision, threads);
 }
 
-void reconstruct(const Table& job_table, const std::vector<double>& scales, int threads, const std::string& isa) {
+void reconstruct(const Table& job_table, const py::array_t<double>& scale_table, int threads, const std::string& isa) {
   const Kernels& kernels = kernels_named(isa);
-  std::size_t next = 0;
+  const auto scales = scale_table.unchecked<1>();
+  if (scales.shape(0) != job_table.shape(0)) throw py::value_error("_core: a scale for each job");
+  py::ssize_t next = 0;
   const auto jobs = read_jobs<ReconstructJob>(job_table, [&](auto field) {
     const auto matrix = [&](py::ssize_t at) { return read_matrix([&](py::ssize_t i) { return field(at + i); }); };
-    return ReconstructJob{matrix(0), matrix(4), matrix(8), field(12), field(13), field(14), scales.at(next++)};
+    return ReconstructJob{matrix(0), matrix(4), matrix(8), field(12), field(13), field(14), scales(next++)};
   });
   py::gil_scoped_release release;
   kernels.reconstruct(jobs.data(), static_cast<std::int64_t>(jobs.size()), threads);
@@ -160,4 +162,5 @@ PYBIND11_MODULE(_core, m) {
       py::arg("data"), py::arg("bytes"));
   bind_small(m);
   bind_mapping(m);
+  bind_tensors(m);
 }

@@ -68,4 +68,7 @@ void bind_small(py::module_& m);
 // A file in memory.
 void bind_mapping(py::module_& m);
 
+// What tensors are.
+void bind_tensors(py::module_& m);
+
 }  // namespace loraspan::bindings

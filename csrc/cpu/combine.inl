@@ -1,5 +1,5 @@
 // combine: per chunk of columns, V^T = W^T X, rounded and written; then V^T V, and X V where it is asked for, of what
-// was written. Slabs of columns have their own float64 sums, added in order at the end.
+// was written. Slabs of columns have their own float64 sums, added in order.
 namespace loraspan {
 namespace LORASPAN_ISA {
 
@@ -40,33 +40,32 @@ inline void multiply_image(const T* image, std::int64_t k, std::int64_t n, doubl
                              tiles);
 }
 
-// The sums of a slab: X V, if it is asked for, and V^T V.
+// The sums of a slab: X V, if it is asked for, and V^T V; written, or added to what is there.
 template <typename T>
-inline void combine_slab(const CombineJob& job, std::int64_t slab, double* xv, double* vtv) {
-  const Image s = image_of(job.x, job.w, job.k);
-  const T* weights = pack_weights<T>(s);
+inline void combine_slab(const CombineJob& job, const Image& s, const T* weights, std::int64_t slab, bool fresh,
+                         double* xv, double* vtv) {
   T* image = scratch<T>(Use::basis, s.groups * kTileRows * kImageStride<T>);
   T* basis = scratch<T>(Use::factors, s.width / kLanes<T> * kBasisStride<T>);
-  for (std::int64_t i = 0; xv && i < s.product_entries(); ++i) xv[i] = 0;
-  for (std::int64_t i = 0; i < dot_sums(s.k); ++i) vtv[i] = 0;
+  double* dots = fresh ? vtv : scratch<double>(Use::steps, dot_sums(s.k));
+  for (std::int64_t i = 0; i < dot_sums(s.k); ++i) dots[i] = 0;
   const std::int64_t width = combine_slab_width(job), end = min_of(job.x.columns, (slab + 1) * width);
-  for (std::int64_t c = slab * width; c < end; c += kImageColumns) {
+  for (std::int64_t c = slab * width, first = c; c == first || c < end; c += kImageColumns) {
     const std::int64_t n = min_of(kImageColumns, end - c);
     make_image(s, weights, c, n, image);
     store_image(job, s, c, n, image);
-    multiply_image(image, s.k, n, vtv);
+    multiply_image(image, s.k, n, dots);
     if (!xv) continue;
     turn_image(image, s, n, basis);
-    add_products<T>(job.x, 0, s.rows, c, c + n, basis, kBasisStride<T>, xv, s.width);
+    add_products<T>(job.x, c, c + n, basis, kBasisStride<T>, fresh && c == first, xv, s.width);
   }
+  if (!fresh) add_sums(dot_sums(s.k), dots, vtv);
 }
 
-// Adds the slabs, `stride` sums apart, in order and writes a share of the rows of X V and of V^T V.
-inline void finish_combine(const CombineJob& job, std::int64_t slabs, const double* sums, std::int64_t stride,
-                           std::int64_t part, std::int64_t parts) {
+// Adds the sums of all slabs and writes a share of the rows of X V and of V^T V.
+inline void finish_combine(const CombineJob& job, const SlabSums& sums, std::int64_t part, std::int64_t parts) {
   const Image s = image_of(job.x, job.w, job.k);
-  if (job.xv) add_slabs(slabs, sums, stride, s.width, s.k, s.rows * part / parts, s.rows * (part + 1) / parts, job.xv);
-  finish_dots(s.k, slabs, sums + stride - dot_sums(s.k), stride, part, parts, job.vtv);
+  if (job.xv) add_slabs(sums, s.width, s.k, s.rows * part / parts, s.rows * (part + 1) / parts, job.xv);
+  finish_dots(s.k, sums.from(sums.stride - dot_sums(s.k)), part, parts, job.vtv);
 }
 
 template <typename T>
@@ -77,14 +76,20 @@ inline void combine_all(const CombineJob* jobs, std::int64_t count, int threads)
   run_slabs(
       count, threads,
       [&](std::int64_t i) {
-        return Slabs{slabs_of(jobs[i].x.columns, combine_slab_width(jobs[i])), sums_of(i), 0, nullptr};
+        return plan_slabs(jobs[i].x.columns, combine_slab_width(jobs[i]), kImageColumns, sums_of(i));
       },
-      [&](std::int64_t i, std::int64_t first, std::int64_t last, double* sums) {
-        for (std::int64_t slab = first; slab < last; ++slab, sums += sums_of(i))
-          combine_slab<T>(jobs[i], slab, jobs[i].xv ? sums : nullptr, sums + sums_of(i) - dot_sums(jobs[i].k));
+      [&](std::int64_t i, const SlabRun& run) {
+        const CombineJob& job = jobs[i];
+        const Image s = image_of(job.x, job.w, job.k);
+        const T* weights = pack_weights<T>(s);
+        for (std::int64_t slab = run.first; slab < run.last; ++slab) {
+          double* sums = run.sums_of(slab);
+          combine_slab<T>(job, s, weights, slab, run.begins(slab), job.xv ? sums : nullptr,
+                          sums + run.stride - dot_sums(job.k));
+        }
       },
-      [&](std::int64_t i, std::int64_t slabs, const double* sums, std::int64_t part, std::int64_t parts) {
-        finish_combine(jobs[i], slabs, sums, sums_of(i), part, parts);
+      [&](std::int64_t i, const SlabSums& sums, std::int64_t part, std::int64_t parts) {
+        finish_combine(jobs[i], sums, part, parts);
       });
 }
 

@@ -123,19 +123,18 @@ inline void gram_narrow(const Job* jobs, std::int64_t count, int threads) {
       count, threads,
       [&](std::int64_t job) {
         const std::int64_t columns = jobs[job].x.columns, rows = row_count(jobs[job].x);
-        return Slabs{slabs_of(columns, gram_slab_columns(rows, columns)), dot_sums(rows), 0, nullptr};
+        return plan_slabs(columns, gram_slab_columns(rows, columns), 0, dot_sums(rows));
       },
-      [&](std::int64_t job, std::int64_t first, std::int64_t last, double* sums) {
+      [&](std::int64_t job, const SlabRun& run) {
         const auto& x = jobs[job].x;
         const std::int64_t rows = row_count(x), width = gram_slab_columns(rows, x.columns);
         if (has_few_rows_in_columns<T>(x))
-          column_slabs(x, width, first, last, sums);
+          column_slabs(x, width, run.first, run.last, run.sums);
         else
-          dot_slabs<T>(x, rows, width, first, last, sums);
+          dot_slabs<T>(x, rows, width, run.first, run.last, run.sums);
       },
-      [&](std::int64_t job, std::int64_t slabs, const double* sums, std::int64_t part, std::int64_t parts) {
-        const std::int64_t rows = row_count(jobs[job].x);
-        finish_dots(rows, slabs, sums, dot_sums(rows), part, parts, jobs[job].out);
+      [&](std::int64_t job, const SlabSums& sums, std::int64_t part, std::int64_t parts) {
+        finish_dots(row_count(jobs[job].x), sums, part, parts, jobs[job].out);
       });
 }
 

@@ -175,21 +175,15 @@ inline std::int64_t dot_place(std::int64_t r, std::int64_t c) {
   return c / kDotVectors * kDotVectors * kDotRows + r * kDotVectors + c % kDotVectors;
 }
 
-// Adds the tiles of all slabs, `stride` apart, in order and writes a share of the rows, and the columns that are their
-// mirror image.
-inline void finish_dots(std::int64_t rows, std::int64_t slabs, const double* tiles, std::int64_t stride,
-                        std::int64_t part, std::int64_t parts, double* out) {
+// Adds the tiles of all slabs and writes a share of the rows, and the columns that are their mirror image.
+inline void finish_dots(std::int64_t rows, const SlabSums& sums, std::int64_t part, std::int64_t parts, double* out) {
   constexpr std::int64_t L = kLanes<double>;
   const std::int64_t groups = (rows + kDotRows - 1) / kDotRows;
   for (std::int64_t i = groups * part / parts; i < groups * (part + 1) / parts; ++i)
     for (std::int64_t j = i; j < groups; ++j) {
-      const double* tile = tiles + (i * groups - i * (i - 1) / 2 + j - i) * kDotTile;
+      const std::int64_t tile = (i * groups - i * (i - 1) / 2 + j - i) * kDotTile;
       alignas(64) double total[kDotTile];
-      for (std::int64_t e = 0; e < kDotTile; e += L) {
-        Vec<double> sum = load(tile + e);
-        for (std::int64_t s = 1; s < slabs; ++s) sum += load(tile + s * stride + e);
-        store(total + e, sum);
-      }
+      for (std::int64_t e = 0; e < kDotTile; e += L) store(total + e, sums.total(tile + e));
       for (std::int64_t r = 0; r < min_of(kDotRows, rows - i * kDotRows); ++r)
         for (std::int64_t c = 0; c < min_of(kDotRows, rows - j * kDotRows); ++c) {
           const std::int64_t row = i * kDotRows + r, column = j * kDotRows + c;

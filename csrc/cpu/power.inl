@@ -1,29 +1,27 @@
 // power: per chunk of columns, t = X^T Q, then X t while the chunk may still be in cache. Slabs of columns have their
-// own float64 sums, added in order at the end.
+// own float64 sums, added in order.
 namespace loraspan {
 namespace LORASPAN_ISA {
 
 inline std::int64_t power_slab_width(const PowerJob& job) { return slab_columns(job.x.columns, kSlabColumns, 32); }
 
+// The sums of a slab: written, or added to what is there.
 template <typename T>
-inline void power_slab(const PowerJob& job, std::int64_t slab, double* sums) {
-  const Image s = image_of(job.x, job.q, job.width);
-  const T* weights = pack_weights<T>(s);
+inline void power_slab(const PowerJob& job, const Image& s, const T* weights, std::int64_t slab, bool fresh,
+                       double* sums) {
   T* basis = scratch<T>(Use::factors, s.width / kLanes<T> * kBasisStride<T>);
-  for (std::int64_t i = 0; i < s.product_entries(); ++i) sums[i] = 0;
   const std::int64_t width = power_slab_width(job), end = min_of(job.x.columns, (slab + 1) * width);
-  for (std::int64_t c = slab * width; c < end; c += kImageColumns) {
+  for (std::int64_t c = slab * width, first = c; c == first || c < end; c += kImageColumns) {
     const std::int64_t n = min_of(kImageColumns, end - c);
     make_basis(s, weights, c, n, basis);
-    add_products<T>(job.x, 0, s.rows, c, c + n, basis, kBasisStride<T>, sums, s.width);
+    add_products<T>(job.x, c, c + n, basis, kBasisStride<T>, fresh && c == first, sums, s.width);
   }
 }
 
-// Adds the slabs in order and writes a share of the rows.
-inline void finish_power(const PowerJob& job, std::int64_t slabs, const double* sums, std::int64_t part,
-                         std::int64_t parts) {
+// Adds the sums of all slabs and writes a share of the rows.
+inline void finish_power(const PowerJob& job, const SlabSums& sums, std::int64_t part, std::int64_t parts) {
   const Image s = image_of(job.x, job.q, job.width);
-  add_slabs(slabs, sums, s.product_entries(), s.width, s.k, s.rows * part / parts, s.rows * (part + 1) / parts, job.y);
+  add_slabs(sums, s.width, s.k, s.rows * part / parts, s.rows * (part + 1) / parts, job.y);
 }
 
 template <typename T>
@@ -31,15 +29,17 @@ inline void power_all(const PowerJob* jobs, std::int64_t count, int threads) {
   run_slabs(
       count, threads,
       [&](std::int64_t i) {
-        return Slabs{slabs_of(jobs[i].x.columns, power_slab_width(jobs[i])),
-                     image_of(jobs[i].x, jobs[i].q, jobs[i].width).product_entries(), 0, nullptr};
+        return plan_slabs(jobs[i].x.columns, power_slab_width(jobs[i]), kImageColumns,
+                          image_of(jobs[i].x, jobs[i].q, jobs[i].width).product_entries());
       },
-      [&](std::int64_t i, std::int64_t first, std::int64_t last, double* sums) {
-        const std::int64_t entries = image_of(jobs[i].x, jobs[i].q, jobs[i].width).product_entries();
-        for (std::int64_t slab = first; slab < last; ++slab, sums += entries) power_slab<T>(jobs[i], slab, sums);
+      [&](std::int64_t i, const SlabRun& run) {
+        const Image s = image_of(jobs[i].x, jobs[i].q, jobs[i].width);
+        const T* weights = pack_weights<T>(s);
+        for (std::int64_t slab = run.first; slab < run.last; ++slab)
+          power_slab<T>(jobs[i], s, weights, slab, run.begins(slab), run.sums_of(slab));
       },
-      [&](std::int64_t i, std::int64_t slabs, const double* sums, std::int64_t part, std::int64_t parts) {
-        finish_power(jobs[i], slabs, sums, part, parts);
+      [&](std::int64_t i, const SlabSums& sums, std::int64_t part, std::int64_t parts) {
+        finish_power(jobs[i], sums, part, parts);
       });
 }
 

@@ -23,14 +23,6 @@ struct Tile {
   bool streams = false;  // past the caches
 };
 
-template <typename T, typename S>
-inline void store_first(S* p, Vec<T> x, std::int64_t n, bool streams = false) {
-  if (n >= kLanes<T>) return streams ? stream_as<T>(p, x) : store_as(p, x);
-  S entries[kLanes<T>];
-  store_as(entries, x);
-  for (std::int64_t i = 0; i < n; ++i) p[i] = entries[i];
-}
-
 // Columns that are contiguous in memory.
 template <typename T, typename S>
 inline void place_columns(const Tile<T>& tile, T scale, S* out, std::int64_t col_stride) {

@@ -49,10 +49,11 @@ inline __attribute__((always_inline)) void bring(ComingPanel panel, std::int64_t
 }
 
 // Adds the products of a panel of rows, packed as strips (kAcross) or as panels `stride` apart, with n rows of b to its
-// sums. Vector v of row k of b is at b + v * b_stride + k * L. `coming` is what is packed next.
+// sums, or writes them if the sums are fresh. Vector v of row k of b is at b + v * b_stride + k * L. `coming` is what
+// is packed next.
 template <bool kAcross, typename T, typename Coming>
 inline void multiply_panel(const T* packed, std::int64_t stride, const T* b, std::int64_t b_stride, std::int64_t n,
-                           double* sums, std::int64_t row_sums, Coming coming) {
+                           bool fresh, double* sums, std::int64_t row_sums, Coming coming) {
   constexpr int L = kLanes<T>;
   for_vectors(row_sums / L, [&](std::int64_t first, auto vectors) {
     constexpr int kVectors = decltype(vectors)::value, kRows = kRowsBeside<kVectors>;
@@ -72,7 +73,10 @@ inline void multiply_panel(const T* packed, std::int64_t stride, const T* b, std
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) flush<true>(y + r * row_sums + v * L, sum[r][v]);
+        for (int v = 0; v < kVectors; ++v) {
+          double* p = y + r * row_sums + v * L;
+          fresh ? flush<false>(p, sum[r][v]) : flush<true>(p, sum[r][v]);
+        }
     }
   });
 }
@@ -119,24 +123,28 @@ inline void pack_group(const Rows& x, Cursor at, std::int64_t rows, std::int64_t
   }
 }
 
-// Rows [first_row, last_row) and columns [first, last) of X, times the rows of b for these columns, added to the sums
-// of these rows. Vector v of the row of b for column c is at b + v * b_stride + (c - first) * L.
+// Columns [first, last) of X times the rows of b for these columns: added up by themselves, then written to the sums of
+// all rows, or added to what is there. Vector v of the row of b for column c is at b + v * b_stride + (c - first) * L.
 template <typename T>
-void add_products(const Rows& x, std::int64_t first_row, std::int64_t last_row, std::int64_t first, std::int64_t last,
-                  const T* b, std::int64_t b_stride, double* sums, std::int64_t row_sums) {
+void add_products(const Rows& x, std::int64_t first, std::int64_t last, const T* b, std::int64_t b_stride, bool fresh,
+                  double* sums, std::int64_t row_sums) {
   constexpr std::int64_t L = kLanes<T>;
+  const std::int64_t all = row_count(x);
   T* packed = scratch<T>(Use::packed, kSumColumns * kPanelRows);
+  double* apart = scratch<double>(Use::part, kPanelRows * row_sums);
   PanelMemory<kPanelRows> here, next;
-  Cursor at = find_row(x, first_row);
+  Cursor at = find_row(x, 0);
   locate_panel(x, at, &next);
-  for (std::int64_t i = first_row; i < last_row; i += kPanelRows) {
+  for (std::int64_t i = 0; i < all; i += kPanelRows) {
+    double* whole = sums + i * row_sums;
+    double* panel = fresh ? whole : apart;
     const Cursor after = skip_rows(x, at, kPanelRows);
     here = next;
     locate_panel(x, after, &next);
     const Rows rest = {x.blocks + at.block, x.count - at.block, x.columns};
-    for (std::int64_t c = first; c < last; c += kSumColumns) {
+    for (std::int64_t c = first; c == first || c < last; c += kSumColumns) {
       const std::int64_t n = min_of(last - c, kSumColumns);
-      const std::int64_t height = min_of(last_row - i, kPanelRows);
+      const std::int64_t height = min_of(all - i, kPanelRows);
       const bool wraps = c + kSumColumns >= last;
       if (is_column_major(rest.blocks[0])) {
         // columns lie one after the other: nothing to transpose
@@ -145,7 +153,7 @@ void add_products(const Rows& x, std::int64_t first_row, std::int64_t last_row, 
           copy_panel(x, from, height - p, c, n, packed + p * kSumColumns);
         const ComingPanel coming =
             wraps ? coming_panel(x, after).from(first) : coming_panel(x, at).from(c + kSumColumns);
-        multiply_panel<false>(packed, kSumColumns * L, b + (c - first) * L, b_stride, n, sums + i * row_sums, row_sums,
+        multiply_panel<false>(packed, kSumColumns * L, b + (c - first) * L, b_stride, n, c == first, panel, row_sums,
                               coming);
         continue;
       }
@@ -156,9 +164,10 @@ void add_products(const Rows& x, std::int64_t first_row, std::int64_t last_row, 
       std::uintptr_t rows[kPanelRows];
       for (int r = 0; r < kPanelRows; ++r) rows[r] = memory.start[r] + column * memory.step[r] + 63;
       const Ahead ahead = {rows, kSumColumns * entry_bytes(rest.blocks[0].dtype)};
-      multiply_panel<true>(packed, kPanelRows * L, b + (c - first) * L, b_stride, n, sums + i * row_sums, row_sums,
+      multiply_panel<true>(packed, kPanelRows * L, b + (c - first) * L, b_stride, n, c == first, panel, row_sums,
                            ahead);
     }
+    if (!fresh) add_sums(kPanelRows * row_sums, apart, whole);
     at = after;
   }
 }

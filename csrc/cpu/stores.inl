@@ -115,5 +115,14 @@ inline void stream_fence() {
 #endif
 }
 
+// The first n entries of x, at most a vector.
+template <typename T, typename S>
+inline void store_first(S* p, Vec<T> x, std::int64_t n, bool streams = false) {
+  if (n >= kLanes<T>) return streams ? stream_as<T>(p, x) : store_as(p, x);
+  S entries[kLanes<T>];
+  store_as(entries, x);
+  for (std::int64_t i = 0; i < n; ++i) p[i] = entries[i];
+}
+
 }  // namespace LORASPAN_ISA
 }  // namespace loraspan

@@ -44,7 +44,7 @@ def cpu_by_default(function: Callable[P, R]) -> Callable[P, R]:
 def _is_cpu() -> bool:
     """Ask by making a tensor: not every version of ``torch.get_default_device`` knows of ``with torch.device(...)``."""
     try:
-        return torch.zeros(0).is_cpu
+        return torch.empty(0).is_cpu
     except (RuntimeError, AssertionError):
         # a GPU that is not here, or cannot be used after a fork
         return False

@@ -20,12 +20,25 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 DTYPE_CODES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
+DTYPES = tuple(DTYPE_CODES)
 PRECISIONS = {"f32": _core.Precision.f32, "f64": _core.Precision.f64}
 INSTRUCTION_SETS = _core.instruction_sets()
 BEST = next(name for name, built, supported in reversed(INSTRUCTION_SETS) if built and supported)
 
 # What is smaller has hardly a huge page of its own.
 _HUGE = 4 << 20
+
+
+def _reader() -> _core.TensorReader | None:
+    # torch 2.10 and later; what it does not read, and all tensors of an older torch, are asked in Python
+    exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    try:
+        return exchange and _core.TensorReader(exchange, [torch.Tensor, torch.nn.Parameter])
+    except ValueError:  # of a version of DLPack to come
+        return None
+
+
+READER = _reader()
 
 
 def threads() -> int:

@@ -1,4 +1,7 @@
-"""One thread adds the sums of slabs as it goes, several when all are there: the same bits, however many fit a cache."""
+"""One thread adds the sums of slabs as it goes, several when all are there: the same bits, however many fit a cache.
+
+And however the groups of slabs that are added first are cut: two threads take whole groups of four, three take slabs.
+"""
 
 import pytest
 import torch
@@ -10,8 +13,8 @@ def rows_of(rows, columns, seed):
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
 
 
-# rows, columns and width: one slab at a time, several at a time with some over, all at once
-SHAPES = [(700, 2600, 48), (300, 9100, 20), (90, 5000, 7)]
+# rows, columns and width: one group at a time, several at a time with some over, all at once; slabs of many chunks
+SHAPES = [(700, 2600, 48), (300, 9100, 20), (90, 5000, 7), (40, 40_000, 5)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -20,11 +23,12 @@ def test_sums_of_many_slabs(compiled, on_threads, shape, turned):
     rows, columns, width = shape
     x = rows_of(columns, rows, 1).T if turned else rows_of(rows, columns, 1)
     w = rows_of(rows, width, 2).double()
-    alone, together = (on_threads(n, lambda: (*combine([x], w, backend=compiled),)) for n in (1, 3))
-    for one, other in zip(alone, together, strict=True):
-        assert torch.equal(one, other)
-    alone, together = (on_threads(n, lambda: power([x], w, backend=compiled)) for n in (1, 3))
-    assert torch.equal(alone, together)
+    alone, *together = (on_threads(n, lambda: (*combine([x], w, backend=compiled),)) for n in (1, 2, 3))
+    for found in together:
+        for one, other in zip(alone, found, strict=True):
+            assert torch.equal(one, other)
+    alone, *together = (on_threads(n, lambda: power([x], w, backend=compiled)) for n in (1, 2, 3))
+    assert all(torch.equal(alone, found) for found in together)
 
 
 @pytest.mark.parametrize("rows", [128, 16])

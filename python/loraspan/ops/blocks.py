@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -50,11 +51,38 @@ class RowBlocks:
     held: RowBlocks | None = None
     first = 0
     plain = True
+    columns: int
+    rows: list[int]
+    dtypes: set[torch.dtype]
+    device: torch.device | None
+    _table: NDArray[np.int64] | None = None
 
     def __init__(self, blocks: Sequence[Tensor], columns: int | None = None) -> None:
         if not blocks and columns is None:
             raise ShapeError("RowBlocks: an empty list of blocks needs columns=, the number of columns")
         self.blocks = tuple(blocks)
+        if not self._read(columns):
+            self._ask(columns)
+        self.shape = (sum(self.rows), self.columns)
+
+    def _read(self, columns: int | None) -> bool:
+        """Take what the core reads of plain matrices on the CPU; False if some block may be something else."""
+        if not self.blocks or _native.READER is None:
+            return False
+        first = self.blocks[0]
+        if columns is None:
+            columns = first.shape[-1] if isinstance(first, Tensor) and first.ndim else 0
+        self._table = _native.READER.blocks(self.blocks, columns)
+        if self._table is None:
+            return False
+        self.columns = columns
+        self.rows = self._table[:, 1].tolist()
+        self.dtypes = {_native.DTYPES[code] for code in set(self._table[:, 4].tolist())}
+        self.device = CPU
+        return True
+
+    def _ask(self, columns: int | None) -> None:
+        """Check block by block, and say what does not fit."""
         for i, block in enumerate(self.blocks):
             # what reads memory must not be handed a tensor whose memory does not say its values
             if not isinstance(block, Tensor) or block.layout != torch.strided or block.is_neg():
@@ -63,16 +91,15 @@ class RowBlocks:
                     f"RowBlocks: blocks are dense torch tensors; block {i} is {kind}: "
                     f"use torch.as_tensor, .to_dense() or .resolve_neg()"
                 )
-        self.columns = int(blocks[0].shape[-1]) if columns is None and blocks[0].ndim else int(columns or 0)
+        first = self.blocks[0] if columns is None else None
+        self.columns = int(first.shape[-1]) if first is not None and first.ndim else int(columns or 0)
         device = self.blocks[0].device if self.blocks else None
         self.rows = [self._check(i, block, device) for i, block in enumerate(self.blocks)]
         self.dtypes = {block.dtype for block in self.blocks}
-        self.shape = (sum(self.rows), self.columns)
         self.device = device
         # torch.device.type takes a microsecond
         if self.blocks and self.blocks[0].is_mps:
             self.plain = False
-        self._table: NDArray[np.int64] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -165,6 +192,8 @@ def refuses_device(matrices: Sequence[RowBlocks]) -> str | None:
 def block_table(matrices: Sequence[RowBlocks]) -> tuple[NDArray[np.int64], list[tuple[int, int, int]]]:
     """Give the blocks of all matrices in one table, and per matrix its first block, block count and columns."""
     tables = [x.table for x in matrices]
-    starts = np.cumsum([0, *(len(t) for t in tables)])
-    spans = [(int(start), len(t), x.columns) for start, t, x in zip(starts, tables, matrices, strict=False)]
+    starts = accumulate((len(t) for t in tables), initial=0)
+    spans = [(start, len(t), x.columns) for start, t, x in zip(starts, tables, matrices, strict=False)]
+    if len(tables) == 1:
+        return tables[0], spans
     return (np.concatenate(tables) if tables else _native.table([], 5)), spans

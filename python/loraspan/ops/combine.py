@@ -109,7 +109,7 @@ def combine_many(
         raise ArgumentError(f"combine: dtype is torch.float16, bfloat16, float32 or float64; got {dtype}")
     if precision not in _native.PRECISIONS:
         raise ArgumentError(f"combine: precision is 'f32' or 'f64'; got {precision!r}")
-    pairs = [(RowBlocks.of(x), w) for x, w in batch]
+    pairs = [(RowBlocks.of(x), w.resolve_neg()) for x, w in batch]
     for x, w in pairs:
         if w.ndim != 2 or w.shape[0] != x.shape[0] or w.dtype != torch.float64:
             raise ShapeError(

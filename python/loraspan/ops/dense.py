@@ -77,7 +77,7 @@ def eigh(a: Tensor, *, backend: str | None = None) -> Eigen:
     """
     if a.ndim < 2 or a.shape[-1] != a.shape[-2] or a.dtype != torch.float64:
         raise ShapeError(f"eigh: a is [..., n, n] of float64; got {list(a.shape)} of {a.dtype}")
-    return choose("eigh", EIGH_BACKENDS, backend_at(a.device, backend), a).run(a)
+    return choose("eigh", EIGH_BACKENDS, backend_at(a.device, backend), a).run(a.resolve_neg())
 
 
 def svd(a: Tensor, *, backend: str | None = None) -> Svd:
@@ -107,7 +107,7 @@ def svd(a: Tensor, *, backend: str | None = None) -> Svd:
     if a.shape[-2] < a.shape[-1]:
         v, s, u = svd(a.mT, backend=backend)
         return Svd(u, s, v)
-    return choose("svd", SVD_BACKENDS, backend_at(a.device, backend), a).run(a)
+    return choose("svd", SVD_BACKENDS, backend_at(a.device, backend), a).run(a.resolve_neg())
 
 
 @cpu_by_default
@@ -137,7 +137,7 @@ def gram_root(gram: Tensor, *, backend: str | None = None) -> Root:
     """
     if gram.ndim < 2 or gram.shape[-1] != gram.shape[-2] or gram.dtype != torch.float64:
         raise ShapeError(f"gram_root: gram is [..., n, n] of float64; got {list(gram.shape)} of {gram.dtype}")
-    return choose("gram_root", ROOT_BACKENDS, backend_at(gram.device, backend), gram).run(gram)
+    return choose("gram_root", ROOT_BACKENDS, backend_at(gram.device, backend), gram).run(gram.resolve_neg())
 
 
 def _eigh(a: Tensor, *, isa: str) -> Eigen:

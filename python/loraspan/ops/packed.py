@@ -212,19 +212,19 @@ NOWHERE = (0, 0, 0, 0)
 def seen(matrix: Tensor | Packed) -> tuple[int, int, torch.device | None, tuple[int, int, int, int]] | None:
     """Give :func:`shape_of` a matrix and :func:`fields_of` it, between them None; or where it is, if not on the CPU.
 
-    What is elsewhere has fields of zeros. None if a tensor is no matrix, or of a dtype that the compiled core does not
-    read.
+    What is elsewhere has fields of zeros. None if a tensor is no matrix, of a dtype that the compiled core does not
+    read, or of a kind whose memory does not say its values.
     """
     if isinstance(matrix, Packed):
         rows, columns = shape_of(matrix)
         return (rows, columns, None, matrix.fields) if matrix.codes.is_cpu else (rows, columns, matrix.device, NOWHERE)
-    code, strides = _native.DTYPE_CODES.get(matrix.dtype), matrix.stride()
-    if code is None or len(strides) != 2:
+    code = _native.DTYPE_CODES.get(matrix.dtype)
+    if code is None or matrix.ndim != 2 or matrix.layout != torch.strided or matrix.is_neg():
         return None
     rows, columns = matrix.shape
     if not matrix.is_cpu:
         return rows, columns, matrix.device, NOWHERE
-    row, column = strides
+    row, column = matrix.stride()
     # as _native.matrix_fields says it, which asks once more: this is done for every tensor of thousands of pieces
     return rows, columns, None, (matrix.data_ptr() or matrix.element_size(), row, column, code)
 

@@ -45,7 +45,7 @@ def product(a: Tensor, b: Tensor, *, backend: str | None = None) -> Tensor:
             f"product: a and b are float64 of [m, k] and [k, n], or T of them; got {list(a.shape)} of {a.dtype} and "
             f"{list(b.shape)} of {b.dtype}"
         )
-    return choose("product", BACKENDS, backend_at(a.device, backend), a, b).run(a, b)
+    return choose("product", BACKENDS, backend_at(a.device, backend), a, b).run(a.resolve_neg(), b.resolve_neg())
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
@@ -63,7 +63,6 @@ def _cpu(a: Tensor, b: Tensor, *, isa: str) -> Tensor:
     # one after the other in memory, members with one b are rows of one matrix
     if a.ndim == 3 and b.ndim == 2 and a.is_contiguous():
         return _cpu(a.flatten(0, 1), b, isa=isa).view(*a.shape[:2], b.shape[1])
-    a, b = a.detach(), b.detach()
     if b.stride(-1) != 1:
         b = b.contiguous()
     out = a.new_empty(*a.shape[:-1], b.shape[-1])

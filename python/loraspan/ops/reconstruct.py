@@ -135,10 +135,16 @@ class _Checked(list[Piece]):
     many pieces share.
     """
 
+    device: torch.device | None = None
+
     def __init__(self, pieces: Sequence[Piece]) -> None:
         super().__init__(pieces)
-        self.rows: list[tuple[int, ...]] = []
-        self.device: torch.device | None = None
+        read = _native.READER and _native.READER.pieces(self)
+        self.jobs, self.scales = read or (self._ask(), np.asarray([p.scale for p in self], dtype=np.float64))
+
+    def _ask(self) -> NDArray[np.int64]:
+        """Ask in Python, and say what does not fit."""
+        rows: list[tuple[int, ...]] = []
         bases: dict[int, Any] = {}
         for piece in self:
             basis, loadings, out, _ = piece
@@ -154,8 +160,9 @@ class _Checked(list[Piece]):
             height, columns, place, of_out = target
             if k != inner or m != height or width != columns or not device == beside == place:
                 raise _misfit(piece)
-            self.rows.append((*of_basis, *of_loadings, *of_out, m, k, width))
+            rows.append((*of_basis, *of_loadings, *of_out, m, k, width))
             self.device = device or self.device
+        return _native.table(rows, 15)
 
 
 def _misfit(piece: Piece) -> ShapeError:
@@ -166,6 +173,11 @@ def _misfit(piece: Piece) -> ShapeError:
     for t in tensors:
         if isinstance(t, Tensor) and t.ndim != 2:
             return ShapeError(f"reconstruct: a piece is of matrices; got {[list(t.shape) for t in tensors]}")
+        if isinstance(t, Tensor) and (t.layout != torch.strided or t.is_neg()):
+            return ShapeError(
+                f"reconstruct: tensors are dense and not lazily negated; got one of {t.layout}"
+                f"{' that is' if t.is_neg() else ''}: use .to_dense() or .resolve_neg()"
+            )
         kind = torch.float32 if isinstance(t, Packed) else t.dtype
         if kind not in _native.DTYPE_CODES or t.device != device:
             return ShapeError(
@@ -182,9 +194,9 @@ def _misfit(piece: Piece) -> ShapeError:
 
 def _cpu(pieces: Sequence[Piece], *, isa: str) -> None:
     if isinstance(pieces, _Checked):
-        jobs, scales = _native.table(pieces.rows, 15), [p.scale for p in pieces]
+        jobs, scales = pieces.jobs, pieces.scales
     else:
-        jobs, scales = _batch_jobs(pieces[0]), [pieces[0].scale] * pieces[0].out.shape[0]
+        jobs, scales = _batch_jobs(pieces[0]), np.full(pieces[0].out.shape[0], pieces[0].scale)
     _core.reconstruct(jobs, scales, _native.threads(), isa)
 
 

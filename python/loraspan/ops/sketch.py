@@ -175,7 +175,7 @@ def power_many(
         [[[6.0], [6.0]], [[4.0, 4.0]]]
     """
     _check_precision("power", precision)
-    pairs = [(RowBlocks.of(x), q) for x, q in batch]
+    pairs = [(RowBlocks.of(x), q.resolve_neg()) for x, q in batch]
     for x, q in pairs:
         if q.ndim != 2 or q.shape[0] != x.shape[0] or q.dtype != torch.float64:
             raise ShapeError(
