@@ -56,7 +56,7 @@ inline void combine_slab(const CombineJob& job, const Image& s, const T* weights
     multiply_image(image, s.k, n, dots);
     if (!xv) continue;
     turn_image(image, s, n, basis);
-    add_products<T>(job.x, c, c + n, basis, kBasisStride<T>, fresh && c == first, xv, s.width);
+    add_products(Products<T>{job.x, c, c + n, basis, kBasisStride<T>, s.width}, fresh && c == first, xv);
   }
   if (!fresh) add_sums(dot_sums(s.k), dots, vtv);
 }

@@ -14,7 +14,7 @@ inline void power_slab(const PowerJob& job, const Image& s, const T* weights, st
   for (std::int64_t c = slab * width, first = c; c == first || c < end; c += kImageColumns) {
     const std::int64_t n = min_of(kImageColumns, end - c);
     make_basis(s, weights, c, n, basis);
-    add_products<T>(job.x, c, c + n, basis, kBasisStride<T>, fresh && c == first, sums, s.width);
+    add_products(Products<T>{job.x, c, c + n, basis, kBasisStride<T>, s.width}, fresh && c == first, sums);
   }
 }
 
