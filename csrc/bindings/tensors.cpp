@@ -72,20 +72,24 @@ class TensorReader {
       throw py::value_error("_core: this version of DLPack's exchange of tensors is not known");
   }
 
-  // int64 [count, 5]: address, rows, strides and dtype of matrices that all have so many columns; None if one of them
-  // has not, or is no plain matrix in the memory of the CPU.
+  // int64 [count, 5]: address, rows, strides and dtype of matrices that all have so many columns; the rows of each; and
+  // a bit for every dtype that one has. None if one has other columns or is no plain matrix in the memory of the CPU.
   py::object blocks(const py::sequence& matrices, std::int64_t columns) const {
     const auto count = static_cast<py::ssize_t>(py::len(matrices));
     Table table({count, py::ssize_t{5}});
     auto rows = table.mutable_unchecked<2>();
+    py::list heights(count);
+    int dtypes = 0;
     for (py::ssize_t i = 0; i < count; ++i) {
       Seen seen;
       if (!see(py::object(matrices[static_cast<std::size_t>(i)]).ptr(), &seen) || seen.columns != columns)
         return py::none();
       const std::int64_t fields[] = {seen.address, seen.rows, seen.row_stride, seen.column_stride, seen.dtype};
       for (py::ssize_t f = 0; f < 5; ++f) rows(i, f) = fields[f];
+      heights[static_cast<std::size_t>(i)] = seen.rows;
+      dtypes |= 1 << seen.dtype;
     }
-    return table;
+    return py::make_tuple(table, heights, dtypes);
   }
 
   // The jobs of pieces (basis, loadings or None, out, scale) and their scales; None if one of them does not fit or is

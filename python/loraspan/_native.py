@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 DTYPE_CODES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
-DTYPES = tuple(DTYPE_CODES)
+# the dtypes whose codes are the bits of a number
+DTYPES = [
+    frozenset(dtype for dtype, code in DTYPE_CODES.items() if bits >> code & 1) for bits in range(1 << len(DTYPE_CODES))
+]
 PRECISIONS = {"f32": _core.Precision.f32, "f64": _core.Precision.f64}
 INSTRUCTION_SETS = _core.instruction_sets()
 BEST = next(name for name, built, supported in reversed(INSTRUCTION_SETS) if built and supported)

@@ -53,7 +53,7 @@ class RowBlocks:
     plain = True
     columns: int
     rows: list[int]
-    dtypes: set[torch.dtype]
+    dtypes: frozenset[torch.dtype]
     device: torch.device | None
     _table: NDArray[np.int64] | None = None
 
@@ -72,13 +72,11 @@ class RowBlocks:
         first = self.blocks[0]
         if columns is None:
             columns = first.shape[-1] if isinstance(first, Tensor) and first.ndim else 0
-        self._table = _native.READER.blocks(self.blocks, columns)
-        if self._table is None:
+        read = _native.READER.blocks(self.blocks, columns)
+        if read is None:
             return False
-        self.columns = columns
-        self.rows = self._table[:, 1].tolist()
-        self.dtypes = {_native.DTYPES[code] for code in set(self._table[:, 4].tolist())}
-        self.device = CPU
+        self._table, self.rows, bits = read
+        self.columns, self.dtypes, self.device = columns, _native.DTYPES[bits], CPU
         return True
 
     def _ask(self, columns: int | None) -> None:
@@ -95,7 +93,7 @@ class RowBlocks:
         self.columns = int(first.shape[-1]) if first is not None and first.ndim else int(columns or 0)
         device = self.blocks[0].device if self.blocks else None
         self.rows = [self._check(i, block, device) for i, block in enumerate(self.blocks)]
-        self.dtypes = {block.dtype for block in self.blocks}
+        self.dtypes = frozenset(block.dtype for block in self.blocks)
         self.device = device
         # torch.device.type takes a microsecond
         if self.blocks and self.blocks[0].is_mps:

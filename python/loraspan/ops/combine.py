@@ -26,7 +26,6 @@ class Combined(NamedTuple):
     vtv: Tensor
 
 
-@cpu_by_default
 def combine(
     x: RowBlocks | Sequence[Tensor] | Tensor,
     w: Tensor,

@@ -22,7 +22,6 @@ from loraspan.ops.stream import in_chunks
 _SEED_RANGE = 2**63
 
 
-@cpu_by_default
 def sketch(
     x: RowBlocks | Sequence[Tensor] | Tensor,
     width: int,
@@ -114,7 +113,6 @@ def sketch_many(
     return total
 
 
-@cpu_by_default
 def power(
     x: RowBlocks | Sequence[Tensor] | Tensor, q: Tensor, *, precision: str = "f32", backend: str | None = None
 ) -> Tensor:
