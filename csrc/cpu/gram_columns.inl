@@ -20,11 +20,16 @@ inline void column_products(const S* data, std::int64_t col_stride, std::int64_t
                             std::int64_t last, double* sums) {
   constexpr int L = kLanes<double>, M = kTileRows;
   double* some = scratch<double>(Use::packed, kFlush * rows);
+  // what is widened next is brought near meanwhile; a number, because it may lie past the last column
+  const std::uintptr_t start = reinterpret_cast<std::uintptr_t>(data);
+  const std::int64_t step = col_stride * static_cast<std::int64_t>(sizeof(S));
   for (std::int64_t c = first; c < last; c += kFlush) {
     const std::int64_t n = min_of(last - c, kFlush);
-    for (std::int64_t k = 0; k < n; ++k)
+    for (std::int64_t k = 0; k < n; ++k) {
+      __builtin_prefetch(reinterpret_cast<const void*>(start + static_cast<std::uintptr_t>((c + k + kFlush) * step)));
       for (std::int64_t i = 0; i < rows; i += L)
         store(some + k * rows + i, load_as<double>(data + (c + k) * col_stride + i));
+    }
     for (std::int64_t i = 0; i < rows; i += M)
       for_vectors(round_up(i + M, L) / L, [&](std::int64_t at, auto size) {
         constexpr int N = decltype(size)::value;
