@@ -45,9 +45,44 @@ inline void draw_picks(const SparseSketchJob& job, Pick* picks) {
   }
 }
 
-// Adds the picks of one pack to the sums, `width` vectors.
-inline void add_picks(const float* packed, const Pick* picks, std::int64_t width, float* sums) {
+// Lines of memory to bring near, one at a time: runs of `length` lines, `gap` bytes from the end of one to the next. A
+// run after the other: memory answers slower where lines are asked of many rows in turns. Addresses are numbers because
+// they may lie past what they were made from; nothing reads there.
+struct ComingPack {
+  std::uintptr_t at, gap;
+  std::int64_t lines, length;
+  std::int64_t done = 0;  // of a run
+
+  void one() {
+    if (lines-- <= 0) return;
+    __builtin_prefetch(reinterpret_cast<const void*>(at), 0, 2);
+    at += 64;
+    if (++done < length) return;
+    done = 0;
+    at += gap;
+  }
+};
+
+// Columns [c, c + n) of the L rows from `at` on, if one block has them all and its rows or columns lie along memory.
+inline ComingPack coming_pack(const Rows& x, Cursor at, std::int64_t c, std::int64_t n) {
+  constexpr std::int64_t L = kLanes<float>;
+  if (at.block >= x.count || x.blocks[at.block].rows - at.row < L) return {0, 0, 0, 1};
+  const Block& b = x.blocks[at.block];
+  const std::int64_t size = entry_bytes(b.dtype);
+  const bool by_columns = is_column_major(b);
+  if (!by_columns && b.col_stride != 1) return {0, 0, 0, 1};
+  // where a run begins within a line, that line is the end of what was packed before
+  const auto start = reinterpret_cast<std::uintptr_t>(b.data) +
+                     static_cast<std::uintptr_t>((at.row * b.row_stride + c * b.col_stride) * size) + 63;
+  const std::int64_t length = max_of(1, (by_columns ? L : n) * size / 64);
+  const std::int64_t step = (by_columns ? b.col_stride : b.row_stride) * size;
+  return {start, static_cast<std::uintptr_t>(step - length * 64), length * (by_columns ? n : L), length};
+}
+
+// Adds the picks of one pack to the sums, `width` vectors, while the next pack is brought near.
+inline void add_picks(const float* packed, const Pick* picks, std::int64_t width, ComingPack coming, float* sums) {
   for (std::int64_t c = 0; c < width; ++c, picks += kPickBlocks) {
+    coming.one();
     Vec<float> sum = load(static_cast<const float*>(sums + c * kLanes<float>));
     LORASPAN_UNROLL
     for (int b = 0; b < kPickBlocks; ++b) sum = broadcast(picks[b].sign) * load(packed + picks[b].place) + sum;
@@ -68,9 +103,9 @@ inline void store_panel(const SparseSketchJob& job, std::int64_t first, std::int
   }
 }
 
-// The `rows` rows from `at` on, the first of which is row `first`, kLanes<float> at most.
-inline void sparse_sketch_panel(const SparseSketchJob& job, const Pick* picks, Cursor at, std::int64_t first,
-                                std::int64_t rows) {
+// The `rows` rows from `at` on, the first of which is row `first`, kLanes<float> at most. `after` come the next.
+inline void sparse_sketch_panel(const SparseSketchJob& job, const Pick* picks, Cursor at, Cursor after,
+                                std::int64_t first, std::int64_t rows) {
   constexpr int L = kLanes<float>;
   const std::int64_t columns = job.x.columns, entries = round_up(job.width, L) * L;
   const std::int64_t pack_columns = job.width / kQuarters * kPickBlocks, run = kPickTerms / kPickBlocks * pack_columns;
@@ -84,7 +119,10 @@ inline void sparse_sketch_panel(const SparseSketchJob& job, const Pick* picks, C
     for (std::int64_t c = begin; c < min_of(columns, begin + run); c += pack_columns) {
       const std::int64_t n = min_of(pack_columns, columns - c);
       pack_panel(job.x, at, rows, c, n, packed);
-      add_picks(packed, picks + c * kQuarters, job.width, sums);
+      const std::int64_t next = c + pack_columns;
+      const ComingPack coming = next < columns ? coming_pack(job.x, at, next, min_of(pack_columns, columns - next))
+                                               : coming_pack(job.x, after, 0, min_of(pack_columns, columns));
+      add_picks(packed, picks + c * kQuarters, job.width, coming, sums);
     }
     for (std::int64_t i = 0; i < entries; ++i) totals[i] += static_cast<double>(sums[i]);
   }
@@ -102,8 +140,11 @@ void sparse_sketch(const SparseSketchJob* jobs, std::int64_t count, int threads)
     parallel_for(tasks, threads, [&](std::int64_t task) {
       const std::int64_t first = panels * task / tasks * L, last = min_of(rows, panels * (task + 1) / tasks * L);
       Cursor at = find_row(job.x, first);
-      for (std::int64_t row = first; row < last; row += L, at = skip_rows(job.x, at, L))
-        sparse_sketch_panel(job, picks, at, row, min_of(L, last - row));
+      for (std::int64_t row = first; row < last; row += L) {
+        const Cursor after = skip_rows(job.x, at, L);
+        sparse_sketch_panel(job, picks, at, after, row, min_of(L, last - row));
+        at = after;
+      }
     });
   }
 }
