@@ -22,10 +22,11 @@ class Backend(Generic[Run]):
 
 def choose(operator: str, backends: Sequence[Backend[Run]], wanted: str | None, *args: object) -> Backend[Run]:
     """Give the first backend that takes ``args``, or exactly ``wanted`` if it is named."""
-    if wanted is None:
-        return next(backend for backend in backends if backend.refuses(*args) is None)
     for backend in backends:
-        if backend.name == wanted:
+        if wanted is None:
+            if backend.refuses(*args) is None:
+                return backend
+        elif backend.name == wanted:
             if (reason := backend.refuses(*args)) is not None:
                 raise BackendError(f"{operator}: backend {wanted!r} refuses this call: {reason}")
             return backend

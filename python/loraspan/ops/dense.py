@@ -223,9 +223,7 @@ def reference_root(gram: Tensor) -> Root:
 
 
 def _refuses(a: Tensor) -> str | None:
-    if a.device.type != "cpu":
-        return f"it reads CPU memory, and the matrices are on {a.device}"
-    return None
+    return None if a.is_cpu else f"it reads CPU memory, and the matrices are on {a.device}"
 
 
 EIGH_BACKENDS = (*_native.backends(_eigh, _refuses), Backend("reference", reference_eigh, lambda *_: None))

@@ -65,11 +65,12 @@ def _cpu(a: Tensor, b: Tensor, *, isa: str) -> Tensor:
         return _cpu(a.flatten(0, 1), b, isa=isa).view(*a.shape[:2], b.shape[1])
     if b.stride(-1) != 1:
         b = b.contiguous()
-    out = a.new_empty(*a.shape[:-1], b.shape[-1])
-    steps = [x.stride(0) if x.ndim == 3 else 0 for x in (a, b)]
-    sizes = [a.shape[0] if a.ndim == 3 else 1, *out.shape[-2:], a.shape[-1]]
-    at_a, at_b = [a.data_ptr(), steps[0], *a.stride()[-2:]], [b.data_ptr(), steps[1], b.stride(-2)]
-    _core.product(at_a, at_b, out.data_ptr(), sizes, _native.threads(), isa)
+    # asked once: there are hundreds of products in a fit, many of them small
+    (*count, m, k), n = a.shape, b.shape[-1]
+    out = a.new_empty(*count, m, n)
+    at_a, at_b = ((x.data_ptr(), *(x.stride() if x.ndim == 3 else (0, *x.stride()))) for x in (a, b))
+    sizes = (count[0] if count else 1, m, n, k)
+    _core.product(at_a, at_b[:3], out.data_ptr(), sizes, _native.threads(), isa)
     return out
 
 
@@ -80,9 +81,9 @@ def reference(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _refuses(a: Tensor, b: Tensor) -> str | None:
-    if any(x.device.type != "cpu" for x in (a, b)):
-        return f"it reads CPU memory, and the matrices are on {a.device} and {b.device}"
-    return None
+    if a.is_cpu and b.is_cpu:
+        return None
+    return f"it reads CPU memory, and the matrices are on {a.device} and {b.device}"
 
 
 BACKENDS = (*_native.backends(_cpu, _refuses), Backend("reference", reference, lambda *_: None))
