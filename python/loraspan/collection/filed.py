@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -109,7 +108,8 @@ def records(tasks: Sequence[Task], origins: Origins, behind: tuple[list[str], by
         "forgotten": [float(task.forgotten) for task in tasks],
         "factor_bytes": [int(task.factor_bytes) for task in tasks],
         "factor_dtypes": [task.factor_dtype for task in tasks],
-        "sources": [astuple(task.source) for task in tasks],
+        # as dataclasses.astuple gives them, which copies what lies in them one by one
+        "sources": [tuple(vars(task.source).values()) for task in tasks],
         "configs": places,
     }
     try:
