@@ -46,7 +46,7 @@ inline void combine_slab(const CombineJob& job, const Image& s, const T* weights
                          double* xv, double* vtv) {
   T* image = scratch<T>(Use::basis, s.groups * kTileRows * kImageStride<T>);
   T* basis = scratch<T>(Use::factors, s.width / kLanes<T> * kBasisStride<T>);
-  double* dots = fresh ? vtv : scratch<double>(Use::steps, dot_sums(s.k));
+  double* dots = fresh ? vtv : scratch<double>(Use::dots, dot_sums(s.k));
   for (std::int64_t i = 0; i < dot_sums(s.k); ++i) dots[i] = 0;
   const std::int64_t width = combine_slab_width(job), end = min_of(job.x.columns, (slab + 1) * width);
   for (std::int64_t c = slab * width, first = c; c == first || c < end; c += kImageColumns) {

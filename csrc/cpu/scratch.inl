@@ -14,6 +14,7 @@ enum class Use {
   factors,
   columns,
   part,
+  dots,
   steps,
   blocks,
   first_jobs,
