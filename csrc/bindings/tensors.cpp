@@ -1,6 +1,6 @@
 // What torch's tensors are, asked of torch itself through the table of C functions that DLPack describes
-// (dmlc/dlpack, DLPackExchangeAPI, version 1): a tenth of the time that their attributes take in Python. Nothing here
-// is linked with torch. What is out of the ordinary is left to those who ask in Python.
+// (dmlc/dlpack, DLPackExchangeAPI, version 1), which takes less time than their attributes in Python. Nothing here is
+// linked with torch. What is out of the ordinary is left to those who ask in Python.
 #include <unordered_map>
 
 #include "tables.hpp"

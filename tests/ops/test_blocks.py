@@ -112,3 +112,9 @@ def test_blocks_that_do_not_fit_are_refused(members, message):
 def test_columns_must_be_those_of_the_blocks():
     with pytest.raises(ShapeError, match=r"blocks are \[rows, 4\] matrices; block 0 is \[2, 3\]"):
         RowBlocks([torch.ones(2, 3)], columns=4)
+
+
+def test_a_number_of_columns_of_any_kind_becomes_an_int():
+    for given in (np.int64(3), 3.0):
+        x = RowBlocks([torch.ones(2, 3)], given)
+        assert (x.columns, type(x.columns)) == (3, int)

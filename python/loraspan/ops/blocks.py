@@ -72,6 +72,7 @@ class RowBlocks:
         first = self.blocks[0]
         if columns is None:
             columns = first.shape[-1] if isinstance(first, Tensor) and first.ndim else 0
+        columns = int(columns)
         read = _native.READER.blocks(self.blocks, columns)
         if read is None:
             return False
