@@ -24,7 +24,9 @@ from loraspan.adapters import peft, read_all
 from loraspan.cli import main
 from loraspan.linalg import IncrementalSVD
 from loraspan.ops.gram import gram_blocks
+from loraspan.ops.joint_gram import joint_gram
 from loraspan.ops.product import product
+from loraspan.ops.whiten import whiten_
 from matrices import normal
 from oracles import F32, F64
 
@@ -121,6 +123,8 @@ def operators(_):
             ops.sparse_sketch(X, 8, backend=b),
             ops.sparse_sketch(ops.RowBlocks([], 5), 8, backend=b),
             product(TALL[0], TALL[1].T, backend=b),
+            joint_gram(TALL[0].view(4, 10, 30), TALL[0].view(4, 10, 30), TALL[1].T, backend=b),
+            whiten_(W.clone(), 2 * W, 1e-8, backend=b),
             ops.power(X, W, backend=b),
             ops.power_many([(X, W), (TALL, made(6, 49, 2))], precision="f64", backend=b),
         ]

@@ -50,6 +50,31 @@ void root(std::int64_t gram, std::int64_t count, std::int64_t n, std::int64_t r,
   kernels.root(job, threads);
 }
 
+bool whiten(std::int64_t y, std::int64_t z, std::int64_t m, std::int64_t n, double limit, int threads,
+            const std::string& isa) {
+  const Kernels& kernels = kernels_named(isa);
+  const WhitenJob job{address<double>(y), address<const double>(z), m, n, limit};
+  py::gil_scoped_release release;
+  return kernels.whiten(job, threads);
+}
+
+// sizes: members, r, l, d, k.
+void joint_gram(std::int64_t near, std::int64_t far, std::int64_t g, std::int64_t out,
+                const std::vector<std::int64_t>& sizes, int threads, const std::string& isa) {
+  const Kernels& kernels = kernels_named(isa);
+  const JointGramJob job{address<const double>(near),
+                         address<const double>(far),
+                         address<const double>(g),
+                         address<double>(out),
+                         sizes.at(0),
+                         sizes.at(1),
+                         sizes.at(2),
+                         sizes.at(3),
+                         sizes.at(4)};
+  py::gil_scoped_release release;
+  kernels.joint_gram(job, threads);
+}
+
 // x and v: address, strides, dtype; of a member, with the bytes from one member to the next. sizes: count, rows,
 // columns, k. out: values, totals, w and vtv.
 void short_svd(const std::vector<std::int64_t>& x, const std::vector<std::int64_t>& v,
@@ -139,6 +164,11 @@ void bind_small(py::module_& m) {
   m.def("svd", &svd, py::arg("a"), py::arg("count"), py::arg("m"), py::arg("n"), py::arg("u"), py::arg("s"),
         py::arg("v"), py::arg("threads"), py::arg("isa"));
   m.def("root", &root, py::arg("gram"), py::arg("count"), py::arg("n"), py::arg("r"), py::arg("inverse"),
+        py::arg("threads"), py::arg("isa"));
+  // Gives whether it was done.
+  m.def("whiten", &whiten, py::arg("y"), py::arg("z"), py::arg("m"), py::arg("n"), py::arg("limit"), py::arg("threads"),
+        py::arg("isa"));
+  m.def("joint_gram", &joint_gram, py::arg("near"), py::arg("far"), py::arg("g"), py::arg("out"), py::arg("sizes"),
         py::arg("threads"), py::arg("isa"));
   m.def("short_svd", &short_svd, py::arg("x"), py::arg("v"), py::arg("sizes"), py::arg("out"), py::arg("threads"),
         py::arg("isa"));

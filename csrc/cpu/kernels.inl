@@ -60,6 +60,8 @@
 #include "dense_eigh.inl"
 #include "dense_svd.inl"
 #include "dense_root.inl"
+#include "whiten.inl"
+#include "joint_gram.inl"
 #include "short_svd.inl"
 #include "trellis.inl"
 #include "range_coder.inl"
@@ -71,8 +73,8 @@ namespace loraspan {
 namespace LORASPAN_ISA {
 
 extern const Kernels kernels;
-const Kernels kernels = {&gram,    &combine, &sketch, &power,   &reconstruct, &shared_lora, &sparse_sketch,
-                         &squares, &product, &eigh,   &svd,     &root,        &short_svd,   &pack,
+const Kernels kernels = {&gram,    &combine, &sketch, &power,   &reconstruct, &shared_lora, &sparse_sketch, &squares,
+                         &product, &eigh,    &svd,    &root,    &whiten,      &joint_gram,  &short_svd,     &pack,
                          &unpack,  &encode,  &decode, &trellis, &arithmetic,  &traffic};
 
 }  // namespace LORASPAN_ISA

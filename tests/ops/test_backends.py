@@ -13,8 +13,10 @@ from loraspan import _core, _native
 from loraspan._dispatch import Backend, choose
 from loraspan.errors import BackendError
 from loraspan.ops import combine, dense, gram, pack, power, reconstruct, sketch, sparse_sketch, squares, unpack
+from loraspan.ops.joint_gram import joint_gram
 from loraspan.ops.product import product
 from loraspan.ops.short_svd import short_svd
+from loraspan.ops.whiten import whiten_
 from matrices import blocks, normal
 from oracles import F64
 
@@ -30,6 +32,13 @@ FLAGS = {
 }
 X = torch.ones(3, 4)
 Q = torch.ones(3, 1, dtype=F64)
+
+
+def whitened(block, image, backend):
+    assert whiten_(block, image, 1.0, backend=backend)
+    return block
+
+
 CALLS = {
     "gram": lambda backend: gram(X, backend=backend),
     "combine": lambda backend: combine(X, Q, backend=backend).v,
@@ -42,6 +51,8 @@ CALLS = {
     "unpack": lambda backend: unpack(pack(X, 4), backend=backend),
     "sparse_sketch": lambda backend: sparse_sketch(X, 4, backend=backend),
     "product": lambda backend: product(Q.T, Q, backend=backend),
+    "joint_gram": lambda backend: joint_gram(Q.unsqueeze(0), Q.unsqueeze(0), Q[:1], backend=backend),
+    "whiten": lambda backend: whitened(Q.clone(), Q, backend),
     "eigh": lambda backend: dense.eigh(Q @ Q.T, backend=backend).vectors,
     "svd": lambda backend: dense.svd(Q, backend=backend).u,
     "gram_root": lambda backend: dense.gram_root(Q.T @ Q, backend=backend).r,

@@ -4,6 +4,7 @@
 #include "loraspan/ceilings.hpp"
 #include "loraspan/coding.hpp"
 #include "loraspan/combine.hpp"
+#include "loraspan/core_space.hpp"
 #include "loraspan/dense.hpp"
 #include "loraspan/gram.hpp"
 #include "loraspan/packed.hpp"
@@ -30,6 +31,8 @@ struct Kernels {
   EighFn* eigh;
   SvdFn* svd;
   RootFn* root;
+  WhitenFn* whiten;
+  JointGramFn* joint_gram;
   ShortSvdFn* short_svd;
   PackFn* pack;
   UnpackFn* unpack;

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from loraspan.linalg.eig import top_eigenpairs
-from loraspan.ops.product import inner, product
+from loraspan.ops.joint_gram import joint_gram
 
 
 def energy_by_rank(cores: Tensor) -> Tensor:
@@ -87,17 +87,9 @@ def refine_products(left: Tensor, right: Tensor, rank_out: int, rank_in: int, it
     g_out = torch.eye(left.shape[2], rank_out, dtype=left.dtype)
     g_in = torch.eye(right.shape[2], rank_in, dtype=right.dtype)
     for _ in range(iterations):
-        g_out = top_eigenpairs(_spread_through(left, right, g_in), rank_out)[1]
-        g_in = top_eigenpairs(_spread_through(right, left, g_out), rank_in)[1]
+        g_out = top_eigenpairs(joint_gram(left, right, g_in), rank_out)[1]
+        g_in = top_eigenpairs(joint_gram(right, left, g_out), rank_in)[1]
     return g_out, g_in
-
-
-def _spread_through(near: Tensor, far: Tensor, g: Tensor) -> Tensor:
-    """Give ``sum_i near_i^T (far_i g) (far_i g)^T near_i``."""
-    seen = product(far, g)
-    middle = product(product(seen, seen.mT), near)
-    found = inner(near.flatten(0, 1), middle.flatten(0, 1))
-    return (found + found.T) / 2
 
 
 def _leading(images: Tensor, rank: int) -> Tensor:

@@ -14,6 +14,7 @@ from loraspan.ops.blocks import CPU
 from loraspan.ops.dense import eigh
 from loraspan.ops.product import inner, product
 from loraspan.ops.stream import held
+from loraspan.ops.whiten import whiten_
 
 # Energies below this share of the largest are rounding: a Gram squares the condition number (float32 sums flushed to
 # float64 resolve 3e-4 sigma_1, float64 sums 1e-8 sigma_1).
@@ -24,7 +25,7 @@ _SKETCH_COST = 1.3
 # leaves out comes with the second.
 _WIDER, _STEPS = 8, (1 / 2, 1)
 # How far from orthonormal directions may be that only float32 passes follow on.
-_ROUNDOFF, _DEFECT = 2.0**-53, 1e-8
+_DEFECT = 1e-8
 
 
 class Formed(NamedTuple):
@@ -169,17 +170,9 @@ def _by_wide_sketch(stack: Stack, width: int, seed: int) -> Tensor:
 def _orthonormal(stack: Stack, block: Tensor, precision: str) -> Tensor:
     r"""Give ``D^T q [R, l]`` for orthonormal ``q`` that span the weighted ``D y``, ``y`` the block ``[R, l]``.
 
-    From ``(D y)^T (D y) = y^T (D^T D y)`` in one round, without ``D``, where ``q`` is then orthonormal far beyond the
-    precision of the passes: the rounding of the product, which its asymmetry shows, grows with the square of the
-    inverse root of columns made unit ones.
+    From ``(D y)^T (D y) = y^T (D^T D y)`` in one round, without ``D`` and in the memory of the block, where ``q`` is
+    then orthonormal far beyond the precision of the passes.
     """
-    if precision == "f32":
-        image = stack.weigh_twice(block)
-        gram_ = inner(block, image)
-        root = gram_root((gram_ + gram_.T) / 2)
-        size = gram_.diagonal().clamp(min=0).sqrt()
-        noise = _ROUNDOFF + ((gram_ - gram_.T) / size / size[:, None]).abs().amax()
-        # a column of zeros makes it a NaN
-        if bool(noise * (size[:, None] * root.inverse).abs().amax().square() <= _DEFECT):
-            return product(image, root.inverse)
+    if precision == "f32" and whiten_(block, stack.weigh_twice(block), _DEFECT):
+        return block
     return stack.weigh_transposed(orthonormalize(stack.weigh(block)))
