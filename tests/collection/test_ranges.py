@@ -121,6 +121,14 @@ def test_what_one_round_does_not_carry_takes_two(monkeypatch, case):
     assert case != "zero" or not len(found.energies)
 
 
+def test_a_block_may_lie_in_memory_as_it_likes():
+    """Some backends give columns one after another."""
+    stack = stack_of()
+    block = normal(7, TASKS * RANK, 5)
+    found = ranges._orthonormal(stack, block.T.contiguous().T, "f32")
+    assert torch.equal(found, ranges._orthonormal(stack, block.clone(), "f32"))
+
+
 def test_moments_and_weights_make_each_other():
     stack = stack_of()
     other = Stack.of_moments(stack.vectors, stack.moments)

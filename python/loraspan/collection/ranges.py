@@ -173,6 +173,7 @@ def _orthonormal(stack: Stack, block: Tensor, precision: str) -> Tensor:
     From ``(D y)^T (D y) = y^T (D^T D y)`` in one round, without ``D`` and in the memory of the block, where ``q`` is
     then orthonormal far beyond the precision of the passes.
     """
-    if precision == "f32" and whiten_(block, stack.weigh_twice(block), _DEFECT):
+    block = block.contiguous()
+    if precision == "f32" and whiten_(block, stack.weigh_twice(block).contiguous(), _DEFECT):
         return block
     return stack.weigh_transposed(orthonormalize(stack.weigh(block)))

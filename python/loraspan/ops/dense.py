@@ -46,7 +46,7 @@ class Root(NamedTuple):
 T = TypeVar("T", Eigen, Svd)
 
 # Past so many columns the blocked methods of LAPACK are faster than one thread a matrix.
-_LARGEST = 512
+LARGEST = 512
 # A pivot of the scaled Gram below this goes to the eigendecomposition, which tells small from absent.
 _PIVOT_FLOOR = 1e-10
 # Eigenvalues of the scaled Gram below this, times its size, are rounding.
@@ -141,7 +141,7 @@ def gram_root(gram: Tensor, *, backend: str | None = None) -> Root:
 
 
 def _eigh(a: Tensor, *, isa: str) -> Eigen:
-    if a.shape[-1] > _LARGEST:
+    if a.shape[-1] > LARGEST:
         return reference_eigh(a)
     a = a.detach().contiguous()
     values, vectors = a.new_empty(a.shape[:-1]), torch.empty_like(a)
@@ -150,7 +150,7 @@ def _eigh(a: Tensor, *, isa: str) -> Eigen:
 
 
 def _svd(a: Tensor, *, isa: str) -> Svd:
-    if a.shape[-1] > _LARGEST:
+    if a.shape[-1] > LARGEST:
         return reference_svd(a)
     a = a.detach().contiguous()
     *batch, m, n = a.shape
@@ -171,7 +171,7 @@ def _completed(a: Tensor, found: T, values: Tensor, otherwise: Callable[[Tensor]
 
 
 def _root(gram: Tensor, *, isa: str) -> Root:
-    if gram.shape[-1] > _LARGEST:
+    if gram.shape[-1] > LARGEST:
         return reference_root(gram)
     gram = gram.detach().contiguous()
     r, inverse = torch.empty_like(gram), torch.empty_like(gram)

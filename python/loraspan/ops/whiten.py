@@ -8,12 +8,10 @@ from torch import Tensor
 from loraspan import _core, _native
 from loraspan._dispatch import Backend, choose
 from loraspan.errors import ShapeError
-from loraspan.ops.dense import reference_root
+from loraspan.ops.dense import LARGEST, reference_root
 from loraspan.ops.places import backend_at
 
 _ROUNDOFF = 2.0**-53
-# Past so many columns the root is LAPACK's.
-_LARGEST = 512
 
 
 def whiten_(block: Tensor, image: Tensor, limit: float, *, backend: str | None = None) -> bool:
@@ -32,10 +30,11 @@ def whiten_(block: Tensor, image: Tensor, limit: float, *, backend: str | None =
 
     Returns:
         Whether it was done; if not, as where columns nearly depend on each other, one is zero or something is not
-        finite, ``block`` is as it was. Neither the answer nor a bit depends on the number of threads.
+        finite, ``block`` is as it was. Neither the answer nor a bit depends on the number of threads, up to 512
+        columns; more go to torch and LAPACK.
 
     Raises:
-        ShapeError: if the blocks are not such.
+        ShapeError: if the blocks are not such, or are one.
         BackendError: if the named backend cannot run this call.
 
     Example:
@@ -54,12 +53,14 @@ def whiten_(block: Tensor, image: Tensor, limit: float, *, backend: str | None =
             f"whiten: block and image are contiguous float64 of [m, k]; got {list(block.shape)} of {block.dtype} and "
             f"{list(image.shape)} of {image.dtype}, strides {list(block.stride())} and {list(image.stride())}"
         )
+    if block.numel() and block.data_ptr() == image.data_ptr():
+        raise ShapeError("whiten: block and image are the same memory; give a copy of one")
     chosen = choose("whiten", BACKENDS, backend_at(block.device, backend), block, image)
     return chosen.run(block, image.resolve_neg(), limit)
 
 
 def _cpu(block: Tensor, image: Tensor, limit: float, *, isa: str) -> bool:
-    if block.shape[1] > _LARGEST:
+    if block.shape[1] > LARGEST:
         return reference(block, image, limit)
     rows, columns = block.shape
     return _core.whiten(block.data_ptr(), image.data_ptr(), rows, columns, limit, _native.threads(), isa)
