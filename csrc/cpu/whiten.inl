@@ -28,8 +28,7 @@ bool whiten(const WhitenJob& job, int threads) {
   }
   const double noise = kRoundoff + make_symmetric(gram, n, sizes);
   root_one(gram, n, r, inverse);
-  // entries of a root are all NaN or none
-  if (!(inverse[0] == inverse[0])) return false;
+  // of a Gram with an infinity or a NaN all entries are NaN, and then so is this
   double largest = 0;
   for (std::int64_t i = 0; i < n; ++i)
     for (std::int64_t j = 0; j < n; ++j) {
